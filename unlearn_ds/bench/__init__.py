@@ -1,0 +1,1 @@
+"""Benchmarks: `unlearn-ds bench kernels|loss|loader|step|evaluation`."""
