@@ -1,0 +1,100 @@
+"""What several tests build: tiny models and corpora, and real runs under the real launcher."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from unlearn_ds.data.corpus import CorpusWriter, corpus_path
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 131
+
+
+def tiny_config(tied: bool = False) -> Any:
+    """A two-layer Llama that an update takes milliseconds on."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        initializer_range=0.2,
+    )
+
+
+def save_tiny_model(folder: Path, tied: bool = False, seed: int = 0) -> Path:
+    """Write random weights, in fp32, as a Hugging Face folder."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(tiny_config(tied), dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def write_corpora(data_dir: Path, num_documents: int = 12, longest: int = 40, seed: int = 0) -> Path:
+    """Random documents of 6 to `longest` tokens for every set of the domain `github` and for `general`."""
+    rng = np.random.default_rng(seed)
+    sets = [("github", name) for name in ("forget", "retain", "approximate")]
+    sets += [("general", name) for name in ("retain", "evaluation")]
+    for domain, name in sets:
+        path = corpus_path(data_dir, domain, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with CorpusWriter(path, VOCAB_SIZE) as writer:
+            for _ in range(num_documents):
+                writer.add(rng.integers(2, VOCAB_SIZE, rng.integers(6, longest)))
+    return data_dir
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child process: this checkout first, one thread, no launcher's leftovers."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in launcher}
+    return clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | extra
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(
+    module: str, arguments: list[str], num_ranks: int = 1, timeout_s: float = 300, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a module as a plain process, or on several ranks under the deepspeed launcher."""
+    if num_ranks == 1:
+        command = [sys.executable, "-m", module]
+    else:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+        command += ["--master_port", str(free_port()), "--module", module]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def run_training(arguments: list[str], num_ranks: int = 1, **extra: str) -> list[dict[str, Any]]:
+    """Run `unlearn_ds.train` and return the lines of its metrics.jsonl; fails with the run's own output."""
+    finished = launch("unlearn_ds.train", arguments, num_ranks, **extra)
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    output = Path(arguments[arguments.index("--output_dir") + 1])
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,65 @@
+"""DeepSpeed's dict: what we ship is valid, what would be ignored is refused."""
+
+import json
+
+import pytest
+
+from unlearn_ds.ds_config import SHIPPED_DIR, ModelSize, inference_config, load_ds_file, training_config
+from unlearn_ds.options import OptionError
+
+SIZE = ModelSize(layer=1000, hidden=16)
+
+
+def complete(name: str) -> dict:
+    return training_config(
+        load_ds_file(name), bf16=True, max_grad_norm=1.0, micro_batch_size=2, world_size=4, size=SIZE
+    )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED_DIR.glob("*.json")))
+def test_shipped_files_are_complete(name):
+    config = complete(name)
+    assert config["train_batch_size"] == 8
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
+    assert config["managed_gradient_accumulation"] is False
+    assert "auto" not in json.dumps(config)
+
+
+def test_buckets_follow_the_layer():
+    zero = complete("zero3")["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == 2000
+    assert zero["stage3_param_persistence_threshold"] == 160
+
+
+def test_inference_drops_the_optimizer():
+    config = inference_config(load_ds_file("zero3_offload"), bf16=True, size=SIZE)
+    assert "offload_optimizer" not in config["zero_optimization"]
+    assert inference_config(load_ds_file("zero2"), bf16=True, size=SIZE)["zero_optimization"]["stage"] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"gradient_cliping": 1, "zero_optimization": {"stage": 3}}', "unknown key 'gradient_cliping'"),
+        (
+            '{"zero_optimization.stage": 3}',
+            r"unknown key 'zero_optimization.stage'. Did you mean 'zero_optimization'\?",
+        ),
+        ('{"zero_optimization": {"stage": 3, "overlap_com": true}}', r"Did you mean 'overlap_comm'\?"),
+        ('{"zero_optimization": {"stage": 1}}', "stage 1: choose 2 or 3"),
+        ('{"train_batch_size": 8, "zero_optimization": {"stage": 3}}', "use --global_batch_size"),
+        ('{"fp16": {}, "zero_optimization": {"stage": 3}}', "fp16 overflows under ascent"),
+        ("{", "not valid JSON"),
+        ("[]", "expected an object"),
+    ],
+)
+def test_what_deepspeed_would_ignore_is_refused(tmp_path, content, message):
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    with pytest.raises(OptionError, match=message):
+        load_ds_file(str(file))
+
+
+def test_missing_file_lists_what_is_shipped():
+    with pytest.raises(OptionError, match=r"zero3_offload.*Did you mean 'zero3'\?"):
+        load_ds_file("zero33")

@@ -1,0 +1,81 @@
+"""Options: types, YAML, defaults, and errors that say what to do."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from unlearn_ds.config import EvaluateConfig, RunConfig
+from unlearn_ds.options import OptionError, field_help, field_types, parse, parser_for
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    """a name"""
+    rate: float = 2e-5
+    """a rate"""
+    count: int | None = None
+    """a count"""
+    sets: tuple[str, ...] = ()
+    """some words"""
+    flag: bool = False
+    """a switch"""
+    kind: Literal["cosine", "linear"] = "cosine"
+    """a choice"""
+
+
+def test_types_and_defaults():
+    got = parse(Sample, ["--name", "x", "--rate", "1e-3", "--count=3", "--sets", "a", "b", "--flag"], "t")
+    assert got == Sample("x", 1e-3, 3, ("a", "b"), True)
+    assert parse(Sample, ["--name", "x", "--flag", "False"], "t") == Sample("x")
+
+
+def test_launchers_local_rank_is_dropped():
+    assert parse(Sample, ["--local_rank=1", "--name", "x"], "t") == Sample("x")
+
+
+def test_yaml_and_flags_win(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("name: y\nrate: 3e-4\nsets: [a]\nflag: true\ncount: 4\n")
+    assert parse(Sample, ["--config", str(file)], "t") == Sample("y", 3e-4, 4, ("a",), True)
+    assert parse(Sample, ["--config", str(file), "--name", "z"], "t").name == "z"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nam: y", r"unknown option 'nam'. Did you mean 'name'\?"),
+        ("- a", "expected a mapping"),
+        ("name: [", "while parsing"),
+        ("name: y\nrate: fast", "option rate: 'fast' is not a valid float"),
+        ("name: y\ncount: 1.5", "option count: 1.5 is not a valid int"),
+    ],
+)
+def test_bad_yaml(tmp_path, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(OptionError, match=message):
+        parse(Sample, ["--config", str(file)], "t")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--name", "x", "--rat", "1"], r"unknown option '--rat'. Did you mean '--rate'\?"),
+        ([], "missing --name. See t --help"),
+        (["--name", "x", "--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
+        (["--name", "x", "--flag", "maybe"], "'maybe' is neither True nor False"),
+        (["--name", "x", "--kind", "cosin"], r"choose one of cosine, linear. Did you mean 'cosine'\?"),
+        (["--config", "/no/such.yaml"], "No such file"),
+    ],
+)
+def test_bad_words(argv, message):
+    with pytest.raises(OptionError, match=message):
+        parse(Sample, argv, "t")
+
+
+@pytest.mark.parametrize("config", [RunConfig, EvaluateConfig])
+def test_every_option_has_help(config):
+    assert set(field_help(config)) == set(field_types(config))
+    assert "--seq_len" in parser_for(config, "t", "").format_help()

@@ -1,0 +1,158 @@
+"""From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from unlearn_ds import checkpoint, distributed
+from unlearn_ds.checks import check_model
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.plan import Plan
+from unlearn_ds.ds_config import ModelSize, inference_config, load_ds_file, training_config
+from unlearn_ds.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.loss_head import HeadOptions
+from unlearn_ds.model import (
+    ModelOptions,
+    decoder_layer_classes,
+    load_config,
+    load_model,
+    logit_shape,
+    model_fingerprint,
+    model_size,
+    set_activation_checkpointing,
+)
+from unlearn_ds.options import OptionError
+from unlearn_ds.reference import LiveReference, NoReference
+from unlearn_ds.relabel import sampled_targets
+from unlearn_ds.run_data import NamedCorpus, make_plan, make_sources, open_run_corpora, with_targets
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run ready to take its next step."""
+
+    config: RunConfig
+    run_dir: Path
+    device: torch.device
+    model_config: PreTrainedConfig
+    tokenizer: Any | None
+    model_fingerprint: str
+    corpora: list[list[NamedCorpus]]  # per term of the objective
+    plan: Plan
+    plan_id: str  # what a checkpoint must agree with
+    engine: TrainingEngine
+    reference: NoReference | LiveReference
+    start_step: int  # updates already done
+
+
+def build_run(config: RunConfig) -> Run:
+    """Open the data, load the model into ZeRO partitions, draw labels, restore a checkpoint. Every rank calls this.
+
+    Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints.
+    """
+    ds_file = load_ds_file(config.deepspeed)
+    device = distributed.init_distributed(config.num_threads)
+    run_dir = config.run_dir
+    distributed.on_main(lambda: claim_run_dir(config, run_dir))
+    torch.manual_seed(config.seed)
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
+
+    options = ModelOptions(config.start_model, config.bf16, config.attn, config.random_init, config.trust_remote_code)
+    model_config = load_config(options)
+    tokenizer = load_tokenizer(config)
+    corpora = open_run_corpora(config, model_config.vocab_size, tokenizer)
+    special_ids = tuple(tokenizer.all_special_ids) if tokenizer is not None else ()
+    sources = make_sources(config, corpora, model_config.vocab_size, special_ids)
+    plan = make_plan(config, sources, distributed.world_size())
+    plan_id = f"{config.objective_name}-{plan.fingerprint}"
+
+    size = model_size(model_config)
+    ds_config = complete_ds_config(config, ds_file, size)
+    resumed_from = checkpoint.newest_intact(run_dir) if config.resume else None
+    if resumed_from is not None:
+        checkpoint.prepare_resume(resumed_from, ds_config)
+    impl = None if config.loss_impl == "auto" else config.loss_impl
+    head = HeadOptions(logit_shape(model_config), config.loss_workspace_mib << 20, impl)
+    model = load_model(options, model_config, ds_config, head, device)
+    set_activation_checkpointing(model.model, config.activation_checkpointing)
+    if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
+        ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
+    model.train()
+    engine = TrainingEngine(model, config, ds_config, plan.num_steps)
+    check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
+
+    fingerprint = "random" if config.random_init else model_fingerprint(options.name_or_path)
+    if config.objective.needs_sampled_targets:
+        # The engine still holds the original weights: labels are drawn before any checkpoint is loaded.
+        targets = sampled_targets(config, corpora[0][0], sources[0].sequences, engine.ask, fingerprint, device)
+        plan = make_plan(config, with_targets(config, sources, targets), distributed.world_size())
+    reference = NoReference()
+    if config.objective.needs_reference:
+        frozen_config = inference_config(ds_file, bf16=config.bf16, size=size)
+        frozen = load_model(options, model_config, frozen_config, head, device)
+        reference = LiveReference(FrozenEngine(frozen, frozen_config))
+    start_step = checkpoint.load(engine, resumed_from, plan_id) if resumed_from is not None else 0
+    return Run(
+        config,
+        run_dir,
+        device,
+        model_config,
+        tokenizer,
+        fingerprint,
+        corpora,
+        plan,
+        plan_id,
+        engine,
+        reference,
+        start_step,
+    )
+
+
+def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSize) -> dict[str, Any]:
+    """The dict for the training engine."""
+    return training_config(
+        ds_file,
+        bf16=config.bf16,
+        max_grad_norm=config.max_grad_norm,
+        micro_batch_size=config.per_device_train_batch_size,
+        world_size=distributed.world_size(),
+        size=size,
+    )
+
+
+def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
+    """Create the output folder, or refuse one that an earlier run left full."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise OptionError(f"--output_dir {run_dir}: is a file")
+    if config.resume:
+        if not checkpoint.complete_checkpoints(run_dir):
+            raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}")
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        if not config.overwrite_output_dir:
+            raise OptionError(
+                f"--output_dir {run_dir} is not empty: --overwrite_output_dir clears it, --resume goes on from its newest "
+                "checkpoint"
+            )
+        if not (run_dir / "run.json").exists():
+            raise OptionError(
+                f"--overwrite_output_dir: {run_dir} holds no run.json, so it is not an earlier run's: not cleared"
+            )
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def load_tokenizer(config: RunConfig) -> Any | None:
+    """The tokenizer that goes with the model; None when its folder has none."""
+    name = config.tokenizer_name_or_path or config.start_model
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        if config.tokenizer_name_or_path is not None:
+            raise OptionError(f"--tokenizer_name_or_path {name}: {error}") from error
+        distributed.say(f"{name} has no tokenizer: special tokens are not known, and none is exported")
+        return None

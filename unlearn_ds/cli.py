@@ -1,0 +1,84 @@
+"""`unlearn-ds COMMAND ...`: the commands, each a module that is imported only when it is asked for."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from unlearn_ds import __version__
+from unlearn_ds.options import OptionError, did_you_mean
+
+# command -> (module with main(argv) -> exit code, one line of help)
+COMMANDS = {
+    "prepare": ("unlearn_ds.data.prepare", "tokenise documents once into memory-mapped corpora"),
+    "train": ("unlearn_ds.train", "unlearn, fine-tune or retrain a model; also `deepspeed --module unlearn_ds.train`"),
+    "evaluate": ("unlearn_ds.evaluation.evaluate", "perplexity, accuracy and membership inference of a model"),
+    "report": ("unlearn_ds.evaluation.report", "an HTML page from the folders of one or more runs"),
+    "inspect": ("unlearn_ds.data.inspect", "look into a corpus, or at what one update will see"),
+    "demo": ("unlearn_ds.demo", "the whole story on one machine, offline, in ten minutes"),
+    "bench": ("unlearn_ds.cli", "benchmarks: bench loss|kernels|loader|step|evaluation"),
+}
+# bench WHAT -> module with add_arguments(parser) and main(args) -> exit code
+BENCHES = {
+    "loss": ("unlearn_ds.bench.loss", "memory and time of the loss against plain PyTorch, on CPU"),
+    "kernels": (
+        "unlearn_ds.bench.kernels",
+        "the loss kernels against every installed peer and the bare matrix products",
+    ),
+    "loader": ("unlearn_ds.bench.loader", "the token loader against every installed peer and a plain copy"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, or 2 after an error of the user's."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage("unlearn-ds", COMMANDS))
+        return 0
+    if words[0] == "--version":
+        print(f"unlearn-ds {__version__}")
+        return 0
+    try:
+        if words[0] == "bench":
+            return _bench(words[1:])
+        return _load(words[0], COMMANDS, "command").main(words[1:])
+    except (ValueError, OSError) as error:
+        print(f"unlearn-ds: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _load(name: str, table: dict[str, tuple[str, str]], kind: str):
+    if name not in table:
+        raise OptionError(f"unknown {kind} {name!r}: choose one of {', '.join(table)}.{did_you_mean(name, table)}")
+    return importlib.import_module(table[name][0])
+
+
+def _bench(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage("unlearn-ds bench", BENCHES))
+        return 0
+    module = _load(words[0], BENCHES, "benchmark")
+    return run_with_arguments(
+        module.add_arguments, module.main, f"unlearn-ds bench {words[0]}", module.__doc__, words[1:]
+    )
+
+
+def run_with_arguments(
+    add_arguments: Callable, function: Callable, prog: str, description: str | None, words: Sequence[str]
+) -> int:
+    """Parse `words` by the flags that `add_arguments(parser)` adds, and call `function(args)`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_arguments(parser)
+    return function(parser.parse_args(words))
+
+
+def _usage(prog: str, table: dict[str, tuple[str, str]]) -> str:
+    width = max(map(len, table)) + 2
+    listing = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in table.items())
+    return f"usage: {prog} COMMAND [options]\n\n{listing}\n\n{prog} COMMAND --help lists a command's options"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

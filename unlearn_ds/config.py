@@ -1,0 +1,314 @@
+"""Every option of a run: frozen dataclasses that validate and touch nothing.
+
+The docstring under a field is its help text on the command line.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from unlearn_ds.objectives import OBJECTIVES, Objective
+from unlearn_ds.options import OptionError, check_choices, did_you_mean
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The options of one training run: an unlearning method, a fine-tuning or a retraining."""
+
+    unlearn_method: str
+    """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, finetune
+    or retrain"""
+    output_dir: str
+    """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
+    target_model_name_or_path: str | None = None
+    """the model that must forget: a folder or a hub name"""
+    model_name_or_path: str | None = None
+    """the model that `retrain` starts from"""
+    tokenizer_name_or_path: str | None = None
+    """tokenizer exported with the model (default: the model's own)"""
+    trust_remote_code: bool = False
+    """run code that comes with the model; off unless you trust its authors"""
+    random_init: bool = False
+    """start from random weights: only the model's config is read"""
+
+    domain: str = "github"
+    """the domain to forget: corpora are read from DATA_DIR/DOMAIN"""
+    data_dir: str = "data"
+    """folder made by `unlearn-ds prepare`"""
+    general: bool = False
+    """take retain data from DATA_DIR/general instead of the domain"""
+    train_on: tuple[str, ...] = ()
+    """corpora that `finetune` and `retrain` read, such as `forget retain general` (default: retain)"""
+    seq_len: int = 4096
+    """longest sequence, in tokens; documents are cut into pieces of this length"""
+    packing: bool = True
+    """several sequences in one row; False pads each to seq_len, as the published code did"""
+    retain_ratio: float = 1.0
+    """retain sequences per forget sequence, for the methods that use both"""
+    retain_weight: float = 1.0
+    """weight of a retain sequence relative to a forget sequence"""
+    completely_random: bool = False
+    """random_label: draw labels uniformly from the vocabulary"""
+    top_k: int | None = None
+    """random_label: draw labels from the original model's k most likely tokens"""
+    top_p: float | None = None
+    """random_label: draw labels from the original model's most likely tokens of this total probability"""
+    rm_groundtruth: bool = False
+    """random_label: never draw the true token"""
+    overwrite_cache: bool = False
+    """compute the sampled labels again even if the cache beside the corpus matches"""
+
+    num_train_epochs: float = 1.0
+    """passes over the first corpus of the method"""
+    max_steps: int = -1
+    """stop after this many updates; -1 for num_train_epochs"""
+    global_batch_size: int | None = None
+    """sequences per update (default: per_device_train_batch_size x ranks x gradient_accumulation_steps)"""
+    per_device_train_batch_size: int = 1
+    """rows of seq_len tokens in one forward and backward of a rank"""
+    gradient_accumulation_steps: int = 1
+    """only sets global_batch_size; the real number of micro-steps follows from packing"""
+    learning_rate: float = 2e-5
+    """peak learning rate of AdamW"""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+    ] = "cosine"
+    """schedule, one of transformers' own"""
+    warmup_ratio: float = 0.03
+    """share of the updates spent warming up (rounded up)"""
+    warmup_steps: int = 0
+    """updates spent warming up; wins over warmup_ratio"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay (not on biases and norms)"""
+    adam_beta1: float = 0.9
+    """AdamW's first-moment decay"""
+    adam_beta2: float = 0.999
+    """AdamW's second-moment decay"""
+    adam_epsilon: float = 1e-8
+    """AdamW's denominator offset"""
+    max_grad_norm: float = 1.0
+    """clip the gradient to this norm; 0 for no clipping"""
+    max_skipped_steps: int = 3
+    """stop after this many updates in a row whose gradient was not finite"""
+    seed: int = 42
+    """seed of the data order, the random labels and random weights"""
+
+    deepspeed: str = "zero3"
+    """a file of DeepSpeed options, or one of those shipped: zero3, zero3_offload, zero2"""
+    bf16: bool = True
+    """bf16 parameters with fp32 master weights; False trains in fp32"""
+    attn: str = "auto"
+    """attention for packed rows: auto, varlen (torch), sdpa, flash_attention_2, flash_attention_3 or flash_attention_4"""
+    activation_checkpointing: str = "none"
+    """none, full, or every n-th layer as a number"""
+    leaf_modules: bool = True
+    """ZeRO-3 gathers a decoder layer in one piece"""
+    loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """implementation of the loss head"""
+    loss_workspace_mib: int = 1024
+    """memory that the loss may use for logits, in MiB"""
+    num_threads: int | None = None
+    """CPU threads of a rank (default: the machine's cores shared out)"""
+
+    save_steps: int = 0
+    """save a resumable checkpoint every this many updates; 0 for none"""
+    save_total_limit: int | None = None
+    """keep only this many newest checkpoints"""
+    resume: bool = False
+    """go on from the newest checkpoint in output_dir"""
+    overwrite_output_dir: bool = False
+    """clear output_dir if an earlier run left something there"""
+    output_sufix: str = ""
+    """appended to output_dir (spelling of the published command line)"""
+    export: bool = True
+    """write the model to output_dir/model when done"""
+    do_eval: bool = False
+    """evaluate the result on all corpora when done"""
+    per_device_eval_batch_size: int = 4
+    """rows in one forward of the evaluation"""
+    logging_steps: int = 1
+    """write metrics every this many updates"""
+    report_to: Literal["none", "wandb"] = "none"
+    """also log to wandb (its key comes from the environment)"""
+    run_name: str | None = None
+    """name of the run in wandb (default: the output folder's name)"""
+    disable_tqdm: bool = False
+    """no progress bar"""
+
+    do_unlearn: bool = True
+    """accepted for the published command line; always on"""
+    tf32: bool = False
+    """TF32 for what fp32 matrix products remain on the GPU"""
+    fsdp: str | None = None
+    """accepted for the published command line: DeepSpeed's ZeRO-3 (--deepspeed) takes its place"""
+    fsdp_transformer_layer_cls_to_wrap: str | None = None
+    """accepted for the published command line: layers are found by themselves (--leaf_modules)"""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _check_method(self)
+        _check_numbers(self)
+        _check_checkpointing(self)
+
+    @property
+    def objective_name(self) -> str:
+        """The row of `objectives.OBJECTIVES` that the method and its flags name."""
+        if self.unlearn_method == "random_label" and not self.completely_random:
+            return "adversarial"
+        return self.unlearn_method
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.objective_name]
+
+    @property
+    def sampling(self) -> tuple[int | None, float | None, bool]:
+        """(top_k, top_p, whether the truth is banned) of sampled labels; `adversarial` is short for (1, None, True)."""
+        if self.unlearn_method == "adversarial" and self.top_k is None and self.top_p is None:
+            return 1, None, True
+        return self.top_k, self.top_p, self.rm_groundtruth
+
+    @property
+    def start_model(self) -> str:
+        """The model whose weights training starts from."""
+        return self.model_name_or_path if self.unlearn_method == "retrain" else self.target_model_name_or_path
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir + (f"-{self.output_sufix}" if self.output_sufix else ""))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    def notes(self) -> list[str]:
+        """What the user should know about options that do not act as written."""
+        notes = []
+        if self.fsdp is not None:
+            notes.append("--fsdp: DeepSpeed ZeRO-3 shards parameters, gradients and optimizer here; see --deepspeed")
+        if self.fsdp_transformer_layer_cls_to_wrap is not None:
+            notes.append(
+                "--fsdp_transformer_layer_cls_to_wrap: decoder layers are found by themselves; see --leaf_modules"
+            )
+        return notes
+
+
+def _check_method(config: RunConfig) -> None:
+    method = config.unlearn_method
+    if method not in OBJECTIVES:
+        raise OptionError(
+            f"--unlearn_method {method}: choose one of {', '.join(OBJECTIVES)}.{did_you_mean(method, OBJECTIVES)}"
+        )
+    if method == "retrain" and config.model_name_or_path is None:
+        raise OptionError("--unlearn_method retrain needs --model_name_or_path, the model to start from")
+    if method != "retrain" and config.target_model_name_or_path is None:
+        raise OptionError(f"--unlearn_method {method} needs --target_model_name_or_path, the model that must forget")
+    if config.train_on and method not in ("finetune", "retrain"):
+        raise OptionError(f"--train_on is for finetune and retrain, not for {method}")
+    if config.random_init and method not in ("finetune", "retrain"):
+        raise OptionError(f"--random_init is for finetune and retrain: {method} needs a trained model")
+    sampling = config.top_k is not None or config.top_p is not None or config.rm_groundtruth
+    if method == "random_label":
+        if config.completely_random and sampling:
+            raise OptionError("--completely_random takes no --top_k, --top_p or --rm_groundtruth")
+        if not config.completely_random and config.top_k is None and config.top_p is None:
+            raise OptionError(
+                "--unlearn_method random_label needs --completely_random True, or --top_k / --top_p to sample from the "
+                "original model (adversarial samples: --top_k 1 --rm_groundtruth True)"
+            )
+    elif sampling and method != "adversarial":
+        raise OptionError(f"--top_k, --top_p and --rm_groundtruth are for random_label, not for {method}")
+    elif config.completely_random:
+        raise OptionError(f"--completely_random is for random_label, not for {method}")
+    retain_term = "retain" in OBJECTIVES[method].roles
+    if config.general and not retain_term:
+        raise OptionError(f"--general True chooses retain data, and {method} uses none")
+    if config.general and config.train_on:
+        raise OptionError("--general True and --train_on both choose the data; give one")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    positive = (
+        "seq_len retain_ratio per_device_train_batch_size gradient_accumulation_steps loss_workspace_mib logging_steps "
+        "max_skipped_steps per_device_eval_batch_size adam_epsilon num_train_epochs"
+    )
+    for name in positive.split():
+        if getattr(config, name) <= 0:
+            raise OptionError(f"--{name} {getattr(config, name)}: must be above 0")
+    for name in [
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "save_steps",
+        "seed",
+        "retain_weight",
+    ]:
+        if getattr(config, name) < 0:
+            raise OptionError(f"--{name} {getattr(config, name)}: must not be negative")
+    for name in ["global_batch_size", "top_k", "save_total_limit", "num_threads"]:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise OptionError(f"--{name} {value}: must be at least 1")
+    if config.seq_len < 5:
+        raise OptionError(f"--seq_len {config.seq_len}: sequences under 5 tokens are dropped, so at least 5")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise OptionError(f"--max_steps {config.max_steps}: a number of updates, or -1 for num_train_epochs")
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        raise OptionError(f"--top_p {config.top_p}: a probability above 0 and at most 1")
+    if not 0 <= config.warmup_ratio <= 1:
+        raise OptionError(f"--warmup_ratio {config.warmup_ratio}: between 0 and 1")
+
+
+def _check_checkpointing(config: RunConfig) -> None:
+    value = config.activation_checkpointing
+    if value not in ("none", "full") and not (value.isdigit() and int(value) >= 1):
+        raise OptionError(f"--activation_checkpointing {value}: none, full, or every n-th layer as a number")
+    if config.resume and config.overwrite_output_dir:
+        raise OptionError(
+            "--resume and --overwrite_output_dir contradict each other: one keeps the folder, one clears it"
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The options of `unlearn-ds evaluate`."""
+
+    model_name_or_path: str
+    """the model to measure: a folder or a hub name"""
+    domain: str = "github"
+    """corpora are read from DATA_DIR/DOMAIN and DATA_DIR/general"""
+    data_dir: str = "data"
+    """folder made by `unlearn-ds prepare`"""
+    output_dir: str | None = None
+    """where evaluation.json, tables/ and roc.png go (default: the folder above a run's model/, else ./evaluation)"""
+    seq_len: int = 4096
+    """longest sequence, in tokens"""
+    per_device_eval_batch_size: int = 4
+    """rows of seq_len tokens in one forward of a rank"""
+    max_sequences: int | None = None
+    """measure at most this many sequences of each corpus (a seeded sample)"""
+    seed: int = 42
+    """seed of that sample and of bootstrap intervals"""
+    deepspeed: str = "zero3"
+    """a file of DeepSpeed options, or one of those shipped"""
+    bf16: bool = True
+    """bf16 parameters; False measures in fp32"""
+    attn: str = "auto"
+    """attention for packed rows"""
+    loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """implementation of the loss head"""
+    loss_workspace_mib: int = 1024
+    """memory that the head may use for logits, in MiB"""
+    trust_remote_code: bool = False
+    """run code that comes with the model; off unless you trust its authors"""
+    num_threads: int | None = None
+    """CPU threads of a rank (default: the machine's cores shared out)"""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("seq_len", "per_device_eval_batch_size", "loss_workspace_mib"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.max_sequences is not None and self.max_sequences < 2:
+            raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")

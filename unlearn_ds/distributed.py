@@ -1,0 +1,156 @@
+"""Ranks: launcher variables to torch's, start and end of the process group, a few collectives on host values.
+
+Works under the deepspeed launcher, torchrun, `srun` (one task per GPU) and as a plain single process, on CUDA with NCCL or
+on CPU with gloo.
+"""
+
+import datetime
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+def map_launcher_environment(environ: dict[str, str]) -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in `environ` from SLURM's, or for one process.
+
+    Variables that a launcher has already set stay as they are.
+    """
+    launched = "RANK" in environ and "WORLD_SIZE" in environ
+    if not launched and "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        environ["RANK"] = environ["SLURM_PROCID"]
+        environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+        environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+        environ.setdefault("MASTER_ADDR", _first_slurm_host(environ))
+        environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000))
+    elif not launched:
+        environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"] = "0", "0", "1"
+        environ["MASTER_ADDR"] = "127.0.0.1"
+        environ["MASTER_PORT"] = str(_free_port())
+
+
+def _first_slurm_host(environ: dict[str, str]) -> str:
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def choose_accelerator(environ: dict[str, str]) -> None:
+    """Without a CUDA device make DeepSpeed use the CPU, and gloo an interface that exists; explicit settings win."""
+    if not torch.cuda.is_available():
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+        if environ.get("MASTER_ADDR", "127.0.0.1") in ("127.0.0.1", "localhost"):
+            environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def init_distributed(num_threads: int | None = None) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    num_threads: CPU threads of this rank; by default the cores this process may use, shared between the node's ranks.
+    """
+    map_launcher_environment(os.environ)
+    choose_accelerator(os.environ)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 0)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        sharing = local_world_size or int(os.environ["WORLD_SIZE"])
+        torch.set_num_threads(num_threads or max(1, cores // sharing))
+    import deepspeed  # after DS_ACCELERATOR is set: the choice is made on import
+
+    quiet_libraries()
+    deepspeed.init_distributed(
+        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S), auto_mpi_discovery=False, verbose=False
+    )
+    return device
+
+
+def quiet_libraries() -> None:
+    """DeepSpeed and transformers log every setting; keep warnings, unless UNLEARN_DS_LOG_LEVEL asks for more."""
+    import logging
+
+    import transformers
+    from deepspeed.utils import logger
+
+    level = getattr(logging, os.environ.get("UNLEARN_DS_LOG_LEVEL", "warning").upper(), logging.WARNING)
+    logger.setLevel(level)
+    transformers.logging.set_verbosity(level)
+
+
+def shut_down() -> None:
+    """Leave the process group, so that torch does not warn at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(message: str = "") -> None:
+    """Print on rank 0 only."""
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's `value`, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Run `function` on rank 0 and return its result everywhere; its error is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def assert_same(name: str, value: Any) -> None:
+    """Stop every rank if they disagree on `value`: they would otherwise hang in different collectives."""
+    values = gather_objects(value)
+    if any(other != values[0] for other in values):
+        listing = "; ".join(f"rank {r}: {v}" for r, v in enumerate(values))
+        raise RuntimeError(f"ranks disagree on {name}: {listing}")

@@ -1,0 +1,145 @@
+"""From a JSON file of ds_configs/ and the run's options to the dict that DeepSpeed gets.
+
+The file holds ZeRO and precision only. DeepSpeed itself ignores unknown top-level keys without a word; here they stop the
+run. Buckets marked "auto" are sized from the model's largest decoder layer.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.options import OptionError, did_you_mean
+
+_HERE = Path(__file__).resolve().parent
+SHIPPED_DIR = _HERE / "ds_configs" if (_HERE / "ds_configs").is_dir() else _HERE.parent / "ds_configs"
+
+ALLOWED_KEYS = (
+    "bf16",
+    "data_types",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "aio",
+    "dump_state",
+    "checkpoint",
+    "flops_profiler",
+)
+FROM_THE_RUN = {
+    "train_batch_size": "--global_batch_size",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+    "optimizer": "--learning_rate and the --adam_* options",
+    "scheduler": "--lr_scheduler_type",
+    "activation_checkpointing": "--activation_checkpointing",
+    "fp16": "--bf16 (fp16 overflows under ascent and is not offered)",
+}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What bucket sizes follow from, in parameters."""
+
+    layer: int  # the largest decoder layer
+    hidden: int  # the hidden size
+
+
+def load_ds_file(name_or_path: str) -> dict[str, Any]:
+    """Read and check a DeepSpeed file; `name_or_path` is a shipped name (`zero3`) or a path.
+
+    Raises `OptionError` for a missing file, broken JSON, unknown keys, and keys that the run's own options set.
+    """
+    shipped = {path.stem: path for path in sorted(SHIPPED_DIR.glob("*.json"))}
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise OptionError(
+            f"--deepspeed {name_or_path}: no such file, and not one of those shipped: {', '.join(shipped)}."
+            f"{did_you_mean(name_or_path, shipped)}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"--deepspeed {path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"--deepspeed {path}: expected an object, got a {type(content).__name__}")
+    check_keys(content, str(path))
+    return content
+
+
+def check_keys(content: dict[str, Any], source: str) -> None:
+    """Raise `OptionError` for keys of `content` that would be ignored or fight with the run's options."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key in content:
+        if key in FROM_THE_RUN:
+            raise OptionError(f"--deepspeed {source}: {key!r} comes from the run: use {FROM_THE_RUN[key]}")
+        if key not in ALLOWED_KEYS:
+            raise OptionError(f"--deepspeed {source}: unknown key {key!r}.{did_you_mean(key, ALLOWED_KEYS)}")
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {field.alias for field in fields.values() if field.alias}
+    zero = content.get("zero_optimization", {})
+    for key in zero:
+        if key not in known:
+            raise OptionError(
+                f"--deepspeed {source}: unknown key {key!r} in 'zero_optimization'.{did_you_mean(key, known)}"
+            )
+    if zero.get("stage") not in (2, 3):
+        raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')}: choose 2 or 3")
+
+
+def training_config(
+    content: dict[str, Any],
+    *,
+    bf16: bool,
+    max_grad_norm: float,
+    micro_batch_size: int,
+    world_size: int,
+    size: ModelSize,
+) -> dict[str, Any]:
+    """Complete a checked file to the dict for `deepspeed.initialize` of the training engine."""
+    config = _with_precision(content, bf16, size)
+    config |= {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro_batch_size * world_size,
+        # The caller owns the boundary: any number of (forward, backward), then one step().
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
+        "zero_allow_untested_optimizer": True,
+    }
+    return config
+
+
+def inference_config(content: dict[str, Any], *, bf16: bool, size: ModelSize) -> dict[str, Any]:
+    """The dict for a frozen model: the same parameter sharding, no optimizer."""
+    config = _with_precision(content, bf16, size)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    if zero["stage"] != 3:
+        zero["stage"] = 0
+    return config | {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+
+
+def _with_precision(content: dict[str, Any], bf16: bool, size: ModelSize) -> dict[str, Any]:
+    config = json.loads(json.dumps(content))
+    config["bf16"] = config.get("bf16", {}) | {"enabled": bf16}
+    zero = config["zero_optimization"]
+    auto = {
+        # Two layers ahead, so that the gather of one hides behind the other's compute (elements, not bytes).
+        "stage3_prefetch_bucket_size": 2 * size.layer,
+        "reduce_bucket_size": max(size.layer, 1_000_000),
+        # Norm weights and biases stay gathered: their all-gathers would be all latency.
+        "stage3_param_persistence_threshold": 10 * size.hidden,
+    }
+    for key, value in auto.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+    return config

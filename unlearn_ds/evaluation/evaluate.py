@@ -1,0 +1,154 @@
+"""`unlearn-ds evaluate`: perplexity, accuracy and membership inference of a model on the corpora of a domain.
+
+Runs as one process, or on all ranks of a launcher: `deepspeed --num_gpus 8 --module unlearn_ds.evaluation.evaluate ...`.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from unlearn_ds import distributed
+from unlearn_ds.checks import check_model
+from unlearn_ds.config import EvaluateConfig, RunConfig
+from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.ds_config import inference_config, load_ds_file
+from unlearn_ds.engine import Ask, FrozenEngine
+from unlearn_ds.evaluation.collect import Table, collect_table
+from unlearn_ds.evaluation.plots import save_roc
+from unlearn_ds.evaluation.summary import evaluate_tables
+from unlearn_ds.evaluation.table import write_table
+from unlearn_ds.loss_head import HeadOptions
+from unlearn_ds.model import ModelOptions, load_config, load_model, logit_shape, model_fingerprint, model_size
+from unlearn_ds.options import OptionError, parse
+from unlearn_ds.run_data import EVALUATION_SETS, open_set, set_path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    try:
+        evaluate(parse(EvaluateConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds evaluate", __doc__ or ""))
+    except (ValueError, OSError) as error:
+        if distributed.is_main():
+            print(f"unlearn-ds evaluate: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.shut_down()
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure a model and write evaluation.json, tables/ and roc.png. Every rank calls this."""
+    ds_file = load_ds_file(config.deepspeed)
+    device = distributed.init_distributed(config.num_threads)
+    options = ModelOptions(
+        config.model_name_or_path, config.bf16, config.attn, trust_remote_code=config.trust_remote_code
+    )
+    model_config = load_config(options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.name_or_path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError):
+        tokenizer = None
+    ds_config = inference_config(ds_file, bf16=config.bf16, size=model_size(model_config))
+    impl = None if config.loss_impl == "auto" else config.loss_impl
+    head = HeadOptions(logit_shape(model_config), config.loss_workspace_mib << 20, impl)
+    engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
+    check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
+    tables = collect_sets(config, engine.ask, model_config, tokenizer, device, config.max_sequences)
+    output_dir = Path(config.output_dir) if config.output_dir else _default_output(config.model_name_or_path)
+    header = {"model": config.model_name_or_path, "model_fingerprint": model_fingerprint(options.name_or_path)}
+    return finish(output_dir, tables, header | {"options": asdict(config)})
+
+
+def evaluate_run(
+    config: RunConfig, ask: Ask, model_config: PreTrainedConfig, tokenizer: Any | None, device: torch.device
+) -> dict[str, Any]:
+    """Measure the model of a run through its own engine and write the result into the run's folder."""
+    return finish(
+        config.run_dir, collect_sets(config, ask, model_config, tokenizer, device), {"model": str(config.run_dir)}
+    )
+
+
+def collect_sets(
+    config: EvaluateConfig | RunConfig,
+    ask: Ask,
+    model_config: PreTrainedConfig,
+    tokenizer: Any | None,
+    device: torch.device,
+    max_sequences: int | None = None,
+) -> dict[str, Table]:
+    """Tables of all evaluation sets that were prepared. Every rank calls this.
+
+    Raises `OptionError` if there is none.
+    """
+    tables = {}
+    for name, set_name in EVALUATION_SETS.items():
+        if not set_path(config.data_dir, config.domain, set_name).with_suffix(".idx").exists():
+            distributed.say(f"no corpus {set_path(config.data_dir, config.domain, set_name)}: {name} is not measured")
+            continue
+        corpus = open_set(config.data_dir, config.domain, set_name, model_config.vocab_size, tokenizer)
+        sequences = SequenceIndex([corpus], config.seq_len)
+        if max_sequences is not None and len(sequences) > max_sequences:
+            chosen = np.random.default_rng(config.seed).choice(len(sequences), max_sequences, replace=False)
+            sequences = sequences.subset(np.sort(chosen))
+        tables[name] = collect_table(
+            name,
+            sequences,
+            ask,
+            device,
+            seq_len=config.seq_len,
+            rows_per_batch=config.per_device_eval_batch_size,
+        )
+    if not tables:
+        raise OptionError(f"no corpus of {config.domain!r} in {config.data_dir}: make them with `unlearn-ds prepare`")
+    return tables
+
+
+def finish(output_dir: Path, tables: dict[str, Table], header: dict[str, Any]) -> dict[str, Any]:
+    """Compute the measures, write them and print a table; rank 0 writes, every rank gets the result."""
+
+    def write() -> dict[str, Any]:
+        result = header | evaluate_tables(tables)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            write_table(output_dir / "tables" / f"{name}.parquet", table)
+        partial = output_dir / ".evaluation.json.partial"
+        partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        partial.replace(output_dir / "evaluation.json")
+        if result["mia"]:
+            save_roc(output_dir / "roc.png", result["mia"])
+        return result
+
+    result = distributed.on_main(write)
+    distributed.say(format_evaluation(result))
+    distributed.say(f"written to {output_dir / 'evaluation.json'}")
+    return result
+
+
+def format_evaluation(result: dict[str, Any]) -> str:
+    """A table for the terminal."""
+    lines = [f"{'set':<14}{'ppl':>12}{'acc %':>9}{'sequences':>11}{'tokens':>12}"]
+    for name, measured in result["sets"].items():
+        lines.append(
+            f"{name:<14}{measured['ppl']:>12.4g}{measured['acc']:>9.2f}{measured['num_sequences']:>11,}"
+            f"{measured['num_tokens']:>12,}"
+        )
+    for attack in ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100"):
+        if attack in result["mia"]:
+            lines.append(f"membership inference {attack}: AUC {result['mia'][attack]['auc']:.3f}")
+    return "\n".join(lines)
+
+
+def _default_output(model: str) -> Path:
+    path = Path(model)
+    return path.parent if path.name == "model" and (path.parent / "run.json").exists() else Path("evaluation")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""From ZeRO partitions to a Hugging Face folder: safetensors, config, tokenizer and a model card."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from unlearn_ds import __version__, distributed
+
+_GATHER_AT_ONCE = 64
+
+
+def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole parameters on the CPU of rank 0, an empty dict elsewhere. Every rank calls this."""
+    named = list(model.named_parameters())
+    state = {}
+    for start in range(0, len(named), _GATHER_AT_ONCE):
+        part = named[start : start + _GATHER_AT_ONCE]
+        sharded = [parameter for _, parameter in part if hasattr(parameter, "ds_id")]
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded)):
+            if distributed.is_main():
+                state |= {name: parameter.detach().cpu().clone() for name, parameter in part}
+    if distributed.is_main():
+        persistent = set(model.state_dict().keys())
+        state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
+    return state
+
+
+def export_model(model: nn.Module, tokenizer: Any, target: Path, card: str) -> None:
+    """Write `target` (complete or absent) with the causal LM `model`, its tokenizer and a README. Every rank calls this."""
+    state = gathered_state_dict(model)
+
+    def write() -> None:
+        partial = target.with_name(f".{target.name}.partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        model.save_pretrained(partial, state_dict=state, max_shard_size="5GB")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+
+    distributed.on_main(write)
+
+
+def model_card(options: dict[str, Any], forgotten: list[dict[str, Any]], evaluation: dict[str, Any] | None) -> str:
+    """Markdown: what was forgotten (by digest), how, and what was measured.
+
+    forgotten: one entry per corpus with `name`, `documents`, `tokens`, `digest`. evaluation: content of evaluation.json.
+    """
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [machine-unlearning, unlearn-ds]",
+        "---",
+        f"# Trained with unlearn-ds {__version__}: {options['unlearn_method']}",
+        "",
+        f"Start: `{options.get('target_model_name_or_path') or options.get('model_name_or_path')}`.",
+        "",
+        "## Data",
+        "",
+        "| role | corpus | documents | tokens | digest |",
+        "|---|---|---|---|---|",
+        *(f"| {c['role']} | {c['name']} | {c['documents']} | {c['tokens']} | `{c['digest']}` |" for c in forgotten),
+        "",
+        "## Options",
+        "",
+        "| option | value |",
+        "|---|---|",
+        *(f"| {name} | `{value}` |" for name, value in sorted(options.items()) if value not in (None, "", False)),
+        "",
+        "## Evaluation",
+        "",
+    ]
+    if not evaluation:
+        return "\n".join([*lines, "Not evaluated: run `unlearn-ds evaluate`.", ""])
+    lines += ["| set | perplexity | accuracy % | sequences |", "|---|---|---|---|"]
+    for name, measured in evaluation["sets"].items():
+        lines.append(f"| {name} | {measured['ppl']:.4g} | {measured['acc']:.2f} | {measured['num_sequences']} |")
+    lines.append("")
+    if "min_k_40" in evaluation.get("mia", {}):
+        lines.append(f"Membership inference (Min-40% Prob): AUC {evaluation['mia']['min_k_40']['auc']:.3f}.")
+    return "\n".join([*lines, ""])

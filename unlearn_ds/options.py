@@ -1,0 +1,175 @@
+"""A frozen dataclass of options becomes a command line and a YAML file.
+
+The docstring under a field is its help text. Unknown names, in either place, stop the run with a suggestion.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+Options = TypeVar("Options")
+
+
+class OptionError(ValueError):
+    """An option the user gave is unknown, malformed or cannot take effect."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Return ` Did you mean X?` for the closest allowed word, or an empty string."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+@cache
+def field_help(config_class: type) -> dict[str, str]:
+    """Read the string literal that follows each annotated field of a dataclass."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    texts = {}
+    for field, text in zip(tree.body, tree.body[1:]):
+        is_doc = (
+            isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        )
+        if isinstance(field, ast.AnnAssign) and is_doc:
+            texts[field.target.id] = " ".join(text.value.value.split())
+    return texts
+
+
+def field_types(config_class: type) -> dict[str, tuple[Any, bool]]:
+    """Map each field to (its type without `None`, whether it is a list of values)."""
+    resolved = {}
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+            hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        is_list = typing.get_origin(hint) is tuple
+        resolved[field.name] = (typing.get_args(hint)[0] if is_list else hint, is_list)
+    return resolved
+
+
+def _to_bool(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(text).lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return words[str(text).lower()]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise OptionError(f"{message}. See {self.prog} --help.")
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add one flag per field of `config_class`; absent flags leave no trace in the namespace."""
+    texts = field_help(config_class)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name, (kind, is_list) in field_types(config_class).items():
+        text = texts[name].replace("%", "%%")
+        default = defaults[name]
+        if default is dataclasses.MISSING:
+            text += " (required)"
+        elif default not in (None, "", (), False):
+            shown = " ".join(map(str, default)) if is_list else default
+            text += f" (default: {shown})"
+        flags = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+        arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            arguments |= {"type": _to_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+        elif typing.get_origin(kind) is Literal:
+            arguments |= {"type": str, "metavar": "|".join(map(str, typing.get_args(kind)))}
+        else:
+            arguments |= {"type": kind, "metavar": kind.__name__.upper()}
+        if is_list:
+            arguments["nargs"] = "+"
+        parser.add_argument(*flags, **arguments)
+
+
+def load_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Read options from a YAML mapping; unknown keys and a file that is no mapping are errors."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"--config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"--config {path}: expected a mapping of options, got a {type(content).__name__}")
+    names = field_types(config_class)
+    for key in content:
+        if key not in names:
+            raise OptionError(f"--config {path}: unknown option {key!r}.{did_you_mean(str(key), names)}")
+    return {key: _coerce(config_class, key, value) for key, value in content.items()}
+
+
+def _coerce(config_class: type, name: str, value: Any) -> Any:
+    """Turn a YAML value into the field's type (YAML reads `2e-5` as a string, for one)."""
+    kind, is_list = field_types(config_class)[name]
+    if value is None:
+        return None
+    if is_list:
+        value = value if isinstance(value, list) else [value]
+        return tuple(value)
+    try:
+        if kind is bool:
+            return _to_bool(value)
+        if typing.get_origin(kind) is Literal:
+            return str(value)
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(float(value)) if kind is int else kind(value)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise OptionError(f"option {name}: {value!r} is not a valid {getattr(kind, '__name__', kind)}") from error
+
+
+def check_choices(config: Any) -> None:
+    """Raise `OptionError` for a value outside its field's `Literal`."""
+    for name, (kind, _) in field_types(type(config)).items():
+        value = getattr(config, name)
+        if typing.get_origin(kind) is Literal and value is not None and value not in typing.get_args(kind):
+            allowed = typing.get_args(kind)
+            raise OptionError(
+                f"--{name} {value}: choose one of {', '.join(map(str, allowed))}.{did_you_mean(str(value), allowed)}"
+            )
+
+
+def parser_for(config_class: type, prog: str, description: str) -> argparse.ArgumentParser:
+    """Build the parser of a command whose options are `config_class`, with `--config FILE`."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="YAML", help="read options from this file; flags win over it")
+    add_options(parser, config_class)
+    return parser
+
+
+def parse(config_class: type[Options], argv: Sequence[str], prog: str, description: str = "") -> Options:
+    """Parse `argv` (without the program's name) into a validated `config_class`.
+
+    Raises `OptionError` for unknown, missing or malformed options. Launchers' `--local_rank=N` is accepted and dropped.
+    """
+    argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    parser = parser_for(config_class, prog, description)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{name}" for name in field_types(config_class)]
+        word = unknown[0].split("=")[0]
+        raise OptionError(f"unknown option {word!r}.{did_you_mean(word, names)} See {prog} --help.")
+    values = vars(namespace)
+    config_file = values.pop("config")
+    merged = (load_yaml(config_file, config_class) if config_file else {}) | {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    required = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
+    missing = [f"--{name}" for name in required if name not in merged]
+    if missing:
+        raise OptionError(f"missing {', '.join(missing)}. See {prog} --help.")
+    config = config_class(**merged)
+    check_choices(config)
+    return config

@@ -1,0 +1,82 @@
+"""What a run says of itself before its first step: run.json, and its arithmetic on the terminal."""
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from unlearn_ds import __version__, distributed
+from unlearn_ds.attention import choose_attention
+from unlearn_ds.build import Run
+from unlearn_ds.run_data import NamedCorpus
+
+
+def describe(named: NamedCorpus) -> dict[str, Any]:
+    """A corpus by its digest, for run.json and the model card."""
+    return {
+        "role": named.role,
+        "name": named.name,
+        "documents": named.corpus.num_documents,
+        "tokens": named.corpus.num_tokens,
+        "digest": named.corpus.fingerprint,
+    }
+
+
+def write_run_json(run: Run) -> None:
+    """Record what is run: options, versions, data and model by fingerprint."""
+    import deepspeed
+    import transformers
+
+    content = {
+        "options": asdict(run.config),
+        "versions": {
+            "unlearn_ds": __version__,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model_fingerprint": run.model_fingerprint,
+        "corpora": [describe(named) for term in run.corpora for named in term],
+        "plan": {
+            "fingerprint": run.plan.fingerprint,
+            "num_steps": run.plan.num_steps,
+            "steps_per_epoch": run.plan.steps_per_epoch,
+        },
+        "world_size": distributed.world_size(),
+    }
+
+    def write() -> None:
+        partial = run.run_dir / ".run.json.partial"
+        partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        partial.replace(run.run_dir / "run.json")
+
+    distributed.on_main(write)
+
+
+def announce(run: Run) -> None:
+    """Print the arithmetic of the run before its first step."""
+    config, plan, device = run.config, run.plan, run.device
+    first = plan.step(min(run.start_step, plan.num_steps - 1))
+    world = distributed.world_size()
+    num_parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in run.engine.engine.module.parameters())
+    state_bytes = num_parameters * (2 + 4 + 4 + 8 if config.bf16 else 4 + 4 + 8) // world
+    attn, why = choose_attention(config.attn, device.type)
+    padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
+    for note in config.notes():
+        distributed.say(f"note: {note}")
+    sequences = ", ".join(f"{len(source.sequences):,} {source.role}" for source in plan.sources)
+    distributed.say(
+        f"{config.objective_name}: {config.objective.summary}\n"
+        f"  sequences     {sequences} of at most {config.seq_len} tokens\n"
+        f"  update        {first.num_sequences} sequences = {first.num_tokens:,} tokens in {first.num_rows} rows "
+        f"({padding:.1%} padding), {first.num_micro_steps} micro-steps x {world} ranks x "
+        f"{config.per_device_train_batch_size} rows\n"
+        f"  run           {plan.num_steps} updates, {plan.steps_per_epoch} an epoch"
+        f"{f', resumed after {run.start_step}' if run.start_step else ''}\n"
+        f"  parameters    {num_parameters:,}; parameters, gradients and optimizer {state_bytes / 2**30:.2f} GiB a rank"
+        f"{' + the reference ' + f'{num_parameters * 2 / world / 2**30:.2f} GiB' if config.objective.needs_reference else ''}\n"
+        f"  device        {device.type} x {world}, {'bf16' if config.bf16 else 'fp32'}, DeepSpeed {config.deepspeed}\n"
+        f"  attention     {attn} ({why})"
+    )

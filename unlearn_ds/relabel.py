@@ -1,0 +1,98 @@
+"""Labels drawn once from the original model, on all ranks, and kept beside the corpus.
+
+For the token at position t of a sequence the label is drawn from the original model's prediction of that same token (top-k /
+top-p, the true token removed or not): with top_k = 1 and the truth removed it is the paper's adversarial sample.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from unlearn_ds import distributed
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.labels import CachedTargets, LabelCache
+from unlearn_ds.data.loader import evaluation_batches
+from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.engine import Ask
+from unlearn_ds.loss_head import SampleCall
+from unlearn_ds.run_data import NamedCorpus, set_path
+
+
+def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
+    """Everything the labels depend on."""
+    top_k, top_p, rm_groundtruth = config.sampling
+    return {
+        "corpus": corpus.corpus.fingerprint,
+        "model": model_fingerprint,
+        "bf16": config.bf16,
+        "seq_len": config.seq_len,
+        "top_k": top_k,
+        "top_p": top_p,
+        "rm_groundtruth": rm_groundtruth,
+        "seed": config.seed,
+    }
+
+
+def cache_path(config: RunConfig, key: dict[str, Any]) -> Path:
+    """Where labels with this key lie: beside the forget corpus, one file a key."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return set_path(config.data_dir, config.domain, "forget").with_name(f"labels-{digest}")
+
+
+def sampled_targets(
+    config: RunConfig,
+    corpus: NamedCorpus,
+    sequences: SequenceIndex,
+    ask: Ask,
+    model_fingerprint: str,
+    device: torch.device,
+) -> CachedTargets:
+    """Open the cached labels, or have the original model (`ask`) draw them first. Every rank calls this."""
+    key = cache_key(config, corpus, model_fingerprint)
+    path = cache_path(config, key)
+    found = distributed.on_main(lambda: LabelCache.exists(path, key))
+    if config.overwrite_cache or not found:
+        _draw(config, corpus, sequences, ask, path, key, device)
+    return CachedTargets(path, key)
+
+
+def _draw(
+    config: RunConfig,
+    corpus: NamedCorpus,
+    sequences: SequenceIndex,
+    ask: Ask,
+    path: Path,
+    key: dict[str, Any],
+    device: torch.device,
+) -> None:
+    top_k, top_p, rm_groundtruth = config.sampling
+    cache = LabelCache.create(path, corpus.corpus.num_tokens, corpus.corpus.tokens.dtype, key)
+    distributed.barrier()
+    batches = evaluation_batches(
+        sequences,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        rows_per_batch=config.per_device_eval_batch_size,
+        seq_len=config.seq_len,
+        device=device,
+    )
+    bar = tqdm(batches, desc="drawing labels", unit="batch", disable=config.disable_tqdm or not distributed.is_main())
+    for batch in bar:
+        call = SampleCall(
+            rows=batch.ce_rows,
+            banned=batch.ce_targets if rm_groundtruth else None,
+            sample_ids=batch.token_offsets,
+            top_k=top_k,
+            top_p=top_p,
+            seed=config.seed,
+        )
+        labels = ask(batch.rows, call).cpu().numpy()
+        cache.write(batch.token_offsets.cpu().numpy(), labels.astype(np.int64))
+    cache.flush()
+    distributed.barrier()
+    distributed.on_main(cache.commit)

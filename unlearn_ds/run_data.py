@@ -1,0 +1,126 @@
+"""The data of a run: which corpora its objective reads, opened, checked against the model, and planned into steps."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.corpus import Corpus, check_tokenizer, corpus_path
+from unlearn_ds.data.labels import RandomTargets, TrueTargets
+from unlearn_ds.data.plan import Plan, Source
+from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.objectives import RANDOM_TARGETS, SAMPLED_TARGETS, Term
+from unlearn_ds.options import OptionError
+
+# What `--train_on` and evaluation call a corpus -> (folder below data_dir, corpus name); None stands for the domain.
+SETS = {
+    "forget": (None, "forget"),
+    "retain": (None, "retain"),
+    "approximate": (None, "approximate"),
+    "general": ("general", "retain"),
+    "general_evaluation": ("general", "evaluation"),
+}
+EVALUATION_SETS = {
+    "forget": "forget",
+    "approximate": "approximate",
+    "retain": "retain",
+    "general": "general_evaluation",
+}
+
+
+@dataclass(frozen=True)
+class NamedCorpus:
+    """A corpus and the word the user knows it by."""
+
+    name: str
+    role: str
+    corpus: Corpus
+
+
+def set_path(data_dir: str, domain: str, name: str) -> Path:
+    """Prefix of the corpus files of a set named as in `SETS`."""
+    if name not in SETS:
+        raise OptionError(f"unknown corpus {name!r}: choose from {', '.join(SETS)}")
+    folder, corpus = SETS[name]
+    return corpus_path(data_dir, folder or domain, corpus)
+
+
+def open_set(data_dir: str, domain: str, name: str, vocab_size: int, tokenizer: Any | None) -> Corpus:
+    """Open a corpus and check that the model can read it.
+
+    Raises `OptionError` if it was not prepared, `CorpusError` if it is damaged, holds token ids beyond `vocab_size`, or was
+    made with another tokenizer than `tokenizer`.
+    """
+    path = set_path(data_dir, domain, name)
+    if not path.with_suffix(".idx").exists():
+        folder = SETS[name][0] or domain
+        flag = f"--general_{SETS[name][1]}" if folder == "general" else f"--{name}"
+        raise OptionError(f"no corpus {path}: make it with `unlearn-ds prepare --domain {domain} {flag} FILE ...`")
+    corpus = Corpus(path)
+    corpus.check_vocabulary(vocab_size)
+    if tokenizer is not None:
+        check_tokenizer(corpus, tokenizer)
+    return corpus
+
+
+def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) -> list[list[NamedCorpus]]:
+    """Per term of the objective, the corpora it reads."""
+
+    def names(term: Term) -> tuple[str, ...]:
+        if term.role == "forget":
+            return ("forget",)
+        return config.train_on or (("general",) if config.general else ("retain",))
+
+    return [
+        [
+            NamedCorpus(name, term.role, open_set(config.data_dir, config.domain, name, vocab_size, tokenizer))
+            for name in names(term)
+        ]
+        for term in config.objective.terms
+    ]
+
+
+def make_sources(
+    config: RunConfig, corpora: list[list[NamedCorpus]], vocab_size: int, special_ids: tuple[int, ...]
+) -> list[Source]:
+    """The terms of the objective with their sequences; sampled targets are put in once they exist."""
+    sources = []
+    for term, named in zip(config.objective.terms, corpora):
+        is_first = not sources
+        random = term.targets == RANDOM_TARGETS
+        sources.append(
+            Source(
+                role=term.role,
+                loss=term.loss,
+                factor=term.factor * (1.0 if is_first else config.retain_weight),
+                sequences=SequenceIndex([c.corpus for c in named], config.seq_len),
+                targets=RandomTargets(config.seed, vocab_size, special_ids) if random else TrueTargets(),
+                ratio=1.0 if is_first else config.retain_ratio,
+            )
+        )
+    return sources
+
+
+def with_targets(config: RunConfig, sources: list[Source], targets: Any) -> list[Source]:
+    """Put `targets` in the place of every source whose term asks for sampled labels."""
+    return [
+        dataclasses.replace(source, targets=targets) if term.targets == SAMPLED_TARGETS else source
+        for term, source in zip(config.objective.terms, sources)
+    ]
+
+
+def make_plan(config: RunConfig, sources: list[Source], world_size: int) -> Plan:
+    """The steps of the run."""
+    rows = config.per_device_train_batch_size
+    return Plan(
+        sources,
+        global_batch_size=config.global_batch_size or rows * world_size * config.gradient_accumulation_steps,
+        seq_len=config.seq_len,
+        micro_batch_size=rows,
+        world_size=world_size,
+        seed=config.seed,
+        num_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        packing=config.packing,
+    )

@@ -1,0 +1,142 @@
+"""One run in reading order: open the data, build the engine, unlearn, export.
+
+Started by any of
+
+    deepspeed --num_gpus 8 --module unlearn_ds.train --target_model_name_or_path M --unlearn_method gradient_ascent ...
+    torchrun --nproc_per_node 8 -m unlearn_ds.train ...
+    srun python -m unlearn_ds.train ...
+    python -m unlearn_ds.train ...                     (one process)
+
+and, for the same things, `unlearn-ds train` in their place.
+"""
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unlearn_ds import checkpoint, distributed
+from unlearn_ds.build import Run, build_run
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.loader import Loader, Step
+from unlearn_ds.data.plan import Plan
+from unlearn_ds.export import export_model, model_card
+from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
+from unlearn_ds.options import parse
+from unlearn_ds.records import announce, describe, write_run_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of a run; returns the exit code."""
+    try:
+        train(parse(RunConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds train", __doc__ or ""))
+    except (ValueError, OSError) as error:
+        if distributed.is_main():
+            print(f"unlearn-ds train: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.shut_down()
+    return 0
+
+
+def train(config: RunConfig) -> Path:
+    """Carry out a run and return its folder. Every rank calls this.
+
+    Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints.
+    """
+    run = build_run(config)
+    write_run_json(run)
+    announce(run)
+    run_steps(run)
+    evaluation = None
+    if config.do_eval:
+        from unlearn_ds.evaluation.evaluate import evaluate_run
+
+        evaluation = evaluate_run(config, run.engine.ask, run.model_config, run.tokenizer, run.device)
+    if config.export:
+        card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
+        export_model(run.engine.engine.module.model, run.tokenizer, run.run_dir / "model", card)
+        distributed.say(f"model written to {run.run_dir / 'model'}")
+    return run.run_dir
+
+
+def run_steps(run: Run) -> None:
+    """The loop: every update of the plan that is not done yet."""
+    config, engine, plan = run.config, run.engine, run.plan
+    skipped_in_a_row = 0
+    with (
+        MetricsWriter(config, run.run_dir, plan.num_steps, run.start_step) as metrics,
+        Loader(plan, distributed.rank(), engine.device, run.start_step) as loader,
+    ):
+        gc.collect()
+        gc.freeze()
+        for step in loader:
+            started = time.perf_counter()
+            learning_rate = engine.learning_rate
+            sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # loss, forget part, retain part
+            for batch in step.micro_batches:
+                with run.reference.loss_call(batch) as call:
+                    sums += micro_sums(batch, engine.micro_step(batch.rows, call))
+            result = engine.update()
+            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+            done = step.index + 1
+            if done % config.logging_steps == 0 or done == plan.num_steps or not result.applied:
+                elapsed = time.perf_counter() - started + step.wait_s
+                metrics.write(
+                    {
+                        "step": done,
+                        "epoch": round(done / plan.steps_per_epoch, 4),
+                        **reduce_losses(plan, step, sums),
+                        "lr": learning_rate,
+                        "grad_norm": result.grad_norm if result.applied else None,
+                        "skipped": not result.applied,
+                        "num_tokens": step.num_tokens,
+                        "tokens_per_s": step.num_tokens / elapsed,
+                        "step_s": elapsed,
+                        "data_wait_s": step.wait_s,
+                        "peak_mem_gib": peak_memory_gib(engine.device),
+                    }
+                )
+            metrics.advance()
+            if skipped_in_a_row >= config.max_skipped_steps:
+                raise ValueError(
+                    f"the gradient was not finite in {skipped_in_a_row} updates in a row (last: {done}): the weights are as "
+                    f"after update {done - skipped_in_a_row}. Lower --learning_rate, or look at the data of these updates"
+                )
+            if config.save_steps and (done % config.save_steps == 0 or done == plan.num_steps):
+                checkpoint.save(engine, run.run_dir, done, run.plan_id, config.save_total_limit)
+
+
+def micro_sums(batch: Any, answer: tuple[Tensor, ...]) -> Tensor:
+    """(3,) fp64: the micro-batch's share of the loss, of its forget part and of its retain part; no device sync."""
+    loss, nll, kl = answer
+    weighted = batch.ce_weights * nll
+    forget = torch.where(batch.ce_is_forget, weighted, 0).sum(dtype=torch.float64)
+    retain = torch.where(batch.ce_is_forget, 0, weighted).sum(dtype=torch.float64)
+    if kl.numel():
+        retain = retain + (batch.kl_weights * kl).sum(dtype=torch.float64)
+    return torch.stack([loss.double(), forget, retain])
+
+
+def reduce_losses(plan: Plan, step: Step, sums: Tensor) -> dict[str, float | None]:
+    """Add the ranks' shares; forget_loss and retain_loss are means over their own sequences, without sign and weight."""
+    if distributed.world_size() > 1:
+        dist.all_reduce(sums)
+    loss, forget, retain = sums.tolist()
+    parts: dict[str, float | None] = {"forget_loss": None, "retain_loss": None}
+    for source, count in zip(plan.sources, step.num_sequences_by_source):
+        total = forget if source.role == "forget" else retain
+        if source.factor and count:
+            parts[f"{source.role}_loss"] = total / source.factor * step.num_sequences / count
+    return {"loss": loss, **parts}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
