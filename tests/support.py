@@ -1,16 +1,15 @@
 """What several tests build: tiny models and corpora, and real runs under the real launcher."""
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
+from unlearn_ds.processes import rank_command, rank_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 131
@@ -60,29 +59,16 @@ def write_corpora(data_dir: Path, num_documents: int = 12, longest: int = 40, se
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child process: this checkout first, one thread, no launcher's leftovers."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    clean = {name: value for name, value in os.environ.items() if name not in launcher}
-    return clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | extra
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """The environment of a child process: one thread, no warnings."""
+    return rank_environment(**({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | extra))
 
 
 def launch(
     module: str, arguments: list[str], num_ranks: int = 1, timeout_s: float = 300, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a module as a plain process, or on several ranks under the deepspeed launcher."""
-    if num_ranks == 1:
-        command = [sys.executable, "-m", module]
-    else:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-        command += ["--master_port", str(free_port()), "--module", module]
     return subprocess.run(
-        [*command, *arguments],
+        rank_command(module, arguments, num_ranks),
         cwd=ROOT,
         env=environment(**extra),
         capture_output=True,

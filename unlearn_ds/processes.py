@@ -1,0 +1,60 @@
+"""Start a module of ours on this machine: as one process, or as several ranks under the deepspeed launcher."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+# What a launcher leaves in the environment of its ranks: a process they start must not take it for its own.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+
+def default_num_ranks(at_most: int) -> int:
+    """One rank per GPU, else one per core, at most `at_most`."""
+    available = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return max(1, min(at_most, available))
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_command(module: str, arguments: Sequence[str], num_ranks: int) -> list[str]:
+    """The command line that runs `python -m module arguments` on `num_ranks` ranks of this machine."""
+    if num_ranks == 1:
+        return [sys.executable, "-m", module, *arguments]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+    return [*launcher, "--master_port", str(free_port()), "--no_local_rank", "--module", module, *arguments]
+
+
+def rank_environment(**extra: str) -> dict[str, str]:
+    """This process's environment for such a command: the same package, no launcher's leftovers, CPU where there is no GPU."""
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    search_path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), inherited.get("PYTHONPATH")]))
+    defaults = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    return defaults | inherited | {"PYTHONPATH": search_path} | extra
+
+
+def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, log: Path) -> None:
+    """Run to the end, with all output in `log`. Raises `RuntimeError` with the log's end if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        finished = subprocess.run(
+            rank_command(module, arguments, num_ranks),
+            env=rank_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    if finished.returncode != 0:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+        raise RuntimeError(f"{module} ended with code {finished.returncode}; the end of {log}:\n{tail}")
