@@ -77,7 +77,7 @@ def build_run(config: RunConfig) -> Run:
     if resumed_from is not None:
         checkpoint.prepare_resume(resumed_from, ds_config)
     impl = None if config.loss_impl == "auto" else config.loss_impl
-    head = HeadOptions(logit_shape(model_config), config.loss_workspace_mib << 20, impl)
+    head = HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl)
     model = load_model(options, model_config, ds_config, head, device)
     set_activation_checkpointing(model.model, config.activation_checkpointing)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:

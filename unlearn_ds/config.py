@@ -106,7 +106,7 @@ class RunConfig:
     """ZeRO-3 gathers a decoder layer in one piece"""
     loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """implementation of the loss head"""
-    loss_workspace_mib: int = 1024
+    loss_workspace_mib: float = 1024.0
     """memory that the loss may use for logits, in MiB"""
     num_threads: int | None = None
     """CPU threads of a rank (default: the machine's cores shared out)"""
@@ -298,7 +298,7 @@ class EvaluateConfig:
     """attention for packed rows"""
     loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """implementation of the loss head"""
-    loss_workspace_mib: int = 1024
+    loss_workspace_mib: float = 1024.0
     """memory that the head may use for logits, in MiB"""
     trust_remote_code: bool = False
     """run code that comes with the model; off unless you trust its authors"""

@@ -80,10 +80,7 @@ def run_steps(run: Run) -> None:
         for step in loader:
             started = time.perf_counter()
             learning_rate = engine.learning_rate
-            sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # loss, forget part, retain part
-            for batch in step.micro_batches:
-                with run.reference.loss_call(batch) as call:
-                    sums += micro_sums(batch, engine.micro_step(batch.rows, call))
+            sums = accumulate(run, step)
             result = engine.update()
             skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             done = step.index + 1
@@ -112,6 +109,15 @@ def run_steps(run: Run) -> None:
                 )
             if config.save_steps and (done % config.save_steps == 0 or done == plan.num_steps):
                 checkpoint.save(engine, run.run_dir, done, run.plan_id, config.save_total_limit)
+
+
+def accumulate(run: Run, step: Step) -> Tensor:
+    """Forward and backward over this rank's micro-batches; returns (3,): loss, forget part, retain part, before reduction."""
+    sums = torch.zeros(3, dtype=torch.float64, device=run.engine.device)
+    for batch in step.micro_batches:
+        with run.reference.loss_call(batch) as call:
+            sums += micro_sums(batch, run.engine.micro_step(batch.rows, call))
+    return sums
 
 
 def micro_sums(batch: Any, answer: tuple[Tensor, ...]) -> Tensor:

@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         tokenizer = None
     ds_config = inference_config(ds_file, bf16=config.bf16, size=model_size(model_config))
     impl = None if config.loss_impl == "auto" else config.loss_impl
-    head = HeadOptions(logit_shape(model_config), config.loss_workspace_mib << 20, impl)
+    head = HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl)
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
     check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
     tables = collect_sets(config, engine.ask, model_config, tokenizer, device, config.max_sequences)
