@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from unlearn_ds import __version__, distributed
+from unlearn_ds.evaluation.summary import show
 
 _GATHER_AT_ONCE = 64
 
@@ -82,8 +83,8 @@ def model_card(options: dict[str, Any], forgotten: list[dict[str, Any]], evaluat
         return "\n".join([*lines, "Not evaluated: run `unlearn-ds evaluate`.", ""])
     lines += ["| set | perplexity | accuracy % | sequences |", "|---|---|---|---|"]
     for name, measured in evaluation["sets"].items():
-        lines.append(f"| {name} | {measured['ppl']:.4g} | {measured['acc']:.2f} | {measured['num_sequences']} |")
+        lines.append(f"| {name} | {show(measured['ppl'])} | {measured['acc']:.2f} | {measured['num_sequences']} |")
     lines.append("")
     if "min_k_40" in evaluation.get("mia", {}):
-        lines.append(f"Membership inference (Min-40% Prob): AUC {evaluation['mia']['min_k_40']['auc']:.3f}.")
+        lines.append(f"Membership inference (Min-40% Prob): AUC {show(evaluation['mia']['min_k_40']['auc'], '.3f')}.")
     return "\n".join([*lines, ""])

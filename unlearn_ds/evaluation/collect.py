@@ -11,10 +11,8 @@ from unlearn_ds import distributed
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.engine import Ask
-from unlearn_ds.evaluation.table import concat_tables, sequence_table
+from unlearn_ds.evaluation.table import Table, concat_tables, sequence_table
 from unlearn_ds.loss_head import StatsCall
-
-Table = dict[str, np.ndarray]
 
 
 def collect_table(

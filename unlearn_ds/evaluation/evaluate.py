@@ -20,14 +20,16 @@ from unlearn_ds.config import EvaluateConfig, RunConfig
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine import Ask, FrozenEngine
-from unlearn_ds.evaluation.collect import Table, collect_table
+from unlearn_ds.evaluation.collect import collect_table
 from unlearn_ds.evaluation.plots import save_roc
-from unlearn_ds.evaluation.summary import evaluate_tables
-from unlearn_ds.evaluation.table import write_table
+from unlearn_ds.evaluation.summary import evaluate_tables, show
+from unlearn_ds.evaluation.table import Table, write_table
 from unlearn_ds.loss_head import HeadOptions
 from unlearn_ds.model import ModelOptions, load_config, load_model, logit_shape, model_fingerprint, model_size
 from unlearn_ds.options import OptionError, parse
 from unlearn_ds.run_data import EVALUATION_SETS, open_set, set_path
+
+SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib", "reference")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,16 +65,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tables = collect_sets(config, engine.ask, model_config, tokenizer, device, config.max_sequences)
     output_dir = Path(config.output_dir) if config.output_dir else _default_output(config.model_name_or_path)
     header = {"model": config.model_name_or_path, "model_fingerprint": model_fingerprint(options.name_or_path)}
-    return finish(output_dir, tables, header | {"options": asdict(config)})
+    return finish(output_dir, tables, header | {"options": asdict(config)}, config.seed)
 
 
 def evaluate_run(
     config: RunConfig, ask: Ask, model_config: PreTrainedConfig, tokenizer: Any | None, device: torch.device
 ) -> dict[str, Any]:
     """Measure the model of a run through its own engine and write the result into the run's folder."""
-    return finish(
-        config.run_dir, collect_sets(config, ask, model_config, tokenizer, device), {"model": str(config.run_dir)}
-    )
+    tables = collect_sets(config, ask, model_config, tokenizer, device)
+    return finish(config.run_dir, tables, {"model": str(config.run_dir)}, config.seed)
 
 
 def collect_sets(
@@ -110,19 +111,19 @@ def collect_sets(
     return tables
 
 
-def finish(output_dir: Path, tables: dict[str, Table], header: dict[str, Any]) -> dict[str, Any]:
+def finish(output_dir: Path, tables: dict[str, Table], header: dict[str, Any], seed: int) -> dict[str, Any]:
     """Compute the measures, write them and print a table; rank 0 writes, every rank gets the result."""
 
     def write() -> dict[str, Any]:
-        result = header | evaluate_tables(tables)
+        result = header | evaluate_tables(tables, seed=seed)
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
             write_table(output_dir / "tables" / f"{name}.parquet", table)
         partial = output_dir / ".evaluation.json.partial"
-        partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        partial.write_text(json.dumps(result, indent=2, allow_nan=False), encoding="utf-8")
         partial.replace(output_dir / "evaluation.json")
         if result["mia"]:
-            save_roc(output_dir / "roc.png", result["mia"])
+            save_roc(output_dir / "roc.png", tables)
         return result
 
     result = distributed.on_main(write)
@@ -136,12 +137,16 @@ def format_evaluation(result: dict[str, Any]) -> str:
     lines = [f"{'set':<14}{'ppl':>12}{'acc %':>9}{'sequences':>11}{'tokens':>12}"]
     for name, measured in result["sets"].items():
         lines.append(
-            f"{name:<14}{measured['ppl']:>12.4g}{measured['acc']:>9.2f}{measured['num_sequences']:>11,}"
+            f"{name:<14}{show(measured['ppl']):>12}{measured['acc']:>9.2f}{measured['num_sequences']:>11,}"
             f"{measured['num_tokens']:>12,}"
         )
-    for attack in ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100"):
+    for attack in SHOWN_ATTACKS:
         if attack in result["mia"]:
-            lines.append(f"membership inference {attack}: AUC {result['mia'][attack]['auc']:.3f}")
+            measured = result["mia"][attack]
+            bounds = measured["auc_interval"]
+            spread = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
+            lines.append(f"membership inference {attack:<20} AUC {show(measured['auc'], '.3f')}{spread}")
+    lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join(lines)
 
 

@@ -1,0 +1,93 @@
+"""Plots of an evaluation and of a report, drawn by matplotlib without a display.
+
+In a page they are inline SVG whose lines and letters take the page's own colour and font, so that they follow light and dark.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from unlearn_ds.evaluation.attacks import attack_scores, roc_curve, weighted_auc
+from unlearn_ds.evaluation.table import Table
+
+_INK = "#010203"  # stands for the page's text colour; no palette below contains it
+PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#d4a62a", "#ff9da7", "#9c755f", "#8c8c8c")
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "grid.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+_ROC_ATTACKS = ("min_k_20", "min_k_40", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib")
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour per model, the same in every plot."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+
+
+def new_figure(width: float = 5.2, height: float = 3.8, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with `columns` panels side by side, in our style."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def to_svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an `<svg>` element that carries no address, no date and ids of its own."""
+    buffer = io.StringIO()
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # ids of two plots on one page must differ
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1)
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def draw_roc(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], ink: dict[str, str]) -> None:
+    """One line per named (false positive rate, true positive rate)."""
+    axes.plot([0, 1], [0, 1], color=_INK, linestyle=":", linewidth=1, alpha=0.6)
+    for name, (false_rate, true_rate) in curves.items():
+        axes.plot(false_rate, true_rate, color=ink[name.split(" ")[0]], label=name, linewidth=1.4)
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    axes.legend(loc="lower right")
+
+
+def save_roc(path: Path, tables: dict[str, Table]) -> None:
+    """Write a PNG with the ROC curves of the main attacks on forget against approximate."""
+    found = attack_scores(tables["forget"], tables["approximate"])
+    scores = {name: found[name] for name in _ROC_ATTACKS if name in found and np.isfinite(found[name].members).all()}
+    curves = {}
+    for name, one in scores.items():
+        auc = weighted_auc(one, np.ones((1, len(one.members))), np.ones((1, len(one.others))))[0]
+        curves[f"{name} (AUC {auc:.3f})"] = roc_curve(one)
+    figure, (axes,) = new_figure(5.0, 5.0)
+    draw_roc(axes, curves, colours(list(scores)))
+    axes.set_title("membership inference: forget against approximate")
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=150, facecolor="white")
+    partial.replace(path)
