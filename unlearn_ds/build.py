@@ -62,7 +62,14 @@ def build_run(config: RunConfig) -> Run:
     if config.tf32:
         torch.set_float32_matmul_precision("high")
 
-    options = ModelOptions(config.start_model, config.bf16, config.attn, config.random_init, config.trust_remote_code)
+    options = ModelOptions(
+        config.start_model,
+        config.bf16,
+        config.attn,
+        config.random_init,
+        config.trust_remote_code,
+        config.loading,
+    )
     model_config = load_config(options)
     tokenizer = load_tokenizer(config)
     corpora = open_run_corpora(config, model_config.vocab_size, tokenizer)

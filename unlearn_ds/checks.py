@@ -57,6 +57,5 @@ def check_model(ask: Ask, vocab_size: int, dtype: torch.dtype, device: torch.dev
     if not worst_packing <= tolerance:
         raise OptionError(
             f"{name}: log-probabilities of a sequence change by {worst_packing:.3g} (allowed {tolerance}) when another is "
-            "packed before it: this architecture mixes the sequences of a row. Use --packing False with "
-            "--per_device_train_batch_size 1."
+            "packed before it: this architecture mixes the sequences of a row, and is not supported."
         )

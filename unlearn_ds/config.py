@@ -108,6 +108,8 @@ class RunConfig:
     """implementation of the loss head"""
     loss_workspace_mib: float = 1024.0
     """memory that the loss may use for logits, in MiB"""
+    loading: Literal["auto", "transformers"] = "auto"
+    """auto: each rank reads its own slices of the weights where the files' layout allows it; transformers: never"""
     num_threads: int | None = None
     """CPU threads of a rank (default: the machine's cores shared out)"""
 

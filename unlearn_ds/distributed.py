@@ -93,6 +93,7 @@ def quiet_libraries() -> None:
     level = getattr(logging, os.environ.get("UNLEARN_DS_LOG_LEVEL", "warning").upper(), logging.WARNING)
     logger.setLevel(level)
     transformers.logging.set_verbosity(level)
+    transformers.logging.disable_progress_bar()
 
 
 def shut_down() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sample, linear_token_stats
+from unlearn_ds.weights import Loading
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,10 @@ class PackedCausalLM(nn.Module):
     One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loading: Loading | None = None) -> None:
         super().__init__()
         self.model = model
+        self.loading = loading
 
     @property
     def head(self) -> nn.Module:

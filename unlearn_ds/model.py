@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from unlearn_ds import attention
+from unlearn_ds import attention, weights
 from unlearn_ds.ds_config import ModelSize
 from unlearn_ds.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
 from unlearn_ds.options import OptionError
@@ -31,6 +37,7 @@ class ModelOptions:
     attn: str = "auto"
     random_init: bool = False
     trust_remote_code: bool = False
+    loading: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,12 +57,24 @@ class _ZeroInit:
 def load_config(options: ModelOptions) -> PreTrainedConfig:
     """Read a model's config, with all dropout set to 0: an update must not depend on how rows are packed.
 
-    Raises `OptionError` if there is no such model.
+    Raises `OptionError` if there is no such model, or if it is one that cannot be trained on packed rows.
     """
     try:
         config = AutoConfig.from_pretrained(options.name_or_path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot read the model {options.name_or_path!r}: {error}") from error
+    if config.get_text_config(decoder=True) is not config:
+        raise OptionError(
+            f"{options.name_or_path}: {type(config).__name__} describes more than a language model "
+            f"({', '.join(config.sub_configs)}): only text models are trained. Save its text part as a model of its own "
+            f"({type(config.get_text_config(decoder=True)).__name__}) and give that folder"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is not None and not model_class._supports_attention_backend:
+        raise OptionError(
+            f"{options.name_or_path}: {model_class.__name__} cannot keep the sequences of a packed row apart: its attention, or "
+            "its recurrent state, is not one that transformers lets us replace (_supports_attention_backend)"
+        )
     for name, value in vars(config).items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -89,26 +108,60 @@ def load_model(
     attention.register()
     attn_name, _ = attention.choose_attention(options.attn, device.type)
     common = {"dtype": options.dtype, "attn_implementation": attn_name, "trust_remote_code": options.trust_remote_code}
+    watch = weights.Stopwatch()
     if options.random_init:
         # Whole on every rank, then sharded by deepspeed.initialize: the same seed gives the same weights everywhere.
         model = AutoModelForCausalLM.from_config(config, **common)
+        loading = watch.loading("random", "asked for")
     else:
-        zero_init = _ZeroInit(ds_config)
-        set_hf_deepspeed_config(zero_init)
         try:
-            model = AutoModelForCausalLM.from_pretrained(options.name_or_path, config=config, **common)
+            model, loading = _load(options, config, ds_config, common, watch)
         except (OSError, ValueError) as error:
             raise OptionError(f"cannot load the model {options.name_or_path!r}: {error}") from error
-        finally:
-            unset_hf_deepspeed_config()
-        verify_weights(model, model_folder(options.name_or_path))
     output = model.get_output_embeddings()
     if output is None or not hasattr(output, "weight"):
         raise OptionError(
             f"{type(model).__name__} has no output projection with a weight: it is no causal LM we can train"
         )
     attach(output, head)
-    return PackedCausalLM(model)
+    return PackedCausalLM(model, loading)
+
+
+def _load(
+    options: ModelOptions,
+    config: PreTrainedConfig,
+    ds_config: dict[str, Any],
+    common: dict[str, Any],
+    watch: weights.Stopwatch,
+) -> tuple[nn.Module, weights.Loading]:
+    """Read a pretrained model: rank by rank from its files where their layout allows it, else through transformers."""
+    folder = model_folder(options.name_or_path)
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(config, **common)
+    found, problem = weights.match_parameters(blank, weights.stored_tensors(folder))
+    reason = weights.why_not_direct(blank, ds_config, problem)
+    if reason is None and options.loading == "transformers":
+        reason = "asked for"
+    zero_init = _ZeroInit(ds_config)
+    set_hf_deepspeed_config(zero_init)
+    try:
+        if reason is None:
+            model = weights.build_sharded(type(blank), config, options.dtype)
+            num_bytes = weights.fill_partitions(model, found)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            loading = watch.loading("direct", "each rank reads its own slices", num_bytes)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                options.name_or_path, config=config, output_loading_info=True, **common
+            )
+            if info["missing_keys"]:
+                raise OptionError(f"its files hold no {sorted(info['missing_keys'])[0]!r}")
+            loading = watch.loading("transformers", reason)
+    finally:
+        unset_hf_deepspeed_config()
+    weights.verify(model, found)
+    return model, loading
 
 
 def decoder_layer_classes(model: nn.Module) -> list[str]:
@@ -160,39 +213,3 @@ def model_fingerprint(name_or_path: str) -> str:
                 file.seek(max(0, part * (size - _SAMPLE_BYTES) // 7))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
-
-
-def verify_weights(model: nn.Module, folder: Path) -> None:
-    """Compare the first elements of every tensor with the safetensors files: a loader has handed out random weights before.
-
-    Tensors under another name in the file (renamed or fused on loading) are left to transformers. Raises `OptionError`.
-    """
-    from safetensors import safe_open
-
-    parameters = dict(model.named_parameters())
-    wrong = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                parameter = parameters.get(name)
-                if parameter is not None and not _starts_alike(parameter, file.get_slice(name)):
-                    wrong.append(name)
-    if wrong:
-        raise OptionError(
-            f"{len(wrong)} weights of {folder} did not arrive as they stand in the file, first {wrong[0]!r}"
-        )
-
-
-def _starts_alike(parameter: nn.Parameter, stored: Any) -> bool:
-    """Whether this rank's view of the parameter begins with the stored bytes (rank 0 holds the first slice)."""
-    shape = stored.get_shape()
-    first = stored[:1] if shape else stored[...]
-    sharded = getattr(parameter, "ds_tensor", None)
-    if sharded is None:
-        local = parameter.detach().flatten()
-    elif torch.distributed.get_rank() == 0:
-        local = sharded.detach().flatten()
-    else:
-        return True
-    count = min(local.numel(), first.numel(), 64)
-    return torch.equal(local[:count].cpu(), first.flatten()[:count].to(local.dtype))

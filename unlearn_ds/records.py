@@ -78,5 +78,6 @@ def announce(run: Run) -> None:
         f"  parameters    {num_parameters:,}; parameters, gradients and optimizer {state_bytes / 2**30:.2f} GiB a rank"
         f"{' + the reference ' + f'{num_parameters * 2 / world / 2**30:.2f} GiB' if config.objective.needs_reference else ''}\n"
         f"  device        {device.type} x {world}, {'bf16' if config.bf16 else 'fp32'}, DeepSpeed {config.deepspeed}\n"
+        f"  loaded        {run.engine.engine.module.loading}\n"
         f"  attention     {attn} ({why})"
     )
