@@ -1,0 +1,148 @@
+"""The loss ops chunk by chunk: three products for cross-entropy, four for KL, one for statistics; gradients in the forward.
+
+What happens between the products, row by row, comes from `rows`: the module `rows_torch` or `rows_triton`. Nothing here reads
+a value back from the device. Legend: M rows, C rows of a chunk, D hidden size, V vocabulary.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from unlearn_ds.kernels.projection import HeadGradients, accumulation_dtype, chunk_bounds, project
+from unlearn_ds.kernels.reference import TokenStats, draw, weighted_sum
+
+
+class Head(NamedTuple):
+    """An output projection and what a model does to its logits."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+class Needs(NamedTuple):
+    """Which gradients the caller will ask for."""
+
+    dx: bool
+    dw: bool
+    dbias: bool
+
+
+Answer = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # loss (), loss of each row (M,), dX, dW, dbias
+
+
+def cross_entropy(
+    rows: ModuleType,
+    hidden: Tensor,  # (M, D)
+    head: Head,
+    targets: Tensor,  # (M,) int64
+    token_weight: Tensor,  # (M,) signed
+    workspace_bytes: int,
+    needs: Needs,
+) -> Answer:
+    """`sum_i a_i * CE_i`. The logits become their own gradient in place, so 3 products and one buffer."""
+    num_rows, num_tokens = len(hidden), len(head.weight)
+    nll = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden.dtype))
+    gradients = HeadGradients(hidden, head.weight, head.bias, *needs)
+    z = None
+    for start, stop in chunk_bounds(num_rows, num_tokens * hidden.element_size(), workspace_bytes):
+        z = _buffer(z, stop - start, num_tokens, hidden, hidden.dtype)
+        project(hidden[start:stop], head.weight, z)
+        rows.cross_entropy(
+            z, head, targets[start:stop], token_weight[start:stop], nll[start:stop], gradients.any_needed
+        )
+        if gradients.any_needed:
+            gradients.add(start, stop, z)
+    return weighted_sum(token_weight, nll), nll, gradients.dx, gradients.dw, gradients.dbias
+
+
+def kl(
+    rows: ModuleType,
+    hidden: Tensor,  # (M, D)
+    head: Head,
+    ref_hidden: Tensor,  # (M, D)
+    ref_head: Head,
+    token_weight: Tensor,  # (M,)
+    workspace_bytes: int,
+    needs: Needs,
+) -> Answer:
+    """`sum_i b_i * KL(p_ref || p)_i`. Both logits in fp32: rounded to bf16 they would drown a small KL."""
+    num_rows, num_tokens = len(hidden), len(head.weight)
+    dtype = accumulation_dtype(hidden.dtype)
+    divergence = hidden.new_empty(num_rows, dtype=dtype)
+    gradients = HeadGradients(hidden, head.weight, head.bias, *needs)
+    separate_dz = gradients.any_needed and hidden.dtype != dtype
+    bytes_per_logit = 2 * dtype.itemsize + (hidden.element_size() if separate_dz else 0)
+    z = z_ref = dz = None
+    for start, stop in chunk_bounds(num_rows, num_tokens * bytes_per_logit, workspace_bytes):
+        z = _buffer(z, stop - start, num_tokens, hidden, dtype)
+        z_ref = _buffer(z_ref, stop - start, num_tokens, hidden, dtype)
+        dz = _buffer(dz, stop - start, num_tokens, hidden, hidden.dtype) if separate_dz else z
+        project(hidden[start:stop], head.weight, z)
+        project(ref_hidden[start:stop], ref_head.weight, z_ref)
+        rows.kl(z, z_ref, head, ref_head, token_weight[start:stop], divergence[start:stop], dz, gradients.any_needed)
+        if gradients.any_needed:
+            gradients.add(start, stop, dz)
+    return weighted_sum(token_weight, divergence), divergence, gradients.dx, gradients.dw, gradients.dbias
+
+
+def token_stats(
+    rows: ModuleType,
+    hidden: Tensor,  # (M, D)
+    head: Head,
+    targets: Tensor,  # (M,) int64
+    workspace_bytes: int,
+) -> TokenStats:
+    """Statistics of each row's next token: one product, fp32 logits."""
+    num_rows, num_tokens = len(hidden), len(head.weight)
+    dtype = accumulation_dtype(hidden.dtype)
+    log_prob, sum_p_logp, sum_p_logp2 = (hidden.new_empty(num_rows, dtype=dtype) for _ in range(3))
+    correct = hidden.new_empty(num_rows, dtype=torch.bool)
+    stats = TokenStats(log_prob, correct, sum_p_logp, sum_p_logp2)
+    z = None
+    for start, stop in chunk_bounds(num_rows, num_tokens * dtype.itemsize, workspace_bytes):
+        z = _buffer(z, stop - start, num_tokens, hidden, dtype)
+        project(hidden[start:stop], head.weight, z)
+        rows.token_stats(z, head, targets[start:stop], TokenStats(*(part[start:stop] for part in stats)))
+    return stats
+
+
+def sample(
+    rows: ModuleType,
+    hidden: Tensor,  # (M, D)
+    head: Head,
+    banned: Tensor | None,  # (M,) int64
+    sample_ids: Tensor,  # (M,) int64
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    workspace_bytes: int,
+) -> Tensor:  # (M,) int64
+    """A token per row, drawn as the reference says. Ordering and cumulating take four more buffers of the logits' size."""
+    num_rows, num_tokens = len(hidden), len(head.weight)
+    dtype = accumulation_dtype(hidden.dtype)
+    drawn = hidden.new_empty(num_rows, dtype=torch.int64)
+    buffers = 1 if top_k == 1 else 8
+    z = None
+    for start, stop in chunk_bounds(num_rows, num_tokens * dtype.itemsize * buffers, workspace_bytes):
+        z = _buffer(z, stop - start, num_tokens, hidden, dtype)
+        project(hidden[start:stop], head.weight, z)
+        rows.finish(z, head)
+        if banned is not None:
+            z.scatter_(1, banned[start:stop, None], float("-inf"))
+        drawn[start:stop] = draw(z, sample_ids[start:stop], top_k, top_p, seed)
+    return drawn
+
+
+def _buffer(
+    buffer: Tensor | None,  # (at least C, V), of an earlier chunk
+    num_rows: int,
+    num_tokens: int,
+    like: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # (C, V), uninitialised
+    if buffer is None or len(buffer) < num_rows:
+        return like.new_empty(num_rows, num_tokens, dtype=dtype)
+    return buffer[:num_rows]

@@ -1,0 +1,124 @@
+"""The two differentiable loss ops as `torch.library` custom ops: a graph capture sees one node with a known shape.
+
+Both compute their gradients in the forward, scaled by the token weights, and multiply them by the upstream scalar in the
+backward; the weight itself is never saved, so ZeRO-3 may take it away in between.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from unlearn_ds.kernels.chunked import Answer, Head, Needs
+from unlearn_ds.kernels.projection import accumulation_dtype
+
+from unlearn_ds.kernels import chunked
+
+
+def row_ops(impl: str) -> ModuleType:
+    """The module that works on the rows of a chunk: `rows_triton` or `rows_torch`."""
+    return importlib.import_module(f"unlearn_ds.kernels.rows_{'triton' if impl == 'triton' else 'torch'}")
+
+
+@torch.library.custom_op("unlearn_ds::linear_cross_entropy", mutates_args=())
+def cross_entropy_op(
+    hidden: Tensor,  # (M, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (M,) int64
+    token_weight: Tensor,  # (M,)
+    logit_scale: float,
+    softcap: float | None,
+    workspace_bytes: int,
+    impl: str,
+    needs: list[bool],  # dX, dW, dbias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, CE of each row, dX, dW (fp32), dbias (fp32); empty where not needed."""
+    head = Head(weight, bias, logit_scale, softcap)
+    return chunked.cross_entropy(row_ops(impl), hidden, head, targets, token_weight, workspace_bytes, Needs(*needs))
+
+
+@torch.library.custom_op("unlearn_ds::linear_kl", mutates_args=())
+def kl_op(
+    hidden: Tensor,  # (M, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    ref_hidden: Tensor,  # (M, D)
+    ref_weight: Tensor,  # (V, D)
+    ref_bias: Tensor | None,  # (V,)
+    token_weight: Tensor,  # (M,)
+    logit_scale: float,
+    softcap: float | None,
+    workspace_bytes: int,
+    impl: str,
+    needs: list[bool],  # dX, dW, dbias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, KL of each row, dX, dW (fp32), dbias (fp32); empty where not needed."""
+    head = Head(weight, bias, logit_scale, softcap)
+    ref_head = Head(ref_weight, ref_bias, logit_scale, softcap)
+    return chunked.kl(row_ops(impl), hidden, head, ref_hidden, ref_head, token_weight, workspace_bytes, Needs(*needs))
+
+
+def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> Answer:
+    dtype = accumulation_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(hidden.shape[0], dtype=dtype),
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        hidden.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
+        hidden.new_empty(bias.shape if needs[2] else 0, dtype=dtype),
+    )
+
+
+@cross_entropy_op.register_fake
+def _(hidden, weight, bias, targets, token_weight, logit_scale, softcap, workspace_bytes, impl, needs):
+    return _shapes(hidden, weight, bias, needs)
+
+
+@kl_op.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    token_weight,
+    logit_scale,
+    softcap,
+    workspace_bytes,
+    impl,
+    needs,
+):
+    return _shapes(hidden, weight, bias, needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Answer) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+    ctx.needs = inputs[-1]
+    ctx.dtypes = (inputs[1].dtype, inputs[2].dtype if inputs[2] is not None else None)
+    ctx.num_inputs = len(inputs)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if upstream is None:
+        return tuple(grads)
+    dx, dw, dbias = ctx.saved_tensors
+    need_dx, need_dw, need_dbias = ctx.needs
+    if need_dx:
+        grads[0] = dx * upstream.to(dx.dtype)
+    if need_dw:
+        # In place, or a second dW would exist for a moment; unless the caller wants to come back.
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        grads[1] = (dw * upstream if keep else dw.mul_(upstream)).to(ctx.dtypes[0])
+    if need_dbias:
+        grads[2] = (dbias * upstream).to(ctx.dtypes[1])
+    return tuple(grads)
+
+
+cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
+kl_op.register_autograd(_backward, setup_context=_setup_context)

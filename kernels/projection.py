@@ -1,0 +1,114 @@
+"""The matrix products of the loss and the chunks that they are cut into; shared by every implementation but the reference.
+
+Logits exist for one chunk of rows at a time. Legend: C rows of a chunk, M rows, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ROW_MULTIPLE = 128  # a GEMM wastes nothing on rows that fill its tiles
+_UPCAST_ELEMENTS = 1 << 22  # of a bf16 weight, at a time, where a product with fp32 result needs fp32 factors
+
+
+def chunk_bounds(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into the fewest nearly equal chunks whose logits fit the workspace; at least one row each."""
+    fitting = max(1, workspace_bytes // max(1, bytes_per_row))
+    if fitting > ROW_MULTIPLE:
+        fitting -= fitting % ROW_MULTIPLE
+    num_chunks = -(-num_rows // fitting)
+    size = -(-num_rows // max(1, num_chunks))
+    if size > ROW_MULTIPLE:
+        size = min(fitting, -(-size // ROW_MULTIPLE) * ROW_MULTIPLE)
+    for start in range(0, num_rows, max(1, size)):
+        yield start, min(num_rows, start + size)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def project(
+    x: Tensor,  # (C, D)
+    weight: Tensor,  # (V, D), the dtype of x
+    out: Tensor,  # (C, V), the dtype of x or fp32
+) -> Tensor:
+    """`out = x @ weight.T`; into fp32 without rounding to the dtype of the factors on the way."""
+    if out.dtype == x.dtype:
+        return torch.mm(x, weight.T, out=out)
+    if x.is_cuda:
+        return torch.ops.aten.mm.dtype_out(x, weight.T, out.dtype, out=out)
+    x = x.to(out.dtype)
+    step = max(1, _UPCAST_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        torch.mm(x, weight[start : start + step].to(out.dtype).T, out=out[:, start : start + step])
+    return out
+
+
+class HeadGradients:
+    """dX, dW and dbias of a head, filled in chunk by chunk; an empty tensor stands for one that nobody wants."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (M, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        need_dx: bool,
+        need_dw: bool,
+        need_dbias: bool,
+    ) -> None:
+        dtype = accumulation_dtype(hidden.dtype)
+        allocate = torch.empty if len(hidden) else torch.zeros
+        self.dx = allocate(hidden.shape if need_dx else 0, dtype=hidden.dtype, device=hidden.device)
+        self.dw = allocate(weight.shape if need_dw else 0, dtype=dtype, device=hidden.device)
+        self.dbias = torch.zeros(bias.shape if need_dbias else 0, dtype=dtype, device=hidden.device)
+        self._need = (need_dx, need_dw, need_dbias)
+        self._hidden = hidden
+        self._weight = weight
+
+    @property
+    def any_needed(self) -> bool:
+        return any(self._need)
+
+    def add(
+        self,
+        start: int,
+        stop: int,
+        dz: Tensor,  # (C, V), the dtype of hidden
+    ) -> None:
+        """Take in the gradient with respect to the logits of rows start..stop."""
+        need_dx, need_dw, need_dbias = self._need
+        if need_dx:
+            torch.mm(dz, self._weight, out=self.dx[start:stop])
+        if need_dw:
+            self._add_dw(self._hidden[start:stop], dz, start == 0)
+        if need_dbias:
+            self.dbias += dz.sum(0, dtype=self.dbias.dtype)
+
+    def _add_dw(
+        self,
+        x: Tensor,  # (C, D)
+        dz: Tensor,  # (C, V)
+        first: bool,
+    ) -> None:
+        dw, dzt = self.dw, dz.T
+        if dw.dtype == x.dtype:
+            if first:
+                torch.mm(dzt, x, out=dw)
+            else:
+                dw.addmm_(dzt, x)
+        elif x.is_cuda:
+            if first:
+                torch.ops.aten.mm.dtype_out(dzt, x, dw.dtype, out=dw)
+            else:
+                torch.ops.aten.addmm.dtype_out(dw, dzt, x, dw.dtype, out=dw)
+        else:  # the CPU's bf16 product ends in bf16: sum the chunks, at least, in fp32
+            step = max(1, _UPCAST_ELEMENTS // x.shape[1])
+            for begin in range(0, dw.shape[0], step):
+                part = torch.mm(dzt[begin : begin + step], x)
+                if first:
+                    dw[begin : begin + step].copy_(part)
+                else:
+                    dw[begin : begin + step].add_(part)

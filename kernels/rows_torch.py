@@ -1,0 +1,140 @@
+"""What happens to a chunk of logits between the products, in plain PyTorch: a few rows at a time, so that the passes after
+the first find them in the processor's cache.
+
+Every function reads raw products `u` and applies the head's bias, scale and softcap itself. Legend: C rows, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from unlearn_ds.kernels.projection import accumulation_dtype
+from unlearn_ds.kernels.reference import IGNORED, TokenStats
+
+if TYPE_CHECKING:
+    from unlearn_ds.kernels.chunked import Head
+
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits worked on at a time
+_FLOOR = -1e30  # stands in for log 0, so that 0 * log 0 is 0
+
+
+def cross_entropy(
+    z: Tensor,  # (C, V): raw products; leaves as their gradient if `backward`
+    head: "Head",
+    targets: Tensor,  # (C,) int64
+    token_weight: Tensor,  # (C,)
+    nll: Tensor,  # (C,) out
+    backward: bool,
+) -> None:
+    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap."""
+    counts = targets != IGNORED
+    targets = torch.where(counts, targets, 0)
+    slope = torch.where(counts, token_weight, 0).to(nll.dtype)
+    for block in _blocks(z):
+        p, jacobian = _finished(z[block], head, backward)
+        target = targets[block, None]
+        peak, peak_at = p.max(-1, keepdim=True)
+        target_logit = p.gather(1, target)
+        torch.softmax(p, -1, out=p)
+        # log-sum-exp from the peak's probability, which lies in [1/V, 1]; the target's own may underflow
+        nll[block] = (peak - p.gather(1, peak_at).log() - target_logit)[:, 0]
+        if backward:
+            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+            _scale(p, slope[block, None], jacobian, head)
+            _store(z[block], p)
+    nll.masked_fill_(~counts, 0)
+
+
+def kl(
+    z: Tensor,  # (C, V) fp32: raw products of the student, destroyed
+    z_ref: Tensor,  # (C, V) fp32: raw products of the reference, destroyed
+    head: "Head",
+    ref_head: "Head",
+    token_weight: Tensor,  # (C,)
+    divergence: Tensor,  # (C,) out
+    dz: Tensor,  # (C, V) out if `backward`; may be z
+    backward: bool,
+) -> None:
+    """KL(p_ref || p) of each row, and `dz = b * (p - p_ref)`: exactly 0 where the logits agree."""
+    slope = token_weight.to(z.dtype)
+    for block in _blocks(z):
+        log_p, jacobian = _finished(z[block], head, backward)
+        log_ref, _ = _finished(z_ref[block], ref_head, False)
+        torch.log_softmax(log_p, -1, out=log_p).clamp_(min=_FLOOR)
+        torch.log_softmax(log_ref, -1, out=log_ref).clamp_(min=_FLOOR)
+        p_ref = log_ref.exp()
+        log_ref.sub_(log_p)
+        difference = log_p.exp_().sub_(p_ref)
+        divergence[block] = p_ref.mul_(log_ref).add_(difference).sum(-1)
+        if backward:
+            _scale(difference, slope[block, None], jacobian, head)
+            _store(dz[block], difference)
+
+
+def token_stats(
+    z: Tensor,  # (C, V) fp32: raw products, destroyed
+    head: "Head",
+    targets: Tensor,  # (C,) int64
+    out: TokenStats,  # each (C,)
+) -> None:
+    """Statistics of the distribution and of the target in it."""
+    for block in _blocks(z):
+        log_p, _ = _finished(z[block], head, False)
+        target = targets[block, None]
+        out.correct[block] = (log_p.argmax(-1, keepdim=True) == target)[:, 0]
+        torch.log_softmax(log_p, -1, out=log_p)
+        out.log_prob[block] = log_p.gather(1, target)[:, 0]
+        p = log_p.exp()
+        p.mul_(log_p.clamp_(min=_FLOOR))
+        out.sum_p_logp[block] = p.sum(-1)
+        out.sum_p_logp2[block] = p.mul_(log_p).sum(-1)
+
+
+def finish(
+    z: Tensor,  # (C, V) fp32: raw products, in place
+    head: "Head",
+) -> None:
+    """Turn raw products into the model's logits."""
+    for block in _blocks(z):
+        _finished(z[block], head, False)
+
+
+def _blocks(z: Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK_ELEMENTS.get(z.device.type, 1 << 26) // max(1, z.shape[1]))
+    for start in range(0, len(z), step):
+        yield slice(start, min(len(z), start + step))
+
+
+def _finished(
+    u: Tensor,  # (c, V) raw products; changed in place if fp32
+    head: "Head",
+    want_jacobian: bool,
+) -> tuple[Tensor, Tensor | None]:  # logits (c, V) fp32, d logits / d u (c, V), which is logit_scale where None
+    z = u.to(accumulation_dtype(u.dtype))
+    if head.bias is not None:
+        z.add_(head.bias)
+    if head.logit_scale != 1:
+        z.mul_(head.logit_scale)
+    if head.softcap is None:
+        return z, None
+    z.div_(head.softcap).tanh_()
+    jacobian = z.square().neg_().add_(1).mul_(head.logit_scale) if want_jacobian else None
+    return z.mul_(head.softcap), jacobian
+
+
+def _scale(
+    gradient: Tensor,  # (c, V) with respect to the logits, in place
+    slope: Tensor,  # (c, 1)
+    jacobian: Tensor | None,  # (c, V)
+    head: "Head",
+) -> None:
+    if jacobian is not None:
+        gradient.mul_(jacobian).mul_(slope)
+    else:
+        gradient.mul_(slope * head.logit_scale)
+
+
+def _store(target: Tensor, value: Tensor) -> None:
+    if target.data_ptr() != value.data_ptr():
+        target.copy_(value)
