@@ -15,6 +15,7 @@ from unlearn_ds.data.plan import Plan
 from unlearn_ds.ds_config import ModelSize, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.loss_head import HeadOptions
+from unlearn_ds.memory import available_bytes, num_parameters, require_memory, state_bytes
 from unlearn_ds.model import (
     ModelOptions,
     decoder_layer_classes,
@@ -41,6 +42,7 @@ class Run:
     model_config: PreTrainedConfig
     tokenizer: Any | None
     model_fingerprint: str
+    num_parameters: int  # of the whole model
     corpora: list[list[NamedCorpus]]  # per term of the objective
     plan: Plan
     plan_id: str  # what a checkpoint must agree with
@@ -80,6 +82,8 @@ def build_run(config: RunConfig) -> Run:
 
     size = model_size(model_config)
     ds_config = complete_ds_config(config, ds_file, size)
+    parameters = num_parameters(model_config)
+    check_memory(config, parameters, ds_config, device)
     resumed_from = checkpoint.newest_intact(run_dir) if config.resume else None
     if resumed_from is not None:
         checkpoint.prepare_resume(resumed_from, ds_config)
@@ -111,6 +115,7 @@ def build_run(config: RunConfig) -> Run:
         model_config,
         tokenizer,
         fingerprint,
+        parameters,
         corpora,
         plan,
         plan_id,
@@ -130,6 +135,19 @@ def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSi
         world_size=distributed.world_size(),
         size=size,
     )
+
+
+def check_memory(config: RunConfig, parameters: int, ds_config: dict[str, Any], device: torch.device) -> None:
+    """Refuse, on all ranks alike, a model whose state alone is larger than the memory of a rank."""
+    components = state_bytes(
+        parameters,
+        ds_config["zero_optimization"],
+        bf16=config.bf16,
+        reference=config.objective.needs_reference,
+        world_size=distributed.world_size(),
+    )
+    shares = distributed.gather_objects(available_bytes(device, distributed.ranks_per_node()))
+    require_memory(components, {place: min(share[place] for share in shares) for place in ("device", "host")})
 
 
 def claim_run_dir(config: RunConfig, run_dir: Path) -> None:

@@ -65,15 +65,13 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     """
     map_launcher_environment(os.environ)
     choose_accelerator(os.environ)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 0)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        sharing = local_world_size or int(os.environ["WORLD_SIZE"])
-        torch.set_num_threads(num_threads or max(1, cores // sharing))
+        torch.set_num_threads(num_threads or max(1, cores // ranks_per_node()))
     import deepspeed  # after DS_ACCELERATOR is set: the choice is made on import
 
     quiet_libraries()
@@ -108,6 +106,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_per_node() -> int:
+    """Ranks that share this machine, by what the launcher says; all of them if it does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
 
 
 def is_main() -> bool:

@@ -1,7 +1,6 @@
 """What a run says of itself before its first step: run.json, and its arithmetic on the terminal."""
 
 import json
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from unlearn_ds import __version__, distributed
 from unlearn_ds.attention import choose_attention
 from unlearn_ds.build import Run
+from unlearn_ds.memory import state_bytes
 from unlearn_ds.run_data import NamedCorpus
 
 
@@ -60,8 +60,11 @@ def announce(run: Run) -> None:
     config, plan, device = run.config, run.plan, run.device
     first = plan.step(min(run.start_step, plan.num_steps - 1))
     world = distributed.world_size()
-    num_parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in run.engine.engine.module.parameters())
-    state_bytes = num_parameters * (2 + 4 + 4 + 8 if config.bf16 else 4 + 4 + 8) // world
+    zero = run.engine.engine.config["zero_optimization"]
+    state = state_bytes(
+        run.num_parameters, zero, bf16=config.bf16, reference=config.objective.needs_reference, world_size=world
+    )
+    shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in state.items())
     attn, why = choose_attention(config.attn, device.type)
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     for note in config.notes():
@@ -75,8 +78,7 @@ def announce(run: Run) -> None:
         f"{config.per_device_train_batch_size} rows\n"
         f"  run           {plan.num_steps} updates, {plan.steps_per_epoch} an epoch"
         f"{f', resumed after {run.start_step}' if run.start_step else ''}\n"
-        f"  parameters    {num_parameters:,}; parameters, gradients and optimizer {state_bytes / 2**30:.2f} GiB a rank"
-        f"{' + the reference ' + f'{num_parameters * 2 / world / 2**30:.2f} GiB' if config.objective.needs_reference else ''}\n"
+        f"  parameters    {run.num_parameters:,}; GiB a rank: {shares}\n"
         f"  device        {device.type} x {world}, {'bf16' if config.bf16 else 'fp32'}, DeepSpeed {config.deepspeed}\n"
         f"  loaded        {run.engine.engine.module.loading}\n"
         f"  attention     {attn} ({why})"
