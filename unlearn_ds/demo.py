@@ -6,12 +6,27 @@ writes a table and a page. Every model is trained by the same engine that takes 
 ranks as there are cores or GPUs, at most two.
 """
 
-from dataclasses import dataclass
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from unlearn_ds.options import OptionError
+from tqdm import tqdm
+
+from unlearn_ds.data import prepare
+from unlearn_ds.demo_data import DemoSizes, write_config, write_documents, write_tokenizer
+from unlearn_ds.evaluation.report import write_report
+from unlearn_ds.options import OptionError, parse
+from unlearn_ds.processes import default_num_ranks, run_ranks
 
 SEQ_LEN = 256
 VOCAB_SIZE = 1024
+MARKER = "demo.json"
 
 
 @dataclass(frozen=True)
@@ -26,8 +41,6 @@ class DemoConfig:
     """passes over the data when training original and retrained"""
     seed: int = 42
     """seed of the split, the weights and the data order"""
-    overwrite_output_dir: bool = True
-    """clear what an earlier demo left in output_dir"""
 
     def __post_init__(self) -> None:
         if self.num_ranks is not None and self.num_ranks < 1:
@@ -36,7 +49,11 @@ class DemoConfig:
             raise OptionError(f"--train_epochs {self.train_epochs}: must be above 0")
 
 
-# name in the report -> options of the run; found by trying, see docs/demo.md
+# Name in the report -> options of the run. Found by trying: docs/demo.md says how.
+TRAINING = {
+    "original": "--unlearn_method finetune --train_on forget retain general",
+    "retrained": "--unlearn_method finetune --train_on retain general",
+}
 UNLEARNING = {
     "gradient_ascent": "--unlearn_method gradient_ascent",
     "random_label": "--unlearn_method random_label --completely_random True",
@@ -46,7 +63,81 @@ UNLEARNING = {
     "ascent_plus_kl": "--unlearn_method ascent_plus_kl_divergence",
     "ascent_plus_kl_general": "--unlearn_method ascent_plus_kl_divergence --general True",
 }
-TRAINING = {
-    "original": "--train_on forget retain general",
-    "retrained": "--train_on retain general",
-}
+_TRAINING_OPTIONS = "--random_init --learning_rate 5e-3 --warmup_ratio 0.03 --global_batch_size 16"
+_UNLEARNING_OPTIONS = "--learning_rate 3e-4 --num_train_epochs 2 --global_batch_size 16"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    config = parse(DemoConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds demo", __doc__ or "")
+    try:
+        run_demo(config)
+    except RuntimeError as error:
+        print(f"unlearn-ds demo: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Carry out the demo and return the content of report.json.
+
+    Raises `OptionError` for a folder that is not an earlier demo's, `RuntimeError` if one of the runs fails.
+    """
+    started = time.perf_counter()
+    root = Path(config.output_dir)
+    claim_folder(root)
+    num_ranks = config.num_ranks or default_num_ranks(at_most=2)
+    start_model = make_data(root, config.seed)
+    names = [*TRAINING, *UNLEARNING]
+    bar = tqdm(names, unit="model", bar_format="{desc:<42}{bar}{n_fmt}/{total_fmt} models, {elapsed} < {remaining}")
+    for name in bar:
+        bar.set_description(f"{name} ({num_ranks} ranks, ZeRO-3)")
+        run_ranks("unlearn_ds.train", run_arguments(config, root, name, start_model), num_ranks, root / f"{name}.log")
+    report = write_report(root, {name: root / name for name in names}, original="original", retrained="retrained")
+    print(f"\n{(root / 'report.md').read_text(encoding='utf-8')}")
+    print(f"{root / 'report.html'} and {root / 'report.json'} written after {time.perf_counter() - started:.0f} s")
+    return report
+
+
+def claim_folder(root: Path) -> None:
+    """Make the demo's folder; clear an earlier demo's, refuse anything else."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if not (root / MARKER).is_file():
+            raise OptionError(f"--output_dir {root} exists and is not an earlier demo's: give another one")
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).write_text(json.dumps({"sizes": asdict(DemoSizes())}), encoding="utf-8")
+
+
+def make_data(root: Path, seed: int) -> Path:
+    """Write documents, tokenizer, corpora and the config of the model; returns the folder to start training from."""
+    documents = write_documents(root / "documents", DemoSizes(), seed)
+    start_model = root / "start"
+    write_config(start_model, VOCAB_SIZE)
+    write_tokenizer(start_model, list(documents.values()), VOCAB_SIZE)
+    flags = [word for name, path in documents.items() for word in (f"--{name}", str(path))]
+    arguments = ["--tokenizer_name_or_path", str(start_model), "--domain", "github", "--data_dir", str(root / "data")]
+    prepare.main([*arguments, *flags])
+    return start_model
+
+
+def run_arguments(config: DemoConfig, root: Path, name: str, start_model: Path) -> list[str]:
+    """The command line of one run: training from the bare config, or unlearning from `original`."""
+    if name in TRAINING:
+        options = f"{TRAINING[name]} {_TRAINING_OPTIONS} --num_train_epochs {config.train_epochs}"
+        model = start_model
+    else:
+        options = f"{_UNLEARNING_OPTIONS} {UNLEARNING[name]}"
+        model = root / "original" / "model"
+    common = {
+        "--target_model_name_or_path": model,
+        "--output_dir": root / name,
+        "--data_dir": root / "data",
+        "--domain": "github",
+        "--seq_len": SEQ_LEN,
+        "--per_device_train_batch_size": 8,
+        "--per_device_eval_batch_size": 16,
+        "--seed": config.seed,
+    }
+    words = [str(word) for pair in common.items() for word in pair]
+    return [*words, "--do_eval", "--disable_tqdm", *shlex.split(options)]
