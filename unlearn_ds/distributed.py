@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -51,11 +52,19 @@ def _free_port() -> int:
 
 
 def choose_accelerator(environ: dict[str, str]) -> None:
-    """Without a CUDA device make DeepSpeed use the CPU, and gloo an interface that exists; explicit settings win."""
+    """Without a CUDA device make DeepSpeed use the CPU; an explicit setting wins."""
     if not torch.cuda.is_available():
         environ.setdefault("DS_ACCELERATOR", "cpu")
-        if environ.get("MASTER_ADDR", "127.0.0.1") in ("127.0.0.1", "localhost"):
-            environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+# DeepSpeed makes its choice when it is imported, and whatever imports it imports this module first.
+choose_accelerator(os.environ)
+
+
+def choose_interface(environ: dict[str, str]) -> None:
+    """Make gloo use the loopback interface where all ranks are on this machine; an explicit setting wins."""
+    if environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def init_distributed(num_threads: int | None = None) -> torch.device:
@@ -64,7 +73,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     num_threads: CPU threads of this rank; by default the cores this process may use, shared between the node's ranks.
     """
     map_launcher_environment(os.environ)
-    choose_accelerator(os.environ)
+    choose_interface(os.environ)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -72,7 +81,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(num_threads or max(1, cores // ranks_per_node()))
-    import deepspeed  # after DS_ACCELERATOR is set: the choice is made on import
+    import deepspeed
 
     quiet_libraries()
     deepspeed.init_distributed(
@@ -92,6 +101,8 @@ def quiet_libraries() -> None:
     logger.setLevel(level)
     transformers.logging.set_verbosity(level)
     transformers.logging.disable_progress_bar()
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, at every micro-step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 
 def shut_down() -> None:

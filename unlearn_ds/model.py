@@ -72,8 +72,8 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is not None and not model_class._supports_attention_backend:
         raise OptionError(
-            f"{options.name_or_path}: {model_class.__name__} cannot keep the sequences of a packed row apart: its attention, or "
-            "its recurrent state, is not one that transformers lets us replace (_supports_attention_backend)"
+            f"{options.name_or_path}: {model_class.__name__} cannot keep the sequences of a packed row apart: its attention, "
+            "or its recurrent state, is not one that transformers lets us replace (_supports_attention_backend)"
         )
     for name, value in vars(config).items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):

@@ -13,7 +13,8 @@ and, for the same things, `unlearn-ds train` in their place.
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from unlearn_ds.build import Run, build_run
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.loader import Loader, Step
 from unlearn_ds.data.plan import Plan
+from unlearn_ds.engine import UpdateResult
 from unlearn_ds.export import export_model, model_card
 from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.options import parse
@@ -74,34 +76,19 @@ def run_steps(run: Run) -> None:
     with (
         MetricsWriter(config, run.run_dir, plan.num_steps, run.start_step) as metrics,
         Loader(plan, distributed.rank(), engine.device, run.start_step) as loader,
+        frozen_garbage(),
     ):
-        gc.collect()
-        gc.freeze()
         for step in loader:
             started = time.perf_counter()
             learning_rate = engine.learning_rate
             sums = accumulate(run, step)
             result = engine.update()
-            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             done = step.index + 1
             if done % config.logging_steps == 0 or done == plan.num_steps or not result.applied:
                 elapsed = time.perf_counter() - started + step.wait_s
-                metrics.write(
-                    {
-                        "step": done,
-                        "epoch": round(done / plan.steps_per_epoch, 4),
-                        **reduce_losses(plan, step, sums),
-                        "lr": learning_rate,
-                        "grad_norm": result.grad_norm if result.applied else None,
-                        "skipped": not result.applied,
-                        "num_tokens": step.num_tokens,
-                        "tokens_per_s": step.num_tokens / elapsed,
-                        "step_s": elapsed,
-                        "data_wait_s": step.wait_s,
-                        "peak_mem_gib": peak_memory_gib(engine.device),
-                    }
-                )
+                metrics.write(metrics_row(run, step, sums, result, learning_rate, elapsed))
             metrics.advance()
+            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             if skipped_in_a_row >= config.max_skipped_steps:
                 raise ValueError(
                     f"the gradient was not finite in {skipped_in_a_row} updates in a row (last: {done}): the weights are as "
@@ -109,6 +96,17 @@ def run_steps(run: Run) -> None:
                 )
             if config.save_steps and (done % config.save_steps == 0 or done == plan.num_steps):
                 checkpoint.save(engine, run.run_dir, done, run.plan_id, config.save_total_limit)
+
+
+@contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Keep what was built so far out of the garbage collector's passes, which would stall one rank and so all."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def accumulate(run: Run, step: Step) -> Tensor:
@@ -129,6 +127,25 @@ def micro_sums(batch: Any, answer: tuple[Tensor, ...]) -> Tensor:
     if kl.numel():
         retain = retain + (batch.kl_weights * kl).sum(dtype=torch.float64)
     return torch.stack([loss.double(), forget, retain])
+
+
+def metrics_row(
+    run: Run, step: Step, sums: Tensor, result: UpdateResult, learning_rate: float, elapsed_s: float
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. Every rank calls this."""
+    return {
+        "step": step.index + 1,
+        "epoch": round((step.index + 1) / run.plan.steps_per_epoch, 4),
+        **reduce_losses(run.plan, step, sums),
+        "lr": learning_rate,
+        "grad_norm": result.grad_norm if result.applied else None,
+        "skipped": not result.applied,
+        "num_tokens": step.num_tokens,
+        "tokens_per_s": step.num_tokens / elapsed_s,
+        "step_s": elapsed_s,
+        "data_wait_s": step.wait_s,
+        "peak_mem_gib": peak_memory_gib(run.device),
+    }
 
 
 def reduce_losses(plan: Plan, step: Step, sums: Tensor) -> dict[str, float | None]:
