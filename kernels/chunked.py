@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
 from unlearn_ds.kernels.projection import HeadGradients, accumulation_dtype, chunk_bounds, project
 from unlearn_ds.kernels.reference import TokenStats, draw, weighted_sum
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from unlearn_ds.kernels.chunked import Answer, Head, Needs
-from unlearn_ds.kernels.projection import accumulation_dtype
 
 from unlearn_ds.kernels import chunked
+from unlearn_ds.kernels.chunked import Answer, Head, Needs
+from unlearn_ds.kernels.projection import accumulation_dtype
 
 
 def row_ops(impl: str) -> ModuleType:

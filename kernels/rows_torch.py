@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
 from unlearn_ds.kernels.projection import accumulation_dtype
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
 

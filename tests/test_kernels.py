@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from unlearn_ds.kernels.projection import chunk_bounds
 
 from unlearn_ds import kernels
 from unlearn_ds.kernels import IGNORED, KernelError, linear_cross_entropy, linear_kl, linear_sample, linear_token_stats
+from unlearn_ds.kernels.projection import chunk_bounds
 
 ROOT = Path(__file__).resolve().parent.parent
 
