@@ -33,15 +33,18 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
 
 @cache
 def field_help(config_class: type) -> dict[str, str]:
-    """Read the string literal that follows each annotated field of a dataclass."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    """Read the string literal that follows each annotated field of a dataclass and of those it inherits from."""
     texts = {}
-    for field, text in zip(tree.body, tree.body[1:]):
-        is_doc = (
-            isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-        )
-        if isinstance(field, ast.AnnAssign) and is_doc:
-            texts[field.target.id] = " ".join(text.value.value.split())
+    for one in reversed([base for base in config_class.__mro__ if dataclasses.is_dataclass(base)]):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
+        for field, text in zip(tree.body, tree.body[1:]):
+            is_doc = (
+                isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            )
+            if isinstance(field, ast.AnnAssign) and is_doc:
+                texts[field.target.id] = " ".join(text.value.value.split())
     return texts
 
 

@@ -20,10 +20,11 @@ from unlearn_ds.evaluation.table import Table
 
 _INK = "#010203"  # stands for the page's text colour; no palette below contains it
 PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#d4a62a", "#ff9da7", "#9c755f", "#8c8c8c")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
@@ -35,7 +36,7 @@ _STYLE = {
     "grid.alpha": 0.15,
     "grid.color": _INK,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
 }
 _ROC_ATTACKS = ("min_k_20", "min_k_40", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib")
 
@@ -45,12 +46,11 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
+@matplotlib.rc_context(_STYLE)
 def new_figure(width: float = 5.2, height: float = 3.8, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure with `columns` panels side by side, in our style."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
@@ -68,13 +68,15 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
+@matplotlib.rc_context(_STYLE)
 def draw_roc(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], ink: dict[str, str]) -> None:
     """One line per named (false positive rate, true positive rate)."""
     axes.plot([0, 1], [0, 1], color=_INK, linestyle=":", linewidth=1, alpha=0.6)
     for name, (false_rate, true_rate) in curves.items():
         axes.plot(false_rate, true_rate, color=ink[name.split(" ")[0]], label=name, linewidth=1.4)
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    axes.legend(loc="lower right")
+    if curves:
+        axes.legend(loc="lower right")
 
 
 def save_roc(path: Path, tables: dict[str, Table]) -> None:
@@ -91,3 +93,47 @@ def save_roc(path: Path, tables: dict[str, Table]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format="png", dpi=150, facecolor="white")
     partial.replace(path)
+
+
+@matplotlib.rc_context(_STYLE)
+def draw_tradeoff(
+    axes: Axes, points: dict[str, tuple[float, float]], ink: dict[str, str], target: float | None, limit: float | None
+) -> None:
+    """Forget perplexity against retain perplexity, a point per model; the target is a vertical line.
+
+    limit: retain perplexity up to which a model counts as kept.
+    """
+    for i, (name, (forget, retain)) in enumerate(points.items()):
+        marker = _MARKERS[i % len(_MARKERS)]
+        axes.plot(forget, retain, marker, color=ink[name], markersize=8, markeredgewidth=1.8, alpha=0.9, label=name)
+    if target is not None:
+        axes.axvline(target, color=_INK, linestyle="--", linewidth=1, alpha=0.7)
+        axes.annotate(
+            "target", (target, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points"
+        )
+    if limit is not None:
+        axes.axhspan(0, limit, color="#59a14f", alpha=0.10, linewidth=0)
+    axes.set(xscale="log", yscale="log", xlabel="perplexity on forget", ylabel="perplexity on retain")
+    axes.margins(x=0.1, y=0.12)
+    axes.figure.legend(loc="outside lower center", ncols=3)
+
+
+@matplotlib.rc_context(_STYLE)
+def draw_losses(axes: Axes, losses: dict[str, np.ndarray], ink: dict[str, str], dashed: Sequence[str] = ()) -> None:
+    """The share of the forget set's sequences whose mean loss is below x, a line per model."""
+    for name, values in losses.items():
+        ordered = np.sort(values)
+        share = np.arange(1, len(ordered) + 1) / len(ordered)
+        style = "--" if name in dashed else "-"
+        axes.step(ordered, share, where="post", color=ink[name], linestyle=style, linewidth=1.3, label=name)
+    axes.set(xlabel="mean loss of a sequence (nats)", ylabel="share of sequences", ylim=(0, 1.02))
+    axes.legend()
+
+
+@matplotlib.rc_context(_STYLE)
+def draw_curves(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], ink: dict[str, str], label: str) -> None:
+    """A value over the updates of a run, a line per model."""
+    for name, (steps, values) in curves.items():
+        axes.plot(steps, values, color=ink[name], linewidth=1.4, marker="o", markersize=2.5, label=name)
+    axes.set(xlabel="update", ylabel=label)
+    axes.legend()

@@ -72,8 +72,10 @@ def perplexity(nll: float) -> float | None:
 
 
 def show(value: float | None, digits: str = ".4g") -> str:
-    """A measure for people: `-` for one that does not exist."""
-    return "-" if value is None else format(value, digits)
+    """A measure for people: `-` for one that does not exist, and no exponent below a million."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if digits.endswith("g") and 1000 <= abs(value) < 1e6 else format(value, digits)
 
 
 def _notes(sets: dict[str, Any]) -> list[str]:

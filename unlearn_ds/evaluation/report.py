@@ -1,0 +1,210 @@
+"""`unlearn-ds report RUN [RUN ...]`: one page, one JSON file and one Markdown table from the folders of several runs.
+
+Everything is computed from the tables that `unlearn-ds evaluate` left in each folder: no model is loaded.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.evaluation.attacks import MAIN_ATTACK
+from unlearn_ds.evaluation.report_page import render_markdown, render_page
+from unlearn_ds.evaluation.summary import DEFAULT_SEED, evaluate_tables
+from unlearn_ds.evaluation.table import Table, read_tables
+from unlearn_ds.evaluation.verdict import Thresholds, choose_yardstick, document_changes, judge
+from unlearn_ds.metrics import read_metrics
+from unlearn_ds.options import OptionError, did_you_mean, parse
+
+_NUM_DOCUMENTS = 5  # shown at each end of the list of documents
+
+
+@dataclass(frozen=True)
+class ReportConfig(Thresholds):
+    """The options of `unlearn-ds report`."""
+
+    runs: tuple[str, ...] = ()
+    """folders with evaluation.json and tables/, each a model; may also stand first, without --runs"""
+    names: tuple[str, ...] = ()
+    """what to call them, in the same order (default: the folders' names)"""
+    original: str | None = None
+    """the name of the model before unlearning"""
+    retrained: str | None = None
+    """the name of the model that never saw the forget set"""
+    output_dir: str | None = None
+    """where report.html, report.json and report.md go (default: the first folder)"""
+    seed: int = DEFAULT_SEED
+    """seed of the bootstrap intervals"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.runs:
+            raise OptionError("no run given: unlearn-ds report RUN [RUN ...]")
+        if self.names and len(self.names) != len(self.runs):
+            raise OptionError(f"--names: {len(self.names)} names for {len(self.runs)} runs")
+
+
+@dataclass
+class Model:
+    """What the folder of one model holds, and what was made of it."""
+
+    name: str
+    folder: Path
+    tables: dict[str, Table]
+    evaluation: dict[str, Any]  # what evaluate wrote: the model's name, its options
+    run: dict[str, Any]  # run.json, empty for a model that was not trained here
+    metrics: list[dict[str, Any]]
+    robustness: dict[str, Any]  # relearn.json, quantize.json and tasks.json, where they exist
+    measured: dict[str, Any] = field(default_factory=dict)
+    verdict: dict[str, Any] = field(default_factory=dict)
+    documents: dict[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words = ["--runs", *words]
+    try:
+        config = parse(ReportConfig, words, "unlearn-ds report", __doc__ or "")
+        models = dict(zip(config.names or _names(config.runs), map(Path, config.runs)))
+        output_dir = Path(config.output_dir or config.runs[0])
+        report = write_report(
+            output_dir,
+            models,
+            original=config.original,
+            retrained=config.retrained,
+            thresholds=config,
+            seed=config.seed,
+        )
+    except (ValueError, OSError) as error:
+        print(f"unlearn-ds report: error: {error}", file=sys.stderr)
+        return 2
+    for name, one in report["models"].items():
+        print(f"{name}: {one['verdict']['sentence']}", file=sys.stderr)
+    print(f"written to {output_dir / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def write_report(
+    output_dir: Path,
+    models: dict[str, Path],
+    *,
+    original: str | None = None,
+    retrained: str | None = None,
+    thresholds: Thresholds | None = None,
+    title: str = "Unlearning report",
+    seed: int = DEFAULT_SEED,
+) -> dict[str, Any]:
+    """Write report.html, report.json and report.md into `output_dir`, and return what report.json holds.
+
+    models: name -> folder with evaluation.json, tables/ and, for runs, run.json and metrics.jsonl. original, retrained: names
+    in `models`. Raises `OptionError` for a folder without an evaluation and for an unknown name.
+    """
+    for flag, name in (("original", original), ("retrained", retrained)):
+        if name is not None and name not in models:
+            raise OptionError(f"--{flag} {name}: choose one of {', '.join(models)}.{did_you_mean(name, models)}")
+    thresholds = thresholds or Thresholds()
+    loaded = {name: load_model_folder(name, folder) for name, folder in models.items()}
+    _measure(loaded, original, retrained, thresholds, seed)
+    report = {
+        "original": original,
+        "retrained": retrained,
+        "thresholds": thresholds.limits(),
+        "models": {
+            name: {
+                **model.measured,
+                "verdict": model.verdict,
+                "documents": model.documents,
+                "robustness": model.robustness,
+                "folder": str(model.folder),
+            }
+            for name, model in loaded.items()
+        },
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False))
+    _write(output_dir / "report.md", render_markdown(report))
+    _write(output_dir / "report.html", render_page(title, report, loaded))
+    return report
+
+
+def load_model_folder(name: str, folder: Path) -> Model:
+    """Read one model's evaluation. Raises `OptionError` if there is none."""
+    if not folder.is_dir():
+        raise OptionError(f"no such folder: {folder}")
+    tables = read_tables(folder / "tables")
+    if not (folder / "evaluation.json").exists() or not tables:
+        raise OptionError(
+            f"{folder} holds no evaluation (evaluation.json and tables/): make it with `unlearn-ds evaluate "
+            f"--model_name_or_path {folder / 'model'} --output_dir {folder} ...`, or train with --do_eval True"
+        )
+    robustness = {part: _read_json(folder / f"{part}.json") for part in ("relearn", "quantize", "tasks")}
+    return Model(
+        name=name,
+        folder=folder,
+        tables=tables,
+        evaluation=_read_json(folder / "evaluation.json"),
+        run=_read_json(folder / "run.json"),
+        metrics=read_metrics(folder),
+        robustness={part: content for part, content in robustness.items() if content},
+    )
+
+
+def _measure(
+    models: dict[str, Model], original: str | None, retrained: str | None, thresholds: Thresholds, seed: int
+) -> None:
+    """Fill in each model's measures and verdict; original and retrained come first, the others are held against them."""
+    before = models[original].tables if original else None
+    gold = models[retrained].tables if retrained else None
+    for name, model in models.items():
+        model.measured = evaluate_tables(model.tables, original=None if name == original else before, seed=seed)
+
+    def main_auc(name: str | None) -> float | None:
+        return models[name].measured["mia"].get(MAIN_ATTACK, {}).get("auc") if name else None
+
+    for name, model in models.items():
+        yardstick = choose_yardstick(model.tables, before, gold, main_auc(retrained))
+        model.verdict = judge(
+            model.tables,
+            model.measured,
+            yardstick,
+            before,
+            thresholds,
+            original_auc=main_auc(original),
+            seed=seed,
+        )
+        if name not in (original, retrained) and before and "forget" in before and "forget" in model.tables:
+            changes = document_changes(model.tables["forget"], before["forget"]) or []
+            model.documents = {"least": changes[:_NUM_DOCUMENTS], "most": changes[::-1][:_NUM_DOCUMENTS]}
+
+
+def _names(runs: Sequence[str]) -> list[str]:
+    """Folder names, with as much of the path as it takes to tell them apart."""
+    paths = [Path(run).resolve() for run in runs]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise OptionError(f"the same folder is given twice: {', '.join(runs)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OptionError(f"{path} is damaged: {error}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
