@@ -91,6 +91,7 @@ def measure(folder: Path, model: torch.nn.Module) -> dict[str, Any]:
         "grad_error": errors[worst],
         "worst": worst,
         "loading": engine.engine.module.loading.path,
+        "bytes_read": distributed.gather_objects(engine.engine.module.loading.bytes_read),
     }
 
 

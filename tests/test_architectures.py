@@ -1,6 +1,7 @@
 """Every architecture: the packed, sharded, fused loss and its gradients equal the model's own; or a clear refusal."""
 
 import json
+import math
 
 import pytest
 import transformers
@@ -9,12 +10,18 @@ from tests.architectures import ARCHITECTURES
 from tests.support import launch
 from unlearn_ds.model import ModelOptions, load_config
 from unlearn_ds.options import OptionError
+from unlearn_ds.weights import stored_tensors
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def results(models):
     """One ZeRO-3 run on two ranks for all architectures."""
-    finished = launch("tests.architecture_worker", [str(tmp_path_factory.mktemp("models"))], num_ranks=2)
+    finished = launch("tests.architecture_worker", [str(models)], num_ranks=2)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     lines = [line.split("RESULT ")[1] for line in finished.stdout.splitlines() if "RESULT " in line]
     return {row["name"]: row for row in map(json.loads, lines)}
@@ -25,7 +32,15 @@ def test_fused_loss_equals_the_models_own(results, name):
     row = results[name]
     assert row["loss"] == pytest.approx(row["expected"], rel=1e-5, abs=1e-4)
     assert row["grad_error"] < 1e-4, row["worst"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_rank_reads_its_share_of_the_weights(results, models, name):
+    row = results[name]
     assert row["loading"] == "direct"
+    total = sum(math.prod(stored.shape) * 4 for stored in stored_tensors(models / name).values())
+    assert sum(row["bytes_read"]) == total
+    assert max(row["bytes_read"]) - min(row["bytes_read"]) < 0.01 * total
 
 
 def test_logits_changed_in_an_unknown_way_are_refused(results):

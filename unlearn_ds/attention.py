@@ -1,4 +1,4 @@
-"""Exact attention for packed rows: each sequence attends to itself only, and no S x S mask is ever built.
+"""Exact attention for packed rows: each sequence attends to itself only, and no mask over a whole row is ever built.
 
 Two functions are registered with transformers' AttentionInterface beside its flash-attention ones. They receive the sequence
 boundaries as `cu_seq_lens_q` from the backbone's keyword arguments.
@@ -7,7 +7,9 @@ Legend: T tokens of a micro-batch, H query heads, G key/value heads, E head dime
 """
 
 import importlib.util
+import weakref
 from collections.abc import Iterator
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -23,12 +25,14 @@ _FLASH_PACKAGES = {
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_2": "flash_attn",
 }
+_QUERY_BLOCK = 256  # queries at once where a window or a cap keeps torch's causal kernel from being used
 CHOICES = ("auto", "varlen", "sdpa", *_FLASH_PACKAGES)
 
 
-def choose_attention(choice: str, device_type: str) -> tuple[str, str]:
+def choose_attention(choice: str, device_type: str, capped: bool = False) -> tuple[str, str]:
     """Return (the name transformers knows it by, why it was chosen).
 
+    capped: the model caps its attention scores (Gemma 2), which torch's varlen attention cannot.
     Raises `OptionError` for an unknown choice and for one that cannot run here.
     """
     if choice not in CHOICES:
@@ -44,12 +48,23 @@ def choose_attention(choice: str, device_type: str) -> tuple[str, str]:
             raise OptionError(f"--attn {choice}: the package {_FLASH_PACKAGES[choice]} is not installed")
         return choice, "asked for"
     if choice == "varlen":
+        if capped:
+            raise OptionError(
+                "--attn varlen: this model caps its attention scores, which torch's varlen attention cannot"
+            )
         return VARLEN, "asked for"
     if torch.cuda.get_device_capability() >= (9, 0) and _installed(_FLASH_PACKAGES["flash_attention_3"]):
         return "flash_attention_3", "flash-attn 3 is installed"
     if _installed(_FLASH_PACKAGES["flash_attention_2"]):
         return "flash_attention_2", "flash-attn is installed"
+    if capped:
+        return SDPA, "the model caps its attention scores and flash-attn is not installed: slow"
     return VARLEN, "torch's own varlen attention"
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether a model with this config caps its attention scores."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def _installed(package: str) -> bool:
@@ -59,45 +74,79 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _segments(cu_seqlens: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, length, count) of runs of consecutive sequences of one length."""
-    start = 0
-    while start < len(cu_seqlens) - 1:
-        length = cu_seqlens[start + 1] - cu_seqlens[start]
-        end = start + 1
-        while end < len(cu_seqlens) - 1 and cu_seqlens[end + 1] - cu_seqlens[end] == length:
-            end += 1
+def _bounds(cu_seqlens: Tensor) -> list[int]:
+    """The sequence boundaries on the host: on a GPU copied once a micro-step, not once a layer."""
+    global _last_bounds
+    if cu_seqlens.device.type == "cpu":
+        return cu_seqlens.tolist()
+    known, version, bounds = _last_bounds
+    if known is None or known() is not cu_seqlens or version != cu_seqlens._version:
+        bounds = cu_seqlens.tolist()
+        _last_bounds = weakref.ref(cu_seqlens), cu_seqlens._version, bounds
+    return bounds
+
+
+_last_bounds: tuple[Any, int, list[int]] = (None, 0, [])
+
+
+def _segments(bounds: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield (length, count) of runs of consecutive sequences of one length."""
+    lengths = (end - start for start, end in pairwise(bounds))
+    for length, run in groupby(lengths):
         if length > 0:
-            yield cu_seqlens[start], length, end - start
-        start = end
+            yield length, len(list(run))
 
 
 def _attend(
     query: Tensor,  # (n, H, L, E)
-    key: Tensor,  # (n, H, L, E)
-    value: Tensor,  # (n, H, L, E)
+    key: Tensor,  # (n, G, L, E)
+    value: Tensor,  # (n, G, L, E)
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:  # (n, H, L, E)
+    """Causal attention; with a window or a cap, block by block of queries against the keys that these can see."""
     length = query.shape[2]
-    band = None
-    if window is not None and window < length:
-        distance = torch.arange(length, device=query.device)
-        distance = distance[:, None] - distance[None, :]
-        band = (distance >= 0) & (distance < window)
-    if softcap is None:
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None and (window is None or window >= length):
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=band, is_causal=band is None and length > 1, scale=scaling
+            query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=grouped
         )
-    if band is None:
-        band = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    outputs = []
+    size = max(window or 0, _QUERY_BLOCK)
+    for start, block in zip(range(0, length, size), query.split(size, dim=2)):
+        end = start + block.shape[2]
+        first = max(0, start - window + 1) if window is not None else 0
+        seen, values = key[:, :, first:end], value[:, :, first:end]
+        distance = torch.arange(start, end, device=query.device)[:, None]
+        distance = distance - torch.arange(first, end, device=query.device)
+        band = (distance >= 0) & (distance < (window or length))
+        if softcap is None:
+            outputs.append(
+                F.scaled_dot_product_attention(block, seen, values, attn_mask=band, scale=scaling, enable_gqa=grouped)
+            )
+        else:
+            outputs.append(_capped(block, seen, values, band, scaling, softcap))
+    return torch.cat(outputs, dim=2)
+
+
+def _capped(
+    query: Tensor,  # (n, H, L, E)
+    key: Tensor,  # (n, G, K, E)
+    value: Tensor,  # (n, G, K, E)
+    band: Tensor,  # (L, K) bool
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:  # (n, H, L, E)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     probabilities = scores.masked_fill(~band, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return probabilities @ value
 
 
+@torch.compiler.disable  # the number of calls depends on the data
 def packed_sdpa(
     module: nn.Module,
     query: Tensor,  # (1, H, T, E)
@@ -113,19 +162,16 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:  # (1, T, H, E)
     """SDPA per sequence; a run of equally long sequences is one batched call. Rows without boundaries are one each."""
     _refuse(module, s_aux)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if cu_seq_lens_q is None:
         return _attend(query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+    runs = list(_segments(_bounds(cu_seq_lens_q)))
+    sizes = [length * count for length, count in runs]
+    # One split, not a slice a run: the backward of a slice fills a zero tensor of the whole row.
+    parts = zip(runs, *(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)))
     outputs = []
-    for start, length, count in _segments(cu_seq_lens_q.tolist()):
-        packed = [
-            x[0, :, start : start + length * count].unflatten(1, (count, length)).transpose(0, 1)
-            for x in (query, key, value)
-        ]
-        attended = _attend(*packed, scaling, sliding_window, softcap)  # (count, H, length, E)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    for (length, count), *packed in parts:
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in packed)  # (count, H or G, length, E)
+        outputs.append(_attend(q, k, v, scaling, sliding_window, softcap).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 
 
@@ -147,11 +193,7 @@ def packed_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse(module, s_aux)
-    if softcap is not None:
-        raise ValueError(
-            f"{type(module).__name__} caps its attention scores, which torch's varlen attention cannot: "
-            "use --attn flash_attention_2 or --attn sdpa"
-        )
+    assert softcap is None, "choose_attention keeps models that cap their scores away from here"
     if cu_seq_lens_q is None:
         raise ValueError(
             "varlen attention needs the sequence boundaries, which this model did not hand on: --attn sdpa"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from unlearn_ds import __version__, distributed
-from unlearn_ds.attention import choose_attention
+from unlearn_ds.attention import caps_scores, choose_attention
 from unlearn_ds.build import Run
 from unlearn_ds.memory import state_bytes
 from unlearn_ds.run_data import NamedCorpus
@@ -65,7 +65,7 @@ def announce(run: Run) -> None:
         run.num_parameters, zero, bf16=config.bf16, reference=config.objective.needs_reference, world_size=world
     )
     shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in state.items())
-    attn, why = choose_attention(config.attn, device.type)
+    attn, why = choose_attention(config.attn, device.type, caps_scores(run.model_config))
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     for note in config.notes():
         distributed.say(f"note: {note}")

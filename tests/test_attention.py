@@ -1,0 +1,136 @@
+"""Packed attention equals attention of each sequence alone, for every backend, window, cap and grouping of heads."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from unlearn_ds import attention
+from unlearn_ds.attention import caps_scores, choose_attention, packed_sdpa
+from unlearn_ds.options import OptionError
+
+SCALE = 0.3
+LENGTHS = {
+    "mixed": [7, 1, 300, 5, 5, 5, 40],  # 300 is more than one block of queries
+    "equal": [6, 6, 6, 6],
+    "one": [33],
+    "long": [700, 20],
+}
+
+
+def alone(query, key, value, window, softcap):
+    """(L, H, E): the definition, for one sequence (H, L, E) in fp32."""
+    length, groups = query.shape[1], query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    scores = query @ key.transpose(1, 2) * SCALE
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    visible = (distance >= 0) & (distance < (window or length))
+    return (scores.masked_fill(~visible.to(scores.device), float("-inf")).softmax(-1) @ value).transpose(0, 1)
+
+
+def case(lengths, heads=4, groups=2, size=16, device="cpu", dtype=torch.float32):
+    """(query, key, value of one packed row, their boundaries)."""
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    parts = [
+        torch.randn(1, count, total, size, generator=generator).to(device, dtype).requires_grad_()
+        for count in (heads, groups, groups)
+    ]
+    return *parts, torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def compare(function, lengths, window=None, softcap=None, tolerance=2e-5, **kwargs):
+    """Hold a backend's output and gradients against each sequence alone."""
+    *parts, bounds = case(lengths, **kwargs)
+    output, _ = function(
+        torch.nn.Module(),
+        *parts,
+        None,
+        scaling=SCALE,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+    )
+    copies = [part.detach().float().requires_grad_() for part in parts]
+    split = zip(*(copy[0].split(lengths, dim=1) for copy in copies))
+    expected = torch.cat([alone(*sequence, window, softcap) for sequence in split]).unsqueeze(0)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.device)
+    torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
+    (output.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for part, copy in zip(parts, copies):
+        torch.testing.assert_close(part.grad.float(), copy.grad, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("window", [None, 1, 10, 300])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_sdpa_equals_each_sequence_alone(lengths, window, softcap):
+    compare(packed_sdpa, lengths, window, softcap)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_sdpa_with_one_and_with_as_many_key_heads(groups):
+    compare(packed_sdpa, LENGTHS["mixed"], groups=groups)
+
+
+def test_rows_without_boundaries_are_one_sequence_each():
+    query, key, value, _ = case([20])
+    whole = packed_sdpa(torch.nn.Module(), query, key, value, None, scaling=SCALE)[0]
+    torch.testing.assert_close(whole[0], alone(query[0], key[0], value[0], None, None), rtol=2e-5, atol=2e-5)
+
+
+def test_cost_is_per_sequence_not_per_row():
+    """The largest intermediate of many short sequences is of the inputs' size: nothing grows with row length squared."""
+    *parts, bounds = case([8] * 256, heads=1, groups=1, size=8)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        packed_sdpa(torch.nn.Module(), *parts, None, cu_seq_lens_q=bounds)[0].sum().backward()
+    assert max(sizes) <= parts[0].numel()
+
+
+def test_attention_sinks_are_refused():
+    *parts, bounds = case([4])
+    with pytest.raises(ValueError, match="uses attention sinks: use --attn flash_attention_3"):
+        packed_sdpa(torch.nn.Module(), *parts, None, cu_seq_lens_q=bounds, s_aux=torch.zeros(4))
+
+
+def test_choice_on_cpu():
+    assert choose_attention("auto", "cpu") == (attention.SDPA, choose_attention("auto", "cpu")[1])
+    assert choose_attention("sdpa", "cpu") == (attention.SDPA, "asked for")
+    with pytest.raises(OptionError, match="--attn varlen needs a CUDA device; on this one use auto or sdpa"):
+        choose_attention("varlen", "cpu")
+    with pytest.raises(OptionError, match=r"choose one of auto, varlen, sdpa, .* Did you mean 'varlen'"):
+        choose_attention("varlin", "cpu")
+
+
+def test_choices_that_cannot_run():
+    with pytest.raises(OptionError, match="caps its attention scores"):
+        choose_attention("varlen", "cuda", capped=True)
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(OptionError, match="the package flash_attn is not installed"):
+            choose_attention("flash_attention_2", "cuda")
+    assert caps_scores(SimpleNamespace(attn_logit_softcapping=50.0))
+    assert not caps_scores(SimpleNamespace())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("choice", ["varlen", "sdpa", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("window", [None, 10])
+def test_gpu_backends_equal_each_sequence_alone(choice, lengths, window):
+    try:
+        name, _ = choose_attention(choice, "cuda")
+    except OptionError as error:
+        pytest.skip(str(error))
+    attention.register()
+    function = AttentionInterface()[name]
+    compare(function, lengths, window, tolerance=2e-2, size=64, device="cuda", dtype=torch.bfloat16)
