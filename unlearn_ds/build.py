@@ -1,7 +1,7 @@
 """From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from unlearn_ds import checkpoint, distributed
 from unlearn_ds.checks import check_model
 from unlearn_ds.config import RunConfig
+from unlearn_ds.data.corpus import tokenizer_fingerprint
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.ds_config import ModelSize, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.health import compare_ranks, rank_facts
 from unlearn_ds.loss_head import HeadOptions
 from unlearn_ds.memory import available_bytes, num_parameters, require_memory, state_bytes
 from unlearn_ds.model import (
@@ -79,12 +81,20 @@ def build_run(config: RunConfig) -> Run:
     sources = make_sources(config, corpora, model_config.vocab_size, special_ids)
     plan = make_plan(config, sources, distributed.world_size())
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
+    fingerprint = "random" if config.random_init else model_fingerprint(options.name_or_path)
+    compare_ranks(
+        rank_facts(device, options.dtype)
+        | {f"--{name}": str(value) for name, value in asdict(config).items()}
+        | {"model": fingerprint, "plan": plan_id}
+        | {f"corpus {c.name}": c.corpus.fingerprint for term in corpora for c in term}
+        | {"tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none"}
+    )
 
     size = model_size(model_config)
     ds_config = complete_ds_config(config, ds_file, size)
     parameters = num_parameters(model_config)
     check_memory(config, parameters, ds_config, device)
-    resumed_from = checkpoint.newest_intact(run_dir) if config.resume else None
+    resumed_from = find_checkpoint(config, run_dir)
     if resumed_from is not None:
         checkpoint.prepare_resume(resumed_from, ds_config)
     impl = None if config.loss_impl == "auto" else config.loss_impl
@@ -97,7 +107,6 @@ def build_run(config: RunConfig) -> Run:
     engine = TrainingEngine(model, config, ds_config, plan.num_steps)
     check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
 
-    fingerprint = "random" if config.random_init else model_fingerprint(options.name_or_path)
     if config.objective.needs_sampled_targets:
         # The engine still holds the original weights: labels are drawn before any checkpoint is loaded.
         targets = sampled_targets(config, corpora[0][0], sources[0].sequences, engine.ask, fingerprint, device)
@@ -154,9 +163,10 @@ def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Create the output folder, or refuse one that an earlier run left full."""
     if run_dir.exists() and not run_dir.is_dir():
         raise OptionError(f"--output_dir {run_dir}: is a file")
-    if config.resume:
-        if not checkpoint.complete_checkpoints(run_dir):
+    if config.resume or config.auto_resume:
+        if config.resume and not checkpoint.complete_checkpoints(run_dir):
             raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}")
+        checkpoint.remove_remains(run_dir)
     elif run_dir.exists() and any(run_dir.iterdir()):
         if not config.overwrite_output_dir:
             raise OptionError(
@@ -169,6 +179,21 @@ def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
             )
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from, if it resumes. Every rank calls this.
+
+    Raises `CheckpointError` rather than start afresh over checkpoints of which none is intact.
+    """
+    if not (config.resume or config.auto_resume):
+        return None
+    found = checkpoint.newest_intact(run_dir)
+    if found is None and distributed.on_main(lambda: checkpoint.complete_checkpoints(run_dir)):
+        raise checkpoint.CheckpointError(
+            f"every checkpoint in {checkpoint.folder(run_dir)} is damaged: start afresh with --overwrite_output_dir"
+        )
+    return found
 
 
 def load_tokenizer(config: RunConfig) -> Any | None:

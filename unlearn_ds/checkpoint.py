@@ -1,23 +1,33 @@
 """Resumable state: complete or absent, verified before use, resumable at another world size.
 
-A checkpoint is written to a hidden folder beside its final place, described by a manifest with a digest per file, flushed, and
-only then renamed to `checkpoints/step_N`. Ranks share the work of hashing, so the folder must be on a file system all see.
+A checkpoint is written to a hidden folder beside its final place, every rank its own shards; each file is hashed and flushed as
+it is written. Only when all ranks succeeded is the folder described by a manifest and renamed to `checkpoints/step_N`.
+The folder must be on a file system that all ranks see.
 """
 
+import contextlib
 import hashlib
+import io
 import json
-import os
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
 from unlearn_ds import distributed
+from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder
 from unlearn_ds.engine import TrainingEngine
 
 MANIFEST = "checkpoint.json"
+CONVERSION_TIMEOUT_S = 6 * 3600.0
 _STATE = "state"
 _UNIVERSAL = "universal"
+_HASHED_AT_ONCE = 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -28,81 +38,161 @@ class Checkpoint:
     step: int  # updates done
     world_size: int
     plan_fingerprint: str
+    files: dict[str, str] = field(default_factory=dict)  # name below path -> digest
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged or belongs to another run."""
+    """A checkpoint is damaged, cannot be written, or belongs to another run."""
 
 
 def folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+class _HashingFile:
+    """A file that is hashed while torch writes it. It keeps an error for `finish`: torch's writer would hide which it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb", buffering=0)
+        self._digest = _new_digest()
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        left = view
+        while left and self._error is None:
+            try:
+                left = left[self._file.write(left) :]
+            except OSError as error:
+                self._error = error
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def finish(self) -> str:
+        """Force to disk and return the digest; raises the `OSError` of an earlier write."""
+        self._file.close()
+        if self._error is not None:
+            raise self._error
+        flush(self._path)
+        return self._digest.hexdigest()
+
+
+class _Writer(CheckpointEngine):
+    """Takes DeepSpeed's files: hashes and flushes them, and keeps a failure to itself until all ranks can hear of it.
+
+    An exception from inside `save_checkpoint` would leave the other ranks waiting in one of its barriers.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.digests: dict[str, str] = {}
+        self.failure: str | None = None
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        pass
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self.failure is not None:
+            return
+        try:
+            file = _HashingFile(Path(path))
+            torch.save(state_dict, file)
+            self.digests[str(Path(path).relative_to(self.root))] = file.finish()
+        except OSError as error:
+            self.failure = str(error)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.failure = str(error)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise AssertionError("this engine only writes")
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _writing_through(engine: Any, writer: _Writer) -> Iterator[None]:
+    """DeepSpeed's engine writes through `writer`, and leaves out its recovery script (an unguarded copy on rank 0)."""
+    before = engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = before
+        del engine._copy_recovery_script
+
+
 def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str, keep: int | None) -> Path:
-    """Write `checkpoints/step_N` and then drop all but the newest `keep`. Every rank calls this."""
+    """Write `checkpoints/step_N` and then drop all but the newest `keep`. Every rank calls this.
+
+    Raises `CheckpointError` on every rank if any could not write; the checkpoints that were there before stay.
+    """
+    started = time.monotonic()
     final = folder(run_dir) / f"step_{step}"
     partial = folder(run_dir) / f".step_{step}.partial"
-    distributed.on_main(lambda: _fresh(partial))
-    engine.engine.save_checkpoint(str(partial), tag=_STATE, client_state={"step": step})
-    distributed.barrier()
-    digests = _digests(partial)
+    try:
+        distributed.on_main(lambda: fresh_folder(partial / _STATE))
+    except OSError as error:
+        raise _not_saved(run_dir, step, str(error)) from error
+    writer = _Writer(partial)
+    with _writing_through(engine.engine, writer):
+        engine.engine.save_checkpoint(str(partial), tag=_STATE, client_state={"step": step}, save_latest=False)
+    answers = distributed.gather_objects((writer.digests, writer.failure))
+    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure]
+    digests = {name: digest for written, _ in answers for name, digest in sorted(written.items())}
 
     def publish() -> None:
-        manifest = {
-            "step": step,
-            "world_size": distributed.world_size(),
-            "plan_fingerprint": plan_fingerprint,
-            "files": digests,
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(final.parent)
-        for old in complete_checkpoints(run_dir)[keep:] if keep else []:
-            shutil.rmtree(old.path)
+        if failures:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _not_saved(run_dir, step, failures[0])
+        try:
+            manifest = {
+                "step": step,
+                "world_size": distributed.world_size(),
+                "plan_fingerprint": plan_fingerprint,
+                "files": digests,
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (partial / MANIFEST, partial / _STATE, partial):
+                flush(path)
+            publish_folder(partial, final)
+            for old in complete_checkpoints(run_dir)[keep:] if keep else []:
+                remove_folder(old.path)
+        except OSError as error:
+            raise _not_saved(run_dir, step, str(error)) from error
 
     distributed.on_main(publish)
+    size = sum(path.stat().st_size for path in (final / _STATE).iterdir()) if distributed.is_main() else 0
+    distributed.say(f"saved {final} ({size / 2**30:.2f} GiB in {time.monotonic() - started:.1f} s)")
     return final
 
 
-def _fresh(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir()
+def _not_saved(run_dir: Path, step: int, why: str) -> CheckpointError:
+    good = complete_checkpoints(run_dir)
+    newest = f"the newest checkpoint is {good[0].path}" if good else "there is no earlier checkpoint"
+    return CheckpointError(f"the checkpoint of step {step} could not be written ({why}); {newest}")
 
 
-def _flush(path: Path) -> None:
-    """Force a folder's files, or the folder entry itself, to disk."""
-    for entry in [path, *(p for p in path.rglob("*") if p.is_file())]:
-        handle = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _new_digest() -> Any:
+    return hashlib.blake2b(digest_size=16)
 
 
 def _file_digest(path: Path) -> str:
+    digest = _new_digest()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _slow(file)
-
-
-def _slow(file: Any) -> str:
-    """Python 3.10 has no hashlib.file_digest."""
-    digest = hashlib.blake2b()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()[:32]
-
-
-def _digests(path: Path) -> dict[str, str]:
-    """Digest of every file below `path`, each computed by one rank, known to all."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST and _UNIVERSAL not in p.parts)
-    own = files[distributed.rank() :: distributed.world_size()]
-    mine = {str(p.relative_to(path)): _file_digest(p) for p in own}
-    return {name: digest for part in distributed.gather_objects(mine) for name, digest in sorted(part.items())}
+        while chunk := file.read(_HASHED_AT_ONCE):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
@@ -111,9 +201,8 @@ def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
     for manifest in folder(run_dir).glob(f"step_*/{MANIFEST}"):
         try:
             content = json.loads(manifest.read_text(encoding="utf-8"))
-            found.append(
-                Checkpoint(manifest.parent, content["step"], content["world_size"], content["plan_fingerprint"])
-            )
+            fields = (content[name] for name in ("step", "world_size", "plan_fingerprint", "files"))
+            found.append(Checkpoint(manifest.parent, *fields))
         except (OSError, ValueError, KeyError):
             distributed.say(f"checkpoint {manifest.parent} has no readable {MANIFEST}: passed over")
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
@@ -122,13 +211,26 @@ def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
 def newest_intact(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint whose files match their digests; damaged ones are named and passed over. All ranks call this."""
     for checkpoint in distributed.on_main(lambda: complete_checkpoints(run_dir)):
-        expected = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        actual = _digests(checkpoint.path)
-        damaged = sorted(name for name in expected if actual.get(name) != expected[name])
+        names = sorted(checkpoint.files)
+        mine = names[distributed.rank() :: distributed.world_size()]  # ranks share the reading
+        damage = [what for name in mine if (what := _damage(checkpoint.path / name, checkpoint.files[name]))]
+        damaged = [what for part in distributed.gather_objects(damage) for what in part]
         if not damaged:
             return checkpoint
         distributed.say(f"checkpoint {checkpoint.path} is damaged ({damaged[0]}): passed over")
     return None
+
+
+def _damage(path: Path, digest: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    return None if _file_digest(path) == digest else f"{path.name} is not what was written"
+
+
+def remove_remains(run_dir: Path) -> None:
+    """Delete what a run that was killed while saving or deleting left behind."""
+    for path in (*folder(run_dir).glob(".step_*.partial"), *folder(run_dir).glob(".step_*.old")):
+        shutil.rmtree(path)
 
 
 def prepare_resume(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> None:
@@ -145,7 +247,7 @@ def prepare_resume(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> None:
         f"{checkpoint.path} was written by {checkpoint.world_size} ranks, this run has {distributed.world_size()}: "
         "converting it to a universal checkpoint"
     )
-    distributed.on_main(lambda: _convert(checkpoint.path))
+    distributed.on_main(lambda: _convert(checkpoint.path), timeout_s=CONVERSION_TIMEOUT_S)
     ds_config["checkpoint"] = ds_config.get("checkpoint", {}) | {"load_universal": True}
 
 
@@ -154,20 +256,21 @@ def _convert(path: Path) -> None:
 
     from deepspeed.checkpoint import ds_to_universal
 
-    target = path / _UNIVERSAL
-    if target.exists():
-        shutil.rmtree(target)
-    ds_to_universal.main(
-        argparse.Namespace(
-            input_folder=str(path / _STATE),
-            output_folder=str(target),
-            num_extract_workers=2,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
+    partial = fresh_folder(path / f".{_UNIVERSAL}.partial")
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(path / _STATE),
+                output_folder=str(partial),
+                # One worker: the converter's pool would fork a process whose group and threads are up.
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
         )
-    )
+    publish_folder(partial, path / _UNIVERSAL)
 
 
 def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) -> int:
@@ -185,4 +288,7 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) 
     loaded, client_state = engine.engine.load_checkpoint(str(checkpoint.path), tag=tag)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {checkpoint.path}")
+    if universal:
+        distributed.barrier()
+        distributed.on_main(lambda: remove_folder(checkpoint.path / _UNIVERSAL))  # as large as the checkpoint itself
     return int(client_state["step"])

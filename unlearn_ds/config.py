@@ -119,6 +119,12 @@ class RunConfig:
     """keep only this many newest checkpoints"""
     resume: bool = False
     """go on from the newest checkpoint in output_dir"""
+    auto_resume: bool = False
+    """go on from the newest checkpoint in output_dir if there is one, else start afresh: for batch scripts that are
+    started again"""
+    hang_timeout: float = 600.0
+    """seconds after which an update that also takes ten times the usual is a hang: all ranks write their stacks and
+    leave; 0 for never"""
     overwrite_output_dir: bool = False
     """clear output_dir if an earlier run left something there"""
     output_sufix: str = ""
@@ -245,6 +251,7 @@ def _check_numbers(config: RunConfig) -> None:
         "save_steps",
         "seed",
         "retain_weight",
+        "hang_timeout",
     ]:
         if getattr(config, name) < 0:
             raise OptionError(f"--{name} {getattr(config, name)}: must not be negative")
@@ -266,9 +273,10 @@ def _check_checkpointing(config: RunConfig) -> None:
     value = config.activation_checkpointing
     if value not in ("none", "full") and not (value.isdigit() and int(value) >= 1):
         raise OptionError(f"--activation_checkpointing {value}: none, full, or every n-th layer as a number")
-    if config.resume and config.overwrite_output_dir:
+    if (config.resume or config.auto_resume) and config.overwrite_output_dir:
         raise OptionError(
-            "--resume and --overwrite_output_dir contradict each other: one keeps the folder, one clears it"
+            f"--{'resume' if config.resume else 'auto_resume'} and --overwrite_output_dir contradict each other: one keeps "
+            "the folder, one clears it"
         )
 
 

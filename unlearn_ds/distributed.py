@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from unlearn_ds.lifeline import Lifeline
+
 Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT_S = 1800.0
+_lifeline: Lifeline | None = None
 
 
 def map_launcher_environment(environ: dict[str, str]) -> None:
@@ -83,11 +86,22 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
         torch.set_num_threads(num_threads or max(1, cores // ranks_per_node()))
     import deepspeed
 
+    from unlearn_ds.health import wait_for_extension_locks
+
     quiet_libraries()
+    wait_for_extension_locks()
     deepspeed.init_distributed(
         timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S), auto_mpi_discovery=False, verbose=False
     )
+    global _lifeline
+    if _lifeline is None and dist.get_world_size() > 1:
+        _lifeline = Lifeline.start()
     return device
+
+
+def lifeline() -> Lifeline | None:
+    """The connection that tells ranks of each other's end; None in a run of one rank."""
+    return _lifeline
 
 
 def quiet_libraries() -> None:
@@ -105,9 +119,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 
-def shut_down() -> None:
-    """Leave the process group, so that torch does not warn at exit."""
-    if dist.is_initialized():
+def shut_down(failure: str | None = None) -> None:
+    """Leave the process group. With `failure`, what this rank ends of, the other ranks are told to end too."""
+    global _lifeline
+    if _lifeline is not None:
+        _lifeline.finish(failure)
+        _lifeline = None
+    if dist.is_initialized() and failure is None:  # destroying a group whose peers are in a collective may hang
         dist.destroy_process_group()
 
 
@@ -148,16 +166,22 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def on_main(function: Callable[[], Result]) -> Result:
-    """Run `function` on rank 0 and return its result everywhere; its error is raised on every rank."""
+def on_main(function: Callable[[], Result], timeout_s: float | None = None) -> Result:
+    """Run `function` on rank 0 and return its result everywhere; its error is raised on every rank.
+
+    timeout_s: how long the others wait, where the process group's own timeout is too short; they then wait on gloo.
+    """
     outcome: list[Any] = [None, None]
+    group = None
+    if timeout_s is not None and world_size() > 1:
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
     if is_main():
         try:
             outcome[0] = function()
         except (ValueError, OSError) as error:
             outcome[1] = error
     if world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

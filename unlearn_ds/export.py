@@ -1,7 +1,5 @@
 """From ZeRO partitions to a Hugging Face folder: safetensors, config, tokenizer and a model card."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from torch import nn
 
 from unlearn_ds import __version__, distributed
+from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
 from unlearn_ds.evaluation.summary import show
 
 _GATHER_AT_ONCE = 64
@@ -37,15 +36,13 @@ def export_model(model: nn.Module, tokenizer: Any, target: Path, card: str) -> N
 
     def write() -> None:
         partial = target.with_name(f".{target.name}.partial")
-        if partial.exists():
-            shutil.rmtree(partial)
+        fresh_folder(partial)
         model.save_pretrained(partial, state_dict=state, max_shard_size="5GB")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        flush_tree(partial)
+        publish_folder(partial, target)
 
     distributed.on_main(write)
 

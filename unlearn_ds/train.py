@@ -30,33 +30,48 @@ from unlearn_ds.data.loader import Loader, Step
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine import UpdateResult
 from unlearn_ds.export import export_model, model_card
+from unlearn_ds.health import time_all_reduce
 from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.options import parse
 from unlearn_ds.records import announce, describe, write_run_json
+from unlearn_ds.signals import EXIT_RESUMABLE, StopRequest, StopRequested
+from unlearn_ds.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of a run; returns the exit code."""
+    failure = None
     try:
         train(parse(RunConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds train", __doc__ or ""))
+    except StopRequested as stop:
+        distributed.say(f"unlearn-ds train: {stop}")
+        return EXIT_RESUMABLE
     except (ValueError, OSError) as error:
+        failure = str(error)
         if distributed.is_main():
-            print(f"unlearn-ds train: error: {error}", file=sys.stderr)
+            print(f"unlearn-ds train: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {error}"
+        raise
     finally:
-        distributed.shut_down()
+        distributed.shut_down(failure)
     return 0
 
 
 def train(config: RunConfig) -> Path:
     """Carry out a run and return its folder. Every rank calls this.
 
-    Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints.
+    Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints; `StopRequested` after
+    a signal, with the state saved.
     """
+    stop = StopRequest()
     run = build_run(config)
     write_run_json(run)
     announce(run)
-    run_steps(run)
+    if probe := time_all_reduce(run.device):
+        distributed.say(f"  network       {probe}")
+    run_steps(run, stop)
     evaluation = None
     if config.do_eval:
         from unlearn_ds.evaluation.evaluate import evaluate_run
@@ -69,7 +84,7 @@ def train(config: RunConfig) -> Path:
     return run.run_dir
 
 
-def run_steps(run: Run) -> None:
+def run_steps(run: Run, stop: StopRequest) -> None:
     """The loop: every update of the plan that is not done yet."""
     config, engine, plan = run.config, run.engine, run.plan
     skipped_in_a_row = 0
@@ -77,7 +92,10 @@ def run_steps(run: Run) -> None:
         MetricsWriter(config, run.run_dir, plan.num_steps, run.start_step) as metrics,
         Loader(plan, distributed.rank(), engine.device, run.start_step) as loader,
         frozen_garbage(),
+        Watchdog(config.hang_timeout, run.run_dir, distributed.rank(), distributed.lifeline()) as watchdog,
+        stop.deferred(),
     ):
+        watchdog.step(run.start_step + 1)
         for step in loader:
             started = time.perf_counter()
             learning_rate = engine.learning_rate
@@ -94,8 +112,24 @@ def run_steps(run: Run) -> None:
                     f"the gradient was not finite in {skipped_in_a_row} updates in a row (last: {done}): the weights are as "
                     f"after update {done - skipped_in_a_row}. Lower --learning_rate, or look at the data of these updates"
                 )
-            if config.save_steps and (done % config.save_steps == 0 or done == plan.num_steps):
-                checkpoint.save(engine, run.run_dir, done, run.plan_id, config.save_total_limit)
+            stopping = stop.agreed(engine.device) and done < plan.num_steps
+            if stopping or (config.save_steps and (done % config.save_steps == 0 or done == plan.num_steps)):
+                with watchdog.paused():
+                    save_checkpoint(run, done, must=stopping)
+            if stopping:
+                raise StopRequested(f"stopped after update {done} of {plan.num_steps}: --resume goes on from here")
+            watchdog.step(done + 1)
+
+
+def save_checkpoint(run: Run, done: int, must: bool) -> None:
+    """Save the state after update `done`; where it need not (`must`), a full disk is reported and training goes on."""
+    try:
+        checkpoint.save(run.engine, run.run_dir, done, run.plan_id, run.config.save_total_limit)
+    except checkpoint.CheckpointError as error:
+        if must:
+            raise
+        again = run.config.save_steps
+        distributed.say(f"warning: {error}. Training goes on; the next checkpoint is due {again} updates later")
 
 
 @contextmanager

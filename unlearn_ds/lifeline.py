@@ -1,0 +1,178 @@
+"""One TCP connection from every rank to rank 0, so that a dead rank brings the others down within seconds.
+
+A collective waits for a dead peer until its timeout. Here a killed process closes its socket and the others know at once; a
+lost host or a cut network is noticed when heartbeats stop. Rank 0 passes on what it learns; every rank then says what
+happened and leaves. The same line asks all ranks for their stacks when one of them hangs.
+"""
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+EXIT_PEER_LOST = 76
+HEARTBEAT_S = 1.0
+SILENCE_S = 40.0  # longer than Python code holds the interpreter lock, shorter than anyone wants to wait
+_EOF_GRACE_S = 0.5
+_FAILED_GRACE_S = 10.0  # for a rank to come to its own, better error
+
+
+@dataclass
+class _Peer:
+    """The far end of a connection."""
+
+    rank: int
+    connection: socket.socket
+    heard_at: float
+    buffer: bytes = b""
+    finished: bool = False  # said goodbye: its silence means nothing
+
+
+@dataclass
+class Lifeline:
+    """This rank's connections: rank 0 holds one to every other rank, the others hold one to rank 0."""
+
+    rank: int
+    on_hang: Callable[[str], None] | None = None  # called in the lifeline's thread with what the hanging rank reports
+    _peers: dict[int, _Peer] = field(default_factory=dict)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _thread: threading.Thread | None = None
+
+    @classmethod
+    def start(cls) -> "Lifeline":
+        """Connect all ranks of the default process group. Every rank calls this."""
+        line = cls(dist.get_rank())
+        host = os.environ["MASTER_ADDR"]
+        listener = None
+        address: list = [None]
+        if line.rank == 0:
+            family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+            listener = socket.create_server(("", 0), family=family, backlog=dist.get_world_size())
+            listener.settimeout(120)
+            address[0] = listener.getsockname()[1]
+        dist.broadcast_object_list(address, src=0)
+        if listener is not None:
+            with listener:
+                for _ in range(dist.get_world_size() - 1):
+                    connection, _ = listener.accept()
+                    line._add(int.from_bytes(_read_exactly(connection, 4), "big"), connection)
+        else:
+            connection = socket.create_connection((host, address[0]), timeout=120)
+            connection.sendall(line.rank.to_bytes(4, "big"))
+            line._add(0, connection)
+        line._thread = threading.Thread(target=line._watch, name="lifeline", daemon=True)
+        line._thread.start()
+        return line
+
+    def finish(self, failure: str | None = None) -> None:
+        """Say goodbye: from now on this rank may end. `failure`: what it ends of, so that the others end too."""
+        self._send_all({"kind": "failed", "why": failure} if failure else {"kind": "bye"})
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(5)
+        for peer in self._peers.values():
+            peer.connection.close()
+
+    def report_hang(self, report: str) -> None:
+        """Ask all other ranks to dump their stacks."""
+        self._send_all({"kind": "hang", "why": report})
+
+    def _add(self, rank: int, connection: socket.socket) -> None:
+        connection.settimeout(5)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._peers[rank] = _Peer(rank, connection, time.monotonic())
+
+    def _send_all(self, message: dict[str, str], but: int | None = None) -> None:
+        line = json.dumps({"rank": self.rank} | message).encode() + b"\n"
+        with self._lock:
+            for peer in self._peers.values():
+                if peer.rank != but and not peer.finished:
+                    try:
+                        peer.connection.sendall(line)
+                    except OSError:
+                        continue  # the watching thread sees that peer's end, or its silence
+
+    def _watch(self) -> None:
+        selector = selectors.DefaultSelector()
+        for peer in self._peers.values():
+            selector.register(peer.connection, selectors.EVENT_READ, peer)
+        beat_at = 0.0
+        while not self._stop.is_set() and any(not peer.finished for peer in self._peers.values()):
+            now = time.monotonic()
+            if now - beat_at >= HEARTBEAT_S:
+                self._send_all({"kind": "beat"})
+                beat_at = now
+            for key, _ in selector.select(timeout=HEARTBEAT_S / 4):
+                if not self._receive(key.data):
+                    selector.unregister(key.fileobj)
+            for peer in self._peers.values():
+                silence = time.monotonic() - peer.heard_at
+                if not peer.finished and silence > SILENCE_S:
+                    self._lost(peer.rank, f"no sign of it for {silence:.0f} s: its host or the network is gone")
+
+    def _receive(self, peer: _Peer) -> bool:
+        """Take in what a peer sent; False at the end of its connection."""
+        try:
+            data = peer.connection.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            if not peer.finished and not self._stop.wait(_EOF_GRACE_S):
+                self._lost(peer.rank, "its process ended")
+            peer.finished = True
+            return False
+        peer.heard_at = time.monotonic()
+        *lines, peer.buffer = (peer.buffer + data).split(b"\n")
+        for line in lines:
+            self._act(peer, json.loads(line))
+        return True
+
+    def _act(self, peer: _Peer, message: dict) -> None:
+        kind = message["kind"]
+        if kind == "bye":
+            peer.finished = True
+        elif kind == "lost":
+            self._leave(message["why"], aloud=False)
+        elif kind == "failed":
+            peer.finished = True
+            if self.rank == 0:
+                self._send_all(message, but=peer.rank)
+            # This rank may be about to report the same error, and better.
+            if not self._stop.wait(_FAILED_GRACE_S):
+                self._leave(f"rank {message['rank']} failed: {message['why']}", aloud=self.rank == 0)
+        elif kind == "hang":
+            if self.rank == 0:
+                self._send_all(message, but=peer.rank)
+            if self.on_hang is not None:
+                self.on_hang(message["why"])
+
+    def _lost(self, rank: int, how: str) -> None:
+        why = f"rank {rank} is lost: {how}"
+        self._send_all({"kind": "lost", "why": why}, but=rank)
+        self._leave(why, aloud=True)
+
+    def _leave(self, why: str, aloud: bool) -> None:
+        if aloud:
+            message = (
+                f"unlearn-ds: rank {self.rank} on {socket.gethostname()}: {why}. Leaving: start again with --resume\n"
+            )
+            os.write(sys.stderr.fileno(), message.encode())
+        os._exit(EXIT_PEER_LOST)
+
+
+def _read_exactly(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = connection.recv(count - len(data))
+        if not part:
+            raise ConnectionError("a rank closed its lifeline before saying who it is")
+        data += part
+    return data
