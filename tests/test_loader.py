@@ -1,0 +1,218 @@
+"""unlearn_ds.data.loader and batch: what reaches the loss head is METHODS' sum, however it is packed and dealt."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from unlearn_ds.data.batch import MicroBatchBuilder
+from unlearn_ds.data.corpus import Corpus, CorpusWriter
+from unlearn_ds.data.labels import RandomTargets, TrueTargets
+from unlearn_ds.data.loader import Loader, MicroBatch, PackedRows, evaluation_batches
+from unlearn_ds.data.plan import Plan, Source
+from unlearn_ds.data.sequences import SequenceIndex
+
+SEQ_LEN = 32
+CPU = torch.device("cpu")
+VOCAB_SIZE = 5000
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SequenceIndex]:
+    rng = np.random.default_rng(0)
+    indices = {}
+    for name, count in (("forget", 13), ("retain", 9), ("more", 4)):
+        path = tmp_path_factory.mktemp("corpora") / name
+        with CorpusWriter(path, VOCAB_SIZE) as writer:
+            for _ in range(count):
+                writer.add(rng.integers(0, VOCAB_SIZE, rng.integers(5, 70)))
+        indices[name] = Corpus(path)
+    return {
+        "forget": SequenceIndex([indices["forget"]], SEQ_LEN),
+        "retain": SequenceIndex([indices["retain"], indices["more"]], SEQ_LEN),
+    }
+
+
+def make_plan(sets: dict[str, SequenceIndex], retain_loss: str = "kl", random: bool = False, **options: object) -> Plan:
+    targets = RandomTargets(5, VOCAB_SIZE, (3,)) if random else TrueTargets()
+    sources = [
+        Source("forget", "cross_entropy", -1.0, sets["forget"], targets),
+        Source("retain", retain_loss, 0.5, sets["retain"], TrueTargets(), 1.0),
+    ]
+    defaults = {"global_batch_size": 10, "seq_len": SEQ_LEN, "micro_batch_size": 1, "world_size": 1, "seed": 0}
+    return Plan(sources, **(defaults | {"num_epochs": 1.0} | options))
+
+
+def context(rows: PackedRows, position: int) -> tuple[int, ...]:
+    """The tokens that a position sees: from the start of its segment."""
+    ids, bounds = rows.input_ids[0].tolist(), rows.cu_seqlens.tolist()
+    start = max(b for b in bounds if b <= position)
+    assert rows.position_ids[0, position] == position - start
+    return tuple(ids[start : position + 1])
+
+
+def terms(batch: MicroBatch) -> list[tuple]:
+    """Every term of the loss with a weight: (kind, what the model sees, target, weight)."""
+    found = []
+    for row, target, weight, forget in zip(batch.ce_rows, batch.ce_targets, batch.ce_weights, batch.ce_is_forget):
+        if weight != 0:
+            found.append(("forget" if forget else "retain", context(batch.rows, int(row)), int(target), weight.item()))
+    if batch.kl_rows is not None:
+        assert len(batch.kl_rows) == len(batch.ref_rows) == len(batch.kl_weights) > 0
+        for row, ref_row, weight in zip(batch.kl_rows, batch.ref_rows, batch.kl_weights):
+            if weight != 0:
+                seen = context(batch.rows, int(row))
+                assert seen == context(batch.reference, int(ref_row)), "the reference must see the same tokens"
+                found.append(("kl", seen, None, weight.item()))
+    return found
+
+
+def expected_terms(plan: Plan, index: int) -> list[tuple]:
+    """The same from METHODS' formula, one sequence at a time."""
+    step = plan.step(index)
+    found = []
+    for k, i in zip(step.source.tolist(), step.sequence.tolist()):
+        source = plan.sources[k]
+        tokens = source.sequences.tokens(i).astype(np.int64)
+        weight = np.float32(source.factor / (step.num_sequences * (len(tokens) - 1)))
+        positions = np.arange(1, len(tokens))
+        labels = source.targets(tokens[1:], np.full(len(positions), i), positions, None)
+        kind = source.role if source.loss == "cross_entropy" else "kl"
+        for t, label in zip(positions.tolist(), labels.tolist()):
+            found.append((kind, tuple(tokens[:t].tolist()), None if kind == "kl" else label, float(weight)))
+    return found
+
+
+def order(found: list[tuple]) -> list[tuple]:
+    return sorted(found, key=repr)
+
+
+@pytest.mark.parametrize("retain_loss", ["cross_entropy", "kl"])
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("fixed_shapes", [True, False])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (3, 2), (16, 1)])
+def test_the_loss_is_that_of_the_formula(
+    sets: dict, retain_loss: str, packing: bool, fixed_shapes: bool, world_size: int, micro_batch_size: int
+) -> None:
+    plan = make_plan(
+        sets, retain_loss, random=True, packing=packing, world_size=world_size, micro_batch_size=micro_batch_size
+    )
+    builder = MicroBatchBuilder(plan, fixed_shapes)
+    for index in range(plan.num_steps):
+        step = plan.step(index)
+        batches = [builder.build(step, r, m) for r in range(world_size) for m in range(step.num_micro_steps)]
+        assert order([term for batch in batches for term in terms(batch)]) == order(expected_terms(plan, index))
+        for batch in batches:
+            assert len(batch.ce_rows) == len(batch.ce_targets) == len(batch.ce_weights) == len(batch.ce_is_forget) > 0
+            for rows in (batch.rows, batch.reference) if retain_loss == "kl" else (batch.rows,):
+                gaps = rows.cu_seqlens.diff()
+                assert rows.cu_seqlens[0] == 0
+                assert rows.cu_seqlens[-1] == rows.input_ids.shape[1] == rows.position_ids.shape[1]
+                assert gaps.min() > 0
+                assert gaps.max() == rows.max_seqlen <= SEQ_LEN
+                assert rows.input_ids.shape[1] <= micro_batch_size * SEQ_LEN
+                assert rows.input_ids.shape[1] == micro_batch_size * SEQ_LEN or not fixed_shapes
+
+
+def test_weights_of_a_step_sum_to_the_factors(sets: dict) -> None:
+    plan = make_plan(sets, "cross_entropy", world_size=2)
+    for index in range(plan.num_steps):
+        step = plan.step(index)
+        total = sum(
+            MicroBatchBuilder(plan, False).build(step, r, m).ce_weights.double().sum()
+            for r in range(2)
+            for m in range(step.num_micro_steps)
+        )
+        forget, retain = step.num_sequences_by_source
+        assert total == pytest.approx((-forget + 0.5 * retain) / step.num_sequences, abs=1e-6)
+
+
+def test_dtypes_and_shapes(sets: dict) -> None:
+    plan = make_plan(sets)
+    batch = MicroBatchBuilder(plan, False).build(plan.step(0), 0, 0)
+    assert batch.rows.input_ids.dtype == batch.rows.position_ids.dtype == torch.int64
+    assert batch.rows.input_ids.shape[0] == 1
+    assert batch.rows.cu_seqlens.dtype == torch.int32
+    assert isinstance(batch.rows.max_seqlen, int)
+    assert batch.ce_rows.dtype == batch.ce_targets.dtype == batch.kl_rows.dtype == batch.ref_rows.dtype == torch.int64
+    assert batch.ce_weights.dtype == batch.kl_weights.dtype == torch.float32
+    assert batch.ce_is_forget.dtype == torch.bool
+
+
+def test_packed_rows_are_not_padded_on_cpu(sets: dict) -> None:
+    plan = make_plan(sets, "cross_entropy")
+    step = plan.step(0)
+    builder = MicroBatchBuilder(plan, False)
+    assert sum(builder.build(step, 0, m).rows.input_ids.numel() for m in range(step.num_micro_steps)) == step.num_tokens
+
+
+def test_resumes_at_any_step_and_world_size(sets: dict) -> None:
+    plan = make_plan(sets, num_epochs=2.0)
+    with Loader(plan, 0, CPU) as loader:
+        whole = list(loader)
+    assert [step.index for step in whole] == list(range(plan.num_steps))
+    for start in (1, plan.steps_per_epoch, plan.num_steps - 1):
+        with Loader(plan, 0, CPU, start) as loader:
+            tail = list(loader)
+        assert [step.index for step in tail] == list(range(start, plan.num_steps))
+        for one, other in zip(whole[start:], tail):
+            assert torch.equal(one.micro_batches[0].rows.input_ids, other.micro_batches[0].rows.input_ids)
+    wide = make_plan(sets, num_epochs=2.0, world_size=3)
+    found = []
+    for rank in range(3):
+        with Loader(wide, rank, CPU, 2) as loader:
+            step = next(iter(loader))
+        found += [term for batch in step.micro_batches for term in terms(batch)]
+    assert order(found) == order([term for batch in whole[2].micro_batches for term in terms(batch)])
+    assert step.num_tokens == whole[2].num_tokens
+    assert step.num_sequences_by_source == whole[2].num_sequences_by_source
+
+
+def test_the_thread_ends_and_hands_its_errors_on(sets: dict) -> None:
+    plan = make_plan(sets, num_epochs=50.0)
+    with Loader(plan, 0, CPU) as loader:
+        step = next(iter(loader))
+        assert step.wait_s >= 0
+    assert not any(thread.name == "unlearn-ds-loader" for thread in threading.enumerate())
+
+    class Broken:
+        def __call__(self, *_: object) -> np.ndarray:
+            raise OSError("the disk went away")
+
+    broken = make_plan(sets)
+    broken.sources[0] = Source("forget", "cross_entropy", -1.0, sets["forget"], Broken())
+    with pytest.raises(OSError, match="the disk went away"), Loader(broken, 0, CPU) as loader:
+        next(iter(loader))
+    assert not any(thread.name == "unlearn-ds-loader" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 40])
+@pytest.mark.parametrize("rows_per_batch", [1, 3])
+def test_evaluation_sees_every_token_once(sets: dict, world_size: int, rows_per_batch: int) -> None:
+    sequences = sets["retain"].subset(np.arange(1, len(sets["retain"])))
+    per_rank = [
+        list(
+            evaluation_batches(
+                sequences, rank=r, world_size=world_size, rows_per_batch=rows_per_batch, seq_len=SEQ_LEN, device=CPU
+            )
+        )
+        for r in range(world_size)
+    ]
+    assert len({len(batches) for batches in per_rank}) == 1, "every rank as many batches"
+    flat = np.concatenate([corpus.tokens for corpus in sequences.corpora])
+    found = []
+    for batch in (b for batches in per_rank for b in batches):
+        assert batch.rows.input_ids.numel() > 0
+        assert len(batch.ce_rows) == len(batch.ce_targets) == len(batch.token_offsets) == len(batch.row_sequence)
+        assert np.array_equal(flat[batch.token_offsets.numpy()], batch.ce_targets.numpy())
+        for row, target, sequence in zip(*(x.tolist() for x in (batch.ce_rows, batch.ce_targets, batch.row_sequence))):
+            found.append((sequence, context(batch.rows, row), target))
+        changes = np.flatnonzero(np.diff(batch.row_sequence.numpy()))
+        assert len(changes) + 1 == len(np.unique(batch.row_sequence.numpy())) or not len(batch.row_sequence)
+    expected = [
+        (i, tuple(sequences.tokens(i)[:t].tolist()), int(sequences.tokens(i)[t]))
+        for i in range(len(sequences))
+        for t in range(1, len(sequences.tokens(i)))
+    ]
+    assert sorted(found) == sorted(expected)

@@ -1,0 +1,239 @@
+"""A corpus on disk: tokens back to back in `.bin`, documents in `.idx` (Megatron's format), and a `.json` manifest.
+
+Opening maps the files; a document is a view. Corpora written by Megatron-LM, Megatron-core and DeepSpeed's fork open as they
+are: without a manifest, what only the manifest knows (tokenizer, largest id) is not checked, or found by one pass.
+"""
+
+import hashlib
+import json
+import os
+from array import array
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from unlearn_ds.data.megatron import CorpusError, index_bytes, read_index, token_dtype
+
+__all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path", "tokenizer_fingerprint"]
+
+SUFFIXES = (".bin", ".json", ".idx")  # in the order they are published: `.idx` makes a corpus complete
+_PROBE = "Unlearning 42 times: naïve café\n\tdef f(x):\n    return x != 'é'  # 你好 🙂\r\n"
+_NUM_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+_SCAN_TOKENS = 1 << 24
+
+
+def corpus_path(data_dir: str | Path, domain: str, name: str) -> Path:
+    """Prefix of a corpus's files: `DATA_DIR/DOMAIN/NAME`."""
+    return Path(data_dir) / domain / name
+
+
+def with_suffix(path: Path, suffix: str) -> Path:
+    """`path` + `suffix`; unlike `Path.with_suffix` it keeps a dot in the name."""
+    return path.parent / (path.name + suffix)
+
+
+class Corpus:
+    """A corpus opened for reading. Nothing is copied; many processes may hold the same one.
+
+    Raises `CorpusError`, naming the file, for everything that is damaged or does not fit together.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        for suffix in (".idx", ".bin"):
+            if not with_suffix(self.path, suffix).is_file():
+                raise CorpusError(
+                    f"no file {with_suffix(self.path, suffix)}: make the corpus with `unlearn-ds prepare`"
+                )
+        bin_path = with_suffix(self.path, ".bin")
+        index = read_index(with_suffix(self.path, ".idx"), bin_path.stat().st_size)
+        self._lengths = index.lengths
+        self.document_starts = index.document_starts  # (documents + 1,) int64, in tokens
+        self.num_documents = len(self.document_starts) - 1
+        self.num_tokens = int(self.document_starts[-1])
+        if self.num_tokens == 0:
+            raise CorpusError(f"{self.path}.idx: an empty corpus: {self.num_documents} documents without a token")
+        self.tokens = np.asarray(np.memmap(bin_path, dtype=index.dtype, mode="r"))  # (num_tokens,); slices faster
+        self.manifest = self._read_manifest()
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        path = with_suffix(self.path, ".json")
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            claimed = {name: manifest[name] for name in ("documents", "tokens", "dtype")}
+            int(manifest["vocab_size"]), int(manifest["max_token"]), str(manifest["digest"])
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise CorpusError(f"{path}: not the manifest of a corpus ({type(error).__name__}: {error})") from error
+        found = {"documents": self.num_documents, "tokens": self.num_tokens, "dtype": self.tokens.dtype.name}
+        for name, value in found.items():
+            if claimed[name] != value:
+                raise CorpusError(
+                    f"{path} says {name} {claimed[name]}, {self.path.name}.idx says {value}: files of two corpora are mixed"
+                )
+        return manifest
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of a document, as a view."""
+        return self.tokens[self.document_starts[number] : self.document_starts[number + 1]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the corpus does: dtype, lengths, the manifest's digest and 64 samples of the tokens."""
+        digest = hashlib.blake2b(self.tokens.dtype.name.encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self._lengths))
+        digest.update((self.manifest["digest"] if self.manifest else "").encode())
+        step = max(1, self.num_tokens // _NUM_SAMPLES)
+        length = _SAMPLE_BYTES // self.tokens.dtype.itemsize
+        for start in range(0, self.num_tokens, step):
+            digest.update(np.ascontiguousarray(self.tokens[start : min(start + length, start + step)]))
+        digest.update(np.ascontiguousarray(self.tokens[-length:]))
+        return digest.hexdigest()
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise `CorpusError` if a model with `vocab_size` embeddings cannot read this corpus."""
+        if self.manifest is not None:
+            if self.manifest["vocab_size"] > vocab_size:
+                raise CorpusError(
+                    f"{self.path}: prepared with a vocabulary of {self.manifest['vocab_size']} tokens, the model has "
+                    f"{vocab_size}: prepare it with the model's own tokenizer"
+                )
+            return
+        smallest, largest = token_range(self.tokens)
+        if smallest < 0 or largest >= vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise CorpusError(
+                f"{self.path}.bin holds token id {wrong}, the model's vocabulary ends at {vocab_size - 1}"
+            )
+
+    def verify(self) -> None:
+        """Read every token and compare with the manifest's digest. Raises `CorpusError` on a difference."""
+        if self.manifest is None:
+            raise CorpusError(f"{self.path}: no manifest, so nothing to verify against")
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, self.num_tokens, _SCAN_TOKENS):
+            digest.update(np.ascontiguousarray(self.tokens[start : start + _SCAN_TOKENS]))
+        if digest.hexdigest() != self.manifest["digest"]:
+            raise CorpusError(f"{self.path}.bin: its tokens are not those that were written: damaged or replaced")
+
+
+def token_range(tokens: np.ndarray) -> tuple[int, int]:
+    """Smallest and largest id, read in pieces."""
+    pieces = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
+    return min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A digest of a tokenizer's vocabulary and of how it cuts a probe text; survives saving and loading."""
+    digest = hashlib.blake2b(digest_size=16)
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        digest.update(f"{number}\t{token}\n".encode("utf-8", "surrogatepass"))
+    digest.update(json.dumps(list(tokenizer(_PROBE)["input_ids"])).encode())
+    return digest.hexdigest()
+
+
+def check_tokenizer(corpus: Corpus, tokenizer: Any) -> None:
+    """Raise `CorpusError` if `corpus` was made with another tokenizer; a corpus that does not say passes."""
+    made_with = (corpus.manifest or {}).get("tokenizer")
+    if made_with and made_with["fingerprint"] != tokenizer_fingerprint(tokenizer):
+        raise CorpusError(
+            f"{corpus.path}: made with another tokenizer ({made_with['name']}) than the model's "
+            f"({getattr(tokenizer, 'name_or_path', '?')}): run `unlearn-ds prepare` again with this one"
+        )
+
+
+class CorpusWriter:
+    """Write a corpus document by document; it appears, complete, when the `with` block ends without an error.
+
+    vocab_size: ids must be below it; it chooses the dtype, u16 up to 65 536 and i32 beyond.
+    description: further entries of the manifest, such as `tokenizer` and `source_digest`.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int, description: dict[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self._description = description or {}
+        self._lengths = array("i")
+        self._num_tokens = 0
+        self._max_token = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def __enter__(self) -> "CorpusWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial(".bin").open("wb", buffering=1 << 20)
+        return self
+
+    def add(self, tokens: Any) -> None:
+        """Append one document: a sequence or array of token ids."""
+        ids = np.asarray(tokens)
+        self.add_documents(ids, [len(ids)])
+
+    def add_documents(self, tokens: np.ndarray, lengths: Any) -> None:
+        """Append documents that lie end to end in `tokens`.
+
+        Raises `CorpusError` for an id outside the vocabulary.
+        """
+        if len(tokens):
+            smallest, largest = int(tokens.min()), int(tokens.max())
+            if smallest < 0 or largest >= self.vocab_size:
+                wrong = smallest if smallest < 0 else largest
+                raise CorpusError(
+                    f"{self.path}: token id {wrong} is outside the vocabulary of {self.vocab_size}: does the tokenizer "
+                    "belong to the model?"
+                )
+            self._max_token = max(self._max_token, largest)
+            raw = np.ascontiguousarray(tokens, dtype=self.dtype)
+            self._digest.update(raw)
+            self._file.write(raw)
+        self._lengths.extend(int(length) for length in lengths)
+        self._num_tokens += len(tokens)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._file.close()
+            for suffix in SUFFIXES:
+                self._partial(suffix).unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        if not self._num_tokens:
+            raise CorpusError(f"{self.path}: nothing to write: no document has a token")
+        manifest = {
+            "format": "megatron",
+            "documents": len(self._lengths),
+            "tokens": self._num_tokens,
+            "dtype": self.dtype.name,
+            "vocab_size": self.vocab_size,
+            "max_token": self._max_token,
+            "digest": self._digest.hexdigest(),
+            **self._description,
+        }
+        _flush(self._file)
+        with self._partial(".json").open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            _flush(file)
+        with self._partial(".idx").open("wb") as file:
+            file.write(index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self.dtype))
+            _flush(file)
+        # An index without its own tokens would lie; tokens without an index are no corpus.
+        with_suffix(self.path, ".idx").unlink(missing_ok=True)
+        for suffix in SUFFIXES:
+            self._partial(suffix).replace(with_suffix(self.path, suffix))
+
+    def _partial(self, suffix: str) -> Path:
+        return self.path.parent / f".{self.path.name}{suffix}.partial"
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

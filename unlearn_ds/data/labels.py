@@ -1,0 +1,139 @@
+"""What cross-entropy is taken against: the true next tokens, random ones, or labels that the original model drew.
+
+Targets are callables `(tokens, sequences, positions, offsets) -> labels` over the target tokens of a micro-batch: the true
+token, the number of its sequence, its position there, and its token offset in the corpora; all (n,) int64.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unlearn_ds import distributed
+from unlearn_ds.data.corpus import CorpusError, with_suffix
+from unlearn_ds.data.hashing import derive_key, mix
+
+
+class TrueTargets:
+    """The next token itself."""
+
+    def __call__(
+        self, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, offsets: np.ndarray
+    ) -> np.ndarray:
+        return tokens
+
+
+class RandomTargets:
+    """Uniform over the vocabulary, a pure function of (seed, sequence, position); special tokens keep theirs."""
+
+    def __init__(self, seed: int, vocab_size: int, special_ids: Iterable[int]) -> None:
+        self._key = np.uint64(derive_key(seed, 1))
+        self._vocab_size = np.uint64(vocab_size)
+        self._is_special = np.zeros(vocab_size, dtype=bool)
+        self._is_special[[i for i in special_ids if i < vocab_size]] = True
+
+    def __call__(
+        self, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, offsets: np.ndarray
+    ) -> np.ndarray:
+        counters = mix(sequences.astype(np.uint64) + self._key) + positions.astype(np.uint64)
+        # The high 32 bits times V, shifted back: uniform to V / 2^32.
+        drawn = (mix(counters) >> np.uint64(32)) * self._vocab_size >> np.uint64(32)
+        return np.where(self._is_special[tokens], tokens, drawn.astype(np.int64))
+
+
+class CachedTargets:
+    """Labels read from a committed `LabelCache`.
+
+    Raises `CorpusError` if there is none at `path`, if it is damaged, or was made for another `key`.
+    """
+
+    def __init__(self, path: str | Path, key: dict[str, Any]) -> None:
+        found = _read_key(Path(path))
+        if found is None:
+            raise CorpusError(f"{path}: no labels there")
+        if found["key"] != key:
+            different = [name for name in sorted({*key, *found["key"]}) if key.get(name) != found["key"].get(name)]
+            raise CorpusError(f"{path}: labels made for other values of {', '.join(different)}")
+        labels = with_suffix(Path(path), ".bin")
+        dtype = np.dtype(found["dtype"])
+        size = labels.stat().st_size if labels.exists() else 0
+        if size != found["num_tokens"] * dtype.itemsize:
+            raise CorpusError(f"{labels}: {size} bytes instead of {found['num_tokens'] * dtype.itemsize}: truncated")
+        self._labels = np.asarray(np.memmap(labels, dtype=dtype, mode="r"))
+
+    def __call__(
+        self, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, offsets: np.ndarray
+    ) -> np.ndarray:
+        return self._labels[offsets].astype(np.int64)
+
+
+class LabelCache:
+    """Labels being drawn: every rank appends to a file of its own, and the main rank joins them.
+
+    No two ranks write to one file, so the folder may be on any shared file system.
+    """
+
+    def __init__(self, path: Path, num_tokens: int, dtype: np.dtype, key: dict[str, Any]) -> None:
+        self._path = path
+        self._num_tokens = num_tokens
+        self._dtype = np.dtype(dtype)
+        self._key = key
+        self._file = _part(path, distributed.rank()).open("wb")
+
+    @classmethod
+    def create(cls, path: str | Path, num_tokens: int, dtype: np.dtype, key: dict[str, Any]) -> "LabelCache":
+        """Start drawing labels for a corpus of `num_tokens`. Every rank calls this."""
+        return cls(Path(path), num_tokens, dtype, key)
+
+    @staticmethod
+    def exists(path: str | Path, key: dict[str, Any]) -> bool:
+        """Whether complete labels with this key lie at `path`."""
+        found = _read_key(Path(path))
+        return found is not None and found["key"] == key
+
+    def write(self, offsets: np.ndarray, labels: np.ndarray) -> None:  # both (n,) int64
+        """Add labels for the tokens at these offsets."""
+        np.stack([offsets, labels], axis=1).astype("<i8").tofile(self._file)
+
+    def flush(self) -> None:
+        """Put this rank's labels on disk; a barrier and the main rank's `commit` follow."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def commit(self) -> None:
+        """Join what all ranks drew and publish it. The main rank alone calls this."""
+        labels = np.zeros(self._num_tokens, dtype=self._dtype)
+        parts = [_part(self._path, rank) for rank in range(distributed.world_size())]
+        for part in parts:
+            pairs = np.fromfile(part, dtype="<i8").reshape(-1, 2)
+            labels[pairs[:, 0]] = pairs[:, 1]
+        content = {"num_tokens": self._num_tokens, "dtype": self._dtype.name, "key": self._key}
+        with_suffix(self._path, ".json").unlink(missing_ok=True)
+        for suffix, data in ((".bin", labels.tobytes()), (".json", json.dumps(content, indent=1).encode())):
+            partial = self._path.parent / f".{self._path.name}{suffix}.partial"
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(with_suffix(self._path, suffix))
+        for part in parts:
+            part.unlink()
+
+
+def _part(path: Path, rank: int) -> Path:
+    return path.parent / f".{path.name}.rank{rank}.partial"
+
+
+def _read_key(path: Path) -> dict[str, Any] | None:
+    manifest = with_suffix(path, ".json")
+    if not manifest.exists():
+        return None
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("num_tokens", "dtype", "key")}
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CorpusError(f"{manifest}: not the description of a label cache ({error})") from error

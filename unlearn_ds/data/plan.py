@@ -1,0 +1,167 @@
+"""Which sequences an optimizer step sees, in which rows, on which rank: a pure function of (data, seed, step).
+
+Nothing is stored per sequence and nothing is replayed: step 10^6 costs as much as step 0, at any world size.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from unlearn_ds.data.hashing import Permutation, derive_key
+from unlearn_ds.data.packing import deal_rows, pack_rows, row_costs
+from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.options import OptionError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One term of an objective with its data."""
+
+    role: str  # "forget" or "retain"
+    loss: str  # objectives.CROSS_ENTROPY or objectives.KL
+    factor: float  # sign and weight of one sequence
+    sequences: SequenceIndex
+    targets: Any  # of data.labels
+    ratio: float = 1.0  # sequences per sequence of the first source
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The content of one update. Arrays are over its B sequences, in no order that matters."""
+
+    index: int
+    source: np.ndarray  # (B,) int64, which of the plan's sources
+    sequence: np.ndarray  # (B,) int64, number within that source
+    length: np.ndarray  # (B,) int64, tokens
+    rows: list[list[int]]  # positions in the arrays above
+    dealt: list[list[list[int]]]  # [rank][micro-step] -> rows; a rank without rows gets filler
+    seq_len: int
+    num_sequences_by_source: list[int]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return int(self.length.sum())
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens that would still fit into the rows."""
+        return self.num_rows * self.seq_len - self.num_tokens
+
+    @property
+    def num_micro_steps(self) -> int:
+        return len(self.dealt[0])
+
+    def micro_batch(self, rank: int, micro_step: int) -> list[list[int]]:
+        """The rows of one forward and backward of a rank; none means filler."""
+        return [self.rows[row] for row in self.dealt[rank][micro_step]]
+
+
+class Plan:
+    """All steps of a run.
+
+    The first source sets the epoch: each of its sequences is seen exactly once in it. Every further source contributes
+    `ratio` sequences per sequence of the first. A step has `global_batch_size` sequences, of all sources together; the last
+    step of an epoch has what is left. A source that is used up before the others starts its next permutation.
+
+    Raises `OptionError` if a step has no room for a sequence of the first source with its companions.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        *,
+        global_batch_size: int,
+        seq_len: int,
+        micro_batch_size: int,
+        world_size: int,
+        seed: int,
+        num_epochs: float,
+        max_steps: int = -1,
+        packing: bool = True,
+    ) -> None:
+        self.sources = list(sources)
+        self.global_batch_size = global_batch_size
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.world_size = world_size
+        self.seed = seed
+        self.packing = packing
+        self._ratios = [Fraction(source.ratio).limit_denominator(10**6) for source in sources]
+        self._ratios[0] = Fraction(1)
+        total = sum(self._ratios)
+        if global_batch_size < total:
+            pairs = " + ".join(f"{float(r):g} {s.role}" for r, s in zip(self._ratios, sources))
+            raise OptionError(
+                f"an update of {global_batch_size} sequence(s) has no room for {pairs}: raise --global_batch_size (or "
+                f"--gradient_accumulation_steps) to at least {math.ceil(total)}, it counts the sequences of all terms"
+            )
+        # Up to step j of an epoch, sources 0..k have contributed floor(j * _shares[k]) sequences together.
+        self._shares = [sum(self._ratios[: k + 1]) * global_batch_size / total for k in range(len(sources))]
+        num_first = len(sources[0].sequences)
+        self.steps_per_epoch = math.ceil(num_first / self._shares[0])
+        self._per_epoch = [num_first] + [round(num_first * ratio) for ratio in self._ratios[1:]]
+        self.num_steps = math.ceil(num_epochs * self.steps_per_epoch) if max_steps < 0 else max_steps
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the content of all steps; the same at every world size, micro-batch size and packing."""
+        content = {
+            "corpora": [[corpus.fingerprint for corpus in source.sequences.corpora] for source in self.sources],
+            "sizes": [len(source.sequences) for source in self.sources],
+            "terms": [[source.role, source.loss, source.factor] for source in self.sources],
+            "ratios": [str(ratio) for ratio in self._ratios],
+            "global_batch_size": self.global_batch_size,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+        }
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
+
+    def step(self, index: int) -> StepPlan:
+        """The content of update `index`, counted from 0."""
+        epoch, within = divmod(index, self.steps_per_epoch)
+        before, after = self._taken(within), self._taken(within + 1)
+        chosen = [
+            self._choose(k, epoch * self._per_epoch[k] + begin, epoch * self._per_epoch[k] + end)
+            for k, (begin, end) in enumerate(zip(before, after))
+        ]
+        source = np.repeat(np.arange(len(chosen)), [len(ids) for ids in chosen])
+        sequence = np.concatenate(chosen)
+        length = np.concatenate([s.sequences.lengths(ids) for s, ids in zip(self.sources, chosen)])
+        rows = pack_rows(length, self.seq_len) if self.packing else [[i] for i in range(len(length))]
+        costs = row_costs(length, rows, self.seq_len) if self.packing else np.ones(len(rows))
+        dealt = deal_rows(costs, self.world_size, self.micro_batch_size)
+        return StepPlan(index, source, sequence, length, rows, dealt, self.seq_len, [len(ids) for ids in chosen])
+
+    def _taken(self, steps: int) -> list[int]:
+        """How many sequences each source has contributed to the first `steps` steps of an epoch."""
+        if steps >= self.steps_per_epoch:
+            return self._per_epoch
+        cumulative = [math.floor(steps * share) for share in self._shares]
+        taken = [high - low for low, high in zip([0, *cumulative], cumulative)]
+        return [min(count, limit) for count, limit in zip(taken, self._per_epoch)]
+
+    def _choose(self, k: int, begin: int, end: int) -> np.ndarray:
+        """Sequences number `begin` to `end` of the endless stream of permutations of source k."""
+        size = len(self.sources[k].sequences)
+        parts = []
+        while begin < end:
+            epoch, start = divmod(begin, size)
+            stop = min(size, start + end - begin)
+            permutation = Permutation(size, derive_key(self.seed, k, epoch))
+            parts.append(permutation(np.arange(start, stop)))
+            begin += stop - start
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
