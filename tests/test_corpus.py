@@ -146,7 +146,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path, corpus: Corpus) -> No
     with pytest.raises(CorpusError, match=r"forget.idx belongs to another file"):
         Corpus(corpus.path)
     binary.write_bytes(other.path.with_suffix(".bin").read_bytes())
-    with pytest.raises(CorpusError, match="says documents 3, forget.idx says 2: files of two corpora"):
+    with pytest.raises(CorpusError, match=r"says documents 3, forget.idx says 2: files of two corpora"):
         Corpus(corpus.path)
     manifest.write_text("{")
     with pytest.raises(CorpusError, match="not the manifest of a corpus"):

@@ -113,7 +113,9 @@ class Plan:
         self._shares = [sum(self._ratios[: k + 1]) * global_batch_size / total for k in range(len(sources))]
         num_first = len(sources[0].sequences)
         self.steps_per_epoch = math.ceil(num_first / self._shares[0])
-        self._per_epoch = [num_first] + [round(num_first * ratio) for ratio in self._ratios[1:]]
+        # Whole steps come first: rounding may give a companion a few sequences more than its ratio in an epoch.
+        wanted = [round(num_first * ratio) for ratio in self._ratios]
+        self._per_epoch = [max(*counts) for counts in zip(wanted, self._taken(self.steps_per_epoch - 1))]
         self.num_steps = math.ceil(num_epochs * self.steps_per_epoch) if max_steps < 0 else max_steps
 
     @cached_property
@@ -148,11 +150,10 @@ class Plan:
 
     def _taken(self, steps: int) -> list[int]:
         """How many sequences each source has contributed to the first `steps` steps of an epoch."""
-        if steps >= self.steps_per_epoch:
+        if steps == self.steps_per_epoch:
             return self._per_epoch
         cumulative = [math.floor(steps * share) for share in self._shares]
-        taken = [high - low for low, high in zip([0, *cumulative], cumulative)]
-        return [min(count, limit) for count, limit in zip(taken, self._per_epoch)]
+        return [high - low for low, high in zip([0, *cumulative], cumulative)]
 
     def _choose(self, k: int, begin: int, end: int) -> np.ndarray:
         """Sequences number `begin` to `end` of the endless stream of permutations of source k."""
