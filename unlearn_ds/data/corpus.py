@@ -218,13 +218,13 @@ class CorpusWriter:
             "digest": self._digest.hexdigest(),
             **self._description,
         }
-        _flush(self._file)
+        flush_file(self._file)
         with self._partial(".json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
-            _flush(file)
+            flush_file(file)
         with self._partial(".idx").open("wb") as file:
             file.write(index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self.dtype))
-            _flush(file)
+            flush_file(file)
         # An index without its own tokens would lie; tokens without an index are no corpus.
         with_suffix(self.path, ".idx").unlink(missing_ok=True)
         for suffix in SUFFIXES:
@@ -234,6 +234,7 @@ class CorpusWriter:
         return self.path.parent / f".{self.path.name}{suffix}.partial"
 
 
-def _flush(file: Any) -> None:
+def flush_file(file: Any) -> None:
+    """Force what was written to disk."""
     file.flush()
     os.fsync(file.fileno())

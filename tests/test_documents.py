@@ -1,0 +1,123 @@
+"""unlearn_ds.data.documents: every kind of input is read alike, and what cannot be read is named."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from unlearn_ds.data.documents import DocumentError, find_sources, read_documents
+from unlearn_ds.options import OptionError
+
+TEXTS = ["first\ndocument, 1", 'näxt "quoted"', "last 你好"]
+
+
+def read(*names: object, column: str | None = None) -> list[str]:
+    return list(read_documents(find_sources([str(name) for name in names]), column))
+
+
+def jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    return [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+
+
+def test_formats(tmp_path: Path, rows: list[dict]) -> None:
+    table = datasets.Dataset.from_list(rows)
+    jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    table.to_parquet(tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["id", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "splits")
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "a.csv", "saved", "splits:train"):
+        assert read(tmp_path / name) == TEXTS, name
+    assert read(tmp_path / "splits:test") == TEXTS[:1]
+    assert read(tmp_path / "a.parquet", tmp_path / "a.csv") == TEXTS * 2
+
+
+def test_plain_text_files_are_one_document_each(tmp_path: Path) -> None:
+    for name, text in zip(("b.py", "a.txt", "sub/c.md", "sub/package.json", ".git/config"), [*TEXTS, '{"a": 1}', "no"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "empty.py").write_text("")
+    assert read(tmp_path) == [TEXTS[1], TEXTS[0], TEXTS[2], '{"a": 1}']
+    assert read(tmp_path / "b.py") == [TEXTS[0]]
+
+
+def test_columns(tmp_path: Path) -> None:
+    content = jsonl(tmp_path / "content.jsonl", [{"content": "a", "body": "b"}])
+    assert read(content) == ["a"]
+    assert read(content, column="body") == ["b"]
+    assert read(jsonl(tmp_path / "both.jsonl", [{"content": "a", "text": "b"}])) == ["b"]
+    other = jsonl(tmp_path / "other.jsonl", [{"body": "b", "id": 3}])
+    with pytest.raises(OptionError, match=r"other.jsonl: no column 'text' or 'content'; its columns are body, id"):
+        read(other)
+    with pytest.raises(
+        OptionError, match=r"no column 'boddy'; its columns are body, id: name the right one by --text_col"
+    ):
+        read(other, column="boddy")
+    with pytest.raises(DocumentError, match=r"document 0: column 'id' holds a int instead of text"):
+        read(other, column="id")
+    with pytest.raises(DocumentError, match=r"document 1: column 'text' holds nothing instead of text"):
+        read(jsonl(tmp_path / "null.jsonl", [{"text": "a"}, {"text": None}]))
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    jsonl(tmp_path / "forget.jsonl", [{"text": "a"}])
+    with pytest.raises(DocumentError, match=r"no such file or folder.*Did you mean .*forget.jsonl"):
+        read(tmp_path / "forgot.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DocumentError, match=r"empty.jsonl: an empty file"):
+        read(tmp_path / "empty.jsonl")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DocumentError, match="folder: an empty folder"):
+        read(tmp_path / "folder")
+    (tmp_path / "folder" / "a.txt").write_text("")
+    (tmp_path / "folder" / "b.txt").write_text("")
+    with pytest.raises(DocumentError, match="all files are empty"):
+        read(tmp_path / "folder")
+    jsonl(tmp_path / "folder" / "c.jsonl", [{"text": "a"}])
+    with pytest.raises(DocumentError, match=r"several formats \(json, text\)"):
+        read(tmp_path / "folder")
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(DocumentError, match=r"none.parquet: no documents in it"):
+        read(tmp_path / "none.parquet")
+    table = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DocumentError, match="has the splits train, test: name one, as"):
+        read(tmp_path / "splits")
+    with pytest.raises(DocumentError, match=r"no split 'tset', there are train, test. Did you mean 'test'"):
+        read(tmp_path / "splits:tset")
+    with pytest.raises(DocumentError, match=r"nobody/nothing:arxiv:forget: cannot be read as hub"):
+        read("nobody/nothing:arxiv:forget")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "a\xff"}\n')
+    with pytest.raises(DocumentError, match=r"bad.jsonl: not UTF-8: byte 28, line 2 \(invalid start byte\); convert"):
+        read(tmp_path / "bad.jsonl")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.py").write_text("fine")
+    (tmp_path / "text" / "b.py").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DocumentError, match=r"b.py: not UTF-8: byte 3, line 1 \(unexpected end of data\)"):
+        read(tmp_path / "text")
+    (tmp_path / "bad.csv").write_bytes(b"text\nfine\nb\xc3(\n")
+    with pytest.raises(DocumentError, match=r"bad.csv: not UTF-8: byte 11, line 3"):
+        read(tmp_path / "bad.csv")
+    (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(DocumentError, match=r"torn.jsonl: cannot be read as json after document"):
+        read(tmp_path / "torn.jsonl")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(DocumentError, match=r"torn.parquet: cannot be read as parquet after document 0"):
+        read(tmp_path / "torn.parquet")

@@ -1,0 +1,123 @@
+"""A corpus writer that survives interruption: what is safely on disk is kept, and the next run goes on behind it."""
+
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from unlearn_ds.data.corpus import CorpusWriter, flush_file
+
+_READ_BYTES = 1 << 24
+
+
+class ResumableWriter(CorpusWriter):
+    """A `CorpusWriter` whose partial files outlive the process.
+
+    key: what the corpus is made from; partial files with another key are started over.
+    `source_digest` is the caller's: kept with the documents that are safe, to check the source against when resuming.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int, key: str, restart: bool = False) -> None:
+        super().__init__(path, vocab_size)
+        self._key = key
+        self._restart = restart
+        self._num_saved = 0  # documents whose lengths are in the lengths file
+        self.source_digest = ""
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self._lengths, default=0)
+
+    def has_progress(self) -> bool:
+        """Whether another run with the same key would go on instead of starting over."""
+        return self._read_progress() is not None
+
+    def describe(self, entries: dict[str, Any]) -> None:
+        """Add entries to the manifest that will be written."""
+        self._description |= entries
+
+    def __enter__(self) -> "ResumableWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        progress = None if self._restart else self._read_progress()
+        binary, lengths = self._partial(".bin"), self._partial(".lengths")
+        if progress is None:
+            self._file = binary.open("wb", buffering=1 << 20)
+            lengths.write_bytes(b"")
+            return self
+        self._lengths = array("i", lengths.read_bytes()[: 4 * progress["documents"]])
+        self._num_saved = progress["documents"]
+        self._num_tokens = progress["tokens"]
+        self._max_token = progress["max_token"]
+        self.source_digest = progress["source_digest"]
+        self._file = binary.open("r+b", buffering=1 << 20)
+        size = self._num_tokens * self.dtype.itemsize
+        self._file.truncate(size)
+        for block in _blocks(self._file, size):
+            self._digest.update(block)
+        self._file.seek(size)
+        with lengths.open("r+b") as file:
+            file.truncate(4 * self._num_saved)
+        return self
+
+    def _read_progress(self) -> dict[str, Any] | None:
+        try:
+            progress = json.loads(self._partial(".progress").read_text(encoding="utf-8"))
+            safe = (
+                progress["key"] == self._key
+                and self._partial(".bin").stat().st_size >= progress["tokens"] * self.dtype.itemsize
+                and self._partial(".lengths").stat().st_size >= 4 * progress["documents"]
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return progress if safe else None
+
+    def save_progress(self) -> None:
+        """Make all documents added so far safe."""
+        flush_file(self._file)
+        with self._partial(".lengths").open("ab") as file:
+            file.write(np.frombuffer(self._lengths, dtype=np.int32)[self._num_saved :].tobytes())
+            flush_file(file)
+        self._num_saved = len(self._lengths)
+        progress = {
+            "key": self._key,
+            "documents": len(self._lengths),
+            "tokens": self._num_tokens,
+            "max_token": self._max_token,
+            "source_digest": self.source_digest,
+        }
+        written = self._partial(".progress.new")
+        with written.open("w", encoding="utf-8") as file:
+            json.dump(progress, file)
+            flush_file(file)
+        written.replace(self._partial(".progress"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and not issubclass(kind, ValueError):  # not the fault of the data: worth going on later
+            self._file.close()
+            return
+        super().__exit__(kind, error, trace)
+        for suffix in (".lengths", ".progress", ".progress.new"):
+            self._partial(suffix).unlink(missing_ok=True)
+
+
+def _blocks(file: Any, size: int) -> Iterator[bytes]:
+    file.seek(0)
+    while size > 0:
+        block = file.read(min(_READ_BYTES, size))
+        size -= len(block)
+        yield block
