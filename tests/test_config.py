@@ -4,7 +4,8 @@ import shlex
 
 import pytest
 
-from unlearn_ds.config import EvaluateConfig, RunConfig
+from unlearn_ds.config import RunConfig
+from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError, parse
 

@@ -5,7 +5,8 @@ from typing import Literal
 
 import pytest
 
-from unlearn_ds.config import EvaluateConfig, RunConfig
+from unlearn_ds.config import RunConfig
+from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.options import OptionError, field_help, field_types, parse, parser_for
 
 

@@ -5,8 +5,9 @@ import pytest
 from scipy.stats import ks_2samp
 
 from tests.evaluation_support import random_table, random_tables
+from unlearn_ds.evaluation.options import Thresholds
 from unlearn_ds.evaluation.summary import evaluate_tables
-from unlearn_ds.evaluation.verdict import Thresholds, choose_yardstick, compare_ppl, document_changes, judge
+from unlearn_ds.evaluation.verdict import choose_yardstick, compare_ppl, document_changes, judge
 from unlearn_ds.options import OptionError
 
 

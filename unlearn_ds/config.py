@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from unlearn_ds.conditions import parse_condition, parse_share
 from unlearn_ds.objectives import OBJECTIVES, Objective
 from unlearn_ds.options import OptionError, check_choices, did_you_mean
 
@@ -135,6 +136,17 @@ class RunConfig:
     """evaluate the result on all corpora when done"""
     per_device_eval_batch_size: int = 4
     """rows in one forward of the evaluation"""
+    eval_steps: int = 0
+    """measure a fixed subset of each corpus every this many updates, before the first and after the last; 0 for never"""
+    eval_sequences: int = 64
+    """sequences of each corpus in that subset"""
+    stop_when: tuple[str, ...] = ()
+    """stop at the first of these that holds: 'forget_ppl>=approximate' (what the starting model had there),
+    'mia_auc<=0.5', 'retain_acc<=30'; needs eval_steps"""
+    max_retain_ppl_increase: str | None = None
+    """stop when retain perplexity rose by more than this, such as 10%, and go back to the last state where it had not"""
+    load_best: bool = False
+    """end with the measured state nearest to a good verdict: forget like approximate was, retain like it was"""
     logging_steps: int = 1
     """write metrics every this many updates"""
     report_to: Literal["none", "wandb"] = "none"
@@ -158,6 +170,7 @@ class RunConfig:
         _check_method(self)
         _check_numbers(self)
         _check_checkpointing(self)
+        _check_guards(self)
 
     @property
     def objective_name(self) -> str:
@@ -280,45 +293,18 @@ def _check_checkpointing(config: RunConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The options of `unlearn-ds evaluate`."""
-
-    model_name_or_path: str
-    """the model to measure: a folder or a hub name"""
-    domain: str = "github"
-    """corpora are read from DATA_DIR/DOMAIN and DATA_DIR/general"""
-    data_dir: str = "data"
-    """folder made by `unlearn-ds prepare`"""
-    output_dir: str | None = None
-    """where evaluation.json, tables/ and roc.png go (default: the folder above a run's model/, else ./evaluation)"""
-    seq_len: int = 4096
-    """longest sequence, in tokens"""
-    per_device_eval_batch_size: int = 4
-    """rows of seq_len tokens in one forward of a rank"""
-    max_sequences: int | None = None
-    """measure at most this many sequences of each corpus (a seeded sample)"""
-    seed: int = 42
-    """seed of that sample and of bootstrap intervals"""
-    deepspeed: str = "zero3"
-    """a file of DeepSpeed options, or one of those shipped"""
-    bf16: bool = True
-    """bf16 parameters; False measures in fp32"""
-    attn: str = "auto"
-    """attention for packed rows"""
-    loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """implementation of the loss head"""
-    loss_workspace_mib: float = 1024.0
-    """memory that the head may use for logits, in MiB"""
-    trust_remote_code: bool = False
-    """run code that comes with the model; off unless you trust its authors"""
-    num_threads: int | None = None
-    """CPU threads of a rank (default: the machine's cores shared out)"""
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("seq_len", "per_device_eval_batch_size", "loss_workspace_mib"):
-            if getattr(self, name) <= 0:
-                raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")
-        if self.max_sequences is not None and self.max_sequences < 2:
-            raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")
+def _check_guards(config: RunConfig) -> None:
+    if config.eval_steps < 0:
+        raise OptionError(
+            f"--eval_steps {config.eval_steps}: a number of updates, or 0 for no evaluation while training"
+        )
+    if config.eval_sequences < 2:
+        raise OptionError(f"--eval_sequences {config.eval_sequences}: at least 2, or a set has no spread")
+    for text in config.stop_when:
+        parse_condition(text)
+    if config.max_retain_ppl_increase is not None:
+        parse_share("max_retain_ppl_increase", config.max_retain_ppl_increase)
+    guards = {name: getattr(config, name) for name in ("stop_when", "max_retain_ppl_increase", "load_best")}
+    for name, value in guards.items():
+        if value and not config.eval_steps:
+            raise OptionError(f"--{name} needs --eval_steps: it is decided by evaluations between updates")

@@ -61,15 +61,21 @@ class MetricsWriter:
             self._bar.update()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Record one step."""
+        """Record one update and show it on the bar."""
         if not self._active:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self.record(row)
         shown = {
             name: f"{row[name]:.4g}" for name in ("loss", "forget_loss", "retain_loss") if row.get(name) is not None
         }
         self._bar.set_postfix(shown | {"tok/s": f"{row['tokens_per_s']:.0f}"})
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Record anything else that has a `step`: an evaluation, an event."""
+        if not self._active:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
 

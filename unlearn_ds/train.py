@@ -30,6 +30,7 @@ from unlearn_ds.data.loader import Loader, Step
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine import UpdateResult
 from unlearn_ds.export import export_model, model_card
+from unlearn_ds.guards import Guard
 from unlearn_ds.health import time_all_reduce
 from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.options import parse
@@ -95,8 +96,12 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         Watchdog(config.hang_timeout, run.run_dir, distributed.rank(), distributed.lifeline()) as watchdog,
         stop.deferred(),
     ):
+        guard = Guard(run, metrics)
+        guard.before()
         watchdog.step(run.start_step + 1)
         for step in loader:
+            if guard.stopped:
+                break
             started = time.perf_counter()
             learning_rate = engine.learning_rate
             sums = accumulate(run, step)
@@ -108,9 +113,12 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             metrics.advance()
             skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             if skipped_in_a_row >= config.max_skipped_steps:
+                with watchdog.paused():
+                    save_checkpoint(run, done, must=False)
                 raise ValueError(
                     f"the gradient was not finite in {skipped_in_a_row} updates in a row (last: {done}): the weights are as "
-                    f"after update {done - skipped_in_a_row}. Lower --learning_rate, or look at the data of these updates"
+                    f"after update {done - skipped_in_a_row}, and saved. Lower --learning_rate, or look at "
+                    "the data of these updates"
                 )
             stopping = stop.agreed(engine.device) and done < plan.num_steps
             if stopping or (config.save_steps and (done % config.save_steps == 0 or done == plan.num_steps)):
@@ -118,7 +126,11 @@ def run_steps(run: Run, stop: StopRequest) -> None:
                     save_checkpoint(run, done, must=stopping)
             if stopping:
                 raise StopRequested(f"stopped after update {done} of {plan.num_steps}: --resume goes on from here")
+            if guard.due(done):
+                with watchdog.paused():
+                    guard.measure(done)
             watchdog.step(done + 1)
+        guard.finish()
 
 
 def save_checkpoint(run: Run, done: int, must: bool) -> None:

@@ -3,6 +3,9 @@
 Never holds a logits tensor; works the same under ZeRO-3 on any number of ranks.
 """
 
+import zlib
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -13,6 +16,73 @@ from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.engine import Ask
 from unlearn_ds.evaluation.table import Table, concat_tables, sequence_table
 from unlearn_ds.loss_head import StatsCall
+from unlearn_ds.options import OptionError
+from unlearn_ds.run_data import EVALUATION_SETS, open_set, set_path
+
+
+class SetOptions(Protocol):
+    """The options of a run or of an evaluation that say what is measured and how."""
+
+    data_dir: str
+    domain: str
+    seq_len: int
+    seed: int
+    per_device_eval_batch_size: int
+
+
+def open_sets(
+    options: SetOptions, vocab_size: int, tokenizer: Any | None, max_sequences: int | None = None
+) -> dict[str, SequenceIndex]:
+    """Sequences of every evaluation set that was prepared; of large ones a sample that depends on the seed alone.
+
+    Raises `OptionError` if there is none, or if forget and approximate hold the same documents; `CorpusError` for a damaged
+    corpus, one without sequences, one with token ids beyond the vocabulary and one of another tokenizer.
+    """
+    sets, digests = {}, {}
+    for name, set_name in EVALUATION_SETS.items():
+        path = set_path(options.data_dir, options.domain, set_name)
+        if not path.with_suffix(".idx").exists():
+            distributed.say(f"no corpus {path}: {name} is not measured")
+            continue
+        corpus = open_set(options.data_dir, options.domain, set_name, vocab_size, tokenizer)
+        digests[name] = corpus.fingerprint
+        sequences = SequenceIndex([corpus], options.seq_len)
+        if max_sequences is not None and len(sequences) > max_sequences:
+            chosen = np.random.default_rng(options.seed).choice(len(sequences), max_sequences, replace=False)
+            sequences = sequences.subset(np.sort(chosen))
+        sets[name] = sequences
+    if not sets:
+        raise OptionError(f"no corpus of {options.domain!r} in {options.data_dir}: make them with `unlearn-ds prepare`")
+    if "forget" in digests and digests["forget"] == digests.get("approximate"):
+        raise OptionError(
+            f"forget and approximate of {options.domain!r} in {options.data_dir} are the same documents: approximate must "
+            "be documents of the domain that the model never saw, or membership inference measures nothing"
+        )
+    return sets
+
+
+def collect_tables(
+    sets: dict[str, SequenceIndex],
+    ask: Ask,
+    device: torch.device,
+    options: SetOptions,
+    tokenizer: Any | None = None,
+    progress: bool = True,
+) -> dict[str, Table]:
+    """Measure all sets. Every rank calls this and gets the whole tables."""
+    return {
+        name: collect_table(
+            name,
+            sequences,
+            ask,
+            device,
+            seq_len=options.seq_len,
+            rows_per_batch=options.per_device_eval_batch_size,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+        for name, sequences in sets.items()
+    }
 
 
 def collect_table(
@@ -23,9 +93,13 @@ def collect_table(
     *,
     seq_len: int,
     rows_per_batch: int,
+    tokenizer: Any | None = None,
     progress: bool = True,
 ) -> Table:
-    """Measure every sequence of a set. Every rank calls this and gets the whole table, in sequence order."""
+    """Measure every sequence of a set. Every rank calls this and gets the whole table, in sequence order.
+
+    tokenizer: turns sequences back into text, for the attack that compares with zlib; without it that attack is left out.
+    """
     batches = evaluation_batches(
         sequences,
         rank=distributed.rank(),
@@ -48,15 +122,21 @@ def collect_table(
             sequence_table(
                 name,
                 ids,
-                np.array([sequences.document(int(i)) for i in ids]),
+                sequences.documents(ids),
                 np.concatenate([[0], np.cumsum(counts)]),
                 log_prob[order],
                 correct[order],
                 sum_p_logp[order],
                 sum_p_logp2[order],
+                None if tokenizer is None else np.array([zlib_bytes(tokenizer, sequences.tokens(int(i))) for i in ids]),
             )
         )
     gathered = [table for rank_parts in distributed.gather_objects(parts) for table in rank_parts]
     table = concat_tables(gathered)
     order = np.argsort(table["sequence"], kind="stable")
     return {column: values[order] for column, values in table.items()}
+
+
+def zlib_bytes(tokenizer: Any, tokens: np.ndarray) -> int:
+    """Size of a sequence's text after zlib."""
+    return len(zlib.compress(tokenizer.decode(tokens.tolist()).encode("utf-8")))

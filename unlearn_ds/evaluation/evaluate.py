@@ -10,24 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from unlearn_ds import distributed
 from unlearn_ds.checks import check_model
-from unlearn_ds.config import EvaluateConfig, RunConfig
-from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.config import RunConfig
 from unlearn_ds.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine import Ask, FrozenEngine
-from unlearn_ds.evaluation.collect import collect_table
+from unlearn_ds.evaluation.collect import collect_tables, open_sets
+from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.plots import save_roc
 from unlearn_ds.evaluation.summary import evaluate_tables, show
 from unlearn_ds.evaluation.table import Table, write_table
 from unlearn_ds.loss_head import HeadOptions
 from unlearn_ds.model import ModelOptions, load_config, load_model, logit_shape, model_fingerprint, model_size
-from unlearn_ds.options import OptionError, parse
-from unlearn_ds.run_data import EVALUATION_SETS, open_set, set_path
+from unlearn_ds.options import parse
 
 SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib", "reference")
 
@@ -62,7 +60,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     head = HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl)
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
     check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
-    tables = collect_sets(config, engine.ask, model_config, tokenizer, device, config.max_sequences)
+    sets = open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences)
+    tables = collect_tables(sets, engine.ask, device, config, tokenizer)
     output_dir = Path(config.output_dir) if config.output_dir else _default_output(config.model_name_or_path)
     header = {"model": config.model_name_or_path, "model_fingerprint": model_fingerprint(options.name_or_path)}
     return finish(output_dir, tables, header | {"options": asdict(config)}, config.seed)
@@ -72,43 +71,9 @@ def evaluate_run(
     config: RunConfig, ask: Ask, model_config: PreTrainedConfig, tokenizer: Any | None, device: torch.device
 ) -> dict[str, Any]:
     """Measure the model of a run through its own engine and write the result into the run's folder."""
-    tables = collect_sets(config, ask, model_config, tokenizer, device)
+    sets = open_sets(config, model_config.vocab_size, tokenizer)
+    tables = collect_tables(sets, ask, device, config, tokenizer)
     return finish(config.run_dir, tables, {"model": str(config.run_dir)}, config.seed)
-
-
-def collect_sets(
-    config: EvaluateConfig | RunConfig,
-    ask: Ask,
-    model_config: PreTrainedConfig,
-    tokenizer: Any | None,
-    device: torch.device,
-    max_sequences: int | None = None,
-) -> dict[str, Table]:
-    """Tables of all evaluation sets that were prepared. Every rank calls this.
-
-    Raises `OptionError` if there is none.
-    """
-    tables = {}
-    for name, set_name in EVALUATION_SETS.items():
-        if not set_path(config.data_dir, config.domain, set_name).with_suffix(".idx").exists():
-            distributed.say(f"no corpus {set_path(config.data_dir, config.domain, set_name)}: {name} is not measured")
-            continue
-        corpus = open_set(config.data_dir, config.domain, set_name, model_config.vocab_size, tokenizer)
-        sequences = SequenceIndex([corpus], config.seq_len)
-        if max_sequences is not None and len(sequences) > max_sequences:
-            chosen = np.random.default_rng(config.seed).choice(len(sequences), max_sequences, replace=False)
-            sequences = sequences.subset(np.sort(chosen))
-        tables[name] = collect_table(
-            name,
-            sequences,
-            ask,
-            device,
-            seq_len=config.seq_len,
-            rows_per_batch=config.per_device_eval_batch_size,
-        )
-    if not tables:
-        raise OptionError(f"no corpus of {config.domain!r} in {config.data_dir}: make them with `unlearn-ds prepare`")
-    return tables
 
 
 def finish(output_dir: Path, tables: dict[str, Table], header: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -11,39 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.evaluation.attacks import MAIN_ATTACK
+from unlearn_ds.evaluation.options import ReportConfig, Thresholds
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
 from unlearn_ds.evaluation.summary import DEFAULT_SEED, evaluate_tables
 from unlearn_ds.evaluation.table import Table, read_tables
-from unlearn_ds.evaluation.verdict import Thresholds, choose_yardstick, document_changes, judge
+from unlearn_ds.evaluation.verdict import choose_yardstick, document_changes, judge
 from unlearn_ds.metrics import read_metrics
 from unlearn_ds.options import OptionError, did_you_mean, parse
 
 _NUM_DOCUMENTS = 5  # shown at each end of the list of documents
-
-
-@dataclass(frozen=True)
-class ReportConfig(Thresholds):
-    """The options of `unlearn-ds report`."""
-
-    runs: tuple[str, ...] = ()
-    """folders with evaluation.json and tables/, each a model; may also stand first, without --runs"""
-    names: tuple[str, ...] = ()
-    """what to call them, in the same order (default: the folders' names)"""
-    original: str | None = None
-    """the name of the model before unlearning"""
-    retrained: str | None = None
-    """the name of the model that never saw the forget set"""
-    output_dir: str | None = None
-    """where report.html, report.json and report.md go (default: the first folder)"""
-    seed: int = DEFAULT_SEED
-    """seed of the bootstrap intervals"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.runs:
-            raise OptionError("no run given: unlearn-ds report RUN [RUN ...]")
-        if self.names and len(self.names) != len(self.runs):
-            raise OptionError(f"--names: {len(self.names)} names for {len(self.runs)} runs")
 
 
 @dataclass

@@ -14,32 +14,11 @@ from scipy.stats import ks_2samp
 
 from unlearn_ds.evaluation.attacks import MAIN_ATTACK
 from unlearn_ds.evaluation.bootstrap import interval, resample_weights, weighted_means
+from unlearn_ds.evaluation.options import Thresholds
 from unlearn_ds.evaluation.summary import DEFAULT_SEED, number, perplexity, show
 from unlearn_ds.evaluation.table import Table, paired
-from unlearn_ds.options import OptionError
 
 UTILITY_SETS = ("retain", "general")
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What counts as forgotten and as kept."""
-
-    ppl_tolerance: float = 0.25
-    """forgotten: forget perplexity between the yardstick's / (1 + this) and the yardstick's x (1 + this)"""
-    auc_tolerance: float = 0.1
-    """forgotten: AUC of the Min-40% attack within this of the yardstick's"""
-    max_ppl_increase: float = 0.1
-    """kept: perplexity on retain and general at most the original's x (1 + this)"""
-
-    def __post_init__(self) -> None:
-        for name in ("ppl_tolerance", "auc_tolerance", "max_ppl_increase"):
-            if not getattr(self, name) > 0:
-                raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")
-
-    def limits(self) -> dict[str, float]:
-        """The thresholds alone, also of a class that adds options of its own."""
-        return {name: getattr(self, name) for name in Thresholds.__dataclass_fields__}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""The options of `unlearn-ds evaluate` and `unlearn-ds report`: frozen dataclasses that validate and touch nothing."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unlearn_ds.options import OptionError, check_choices
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as forgotten and as kept."""
+
+    ppl_tolerance: float = 0.25
+    """forgotten: forget perplexity between the yardstick's / (1 + this) and the yardstick's x (1 + this)"""
+    auc_tolerance: float = 0.1
+    """forgotten: AUC of the Min-40% attack within this of the yardstick's"""
+    max_ppl_increase: float = 0.1
+    """kept: perplexity on retain and general at most the original's x (1 + this)"""
+
+    def __post_init__(self) -> None:
+        for name, value in self.limits().items():
+            if not value > 0:
+                raise OptionError(f"--{name} {value}: must be above 0")
+
+    def limits(self) -> dict[str, float]:
+        """The thresholds alone, also of a class that adds options of its own."""
+        return {name: getattr(self, name) for name in Thresholds.__dataclass_fields__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Thresholds):
+    """The options of `unlearn-ds evaluate`."""
+
+    model_name_or_path: str
+    """the model to measure: a folder or a hub name"""
+    domain: str = "github"
+    """corpora are read from DATA_DIR/DOMAIN and DATA_DIR/general"""
+    data_dir: str = "data"
+    """folder made by `unlearn-ds prepare`"""
+    output_dir: str | None = None
+    """where evaluation.json, tables/ and roc.png go (default: the folder above a run's model/, else ./evaluation)"""
+    original_model: str | None = None
+    """evaluated folder (or the model/ in it) of the model before unlearning: what the verdict holds retain and general
+    against; adds the reference attack"""
+    retrained_model: str | None = None
+    """evaluated folder (or the model/ in it) of a model that never saw the forget set: the verdict's yardstick, in place of
+    the original on approximate"""
+    seq_len: int = 4096
+    """longest sequence, in tokens"""
+    per_device_eval_batch_size: int = 4
+    """rows of seq_len tokens in one forward of a rank"""
+    max_sequences: int | None = None
+    """measure at most this many sequences of each corpus (a seeded sample)"""
+    seed: int = 42
+    """seed of that sample and of bootstrap intervals"""
+    deepspeed: str = "zero3"
+    """a file of DeepSpeed options, or one of those shipped"""
+    bf16: bool = True
+    """bf16 parameters; False measures in fp32"""
+    attn: str = "auto"
+    """attention for packed rows"""
+    loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """implementation of the loss head"""
+    loss_workspace_mib: float = 1024.0
+    """memory that the head may use for logits, in MiB"""
+    trust_remote_code: bool = False
+    """run code that comes with the model; off unless you trust its authors"""
+    num_threads: int | None = None
+    """CPU threads of a rank (default: the machine's cores shared out)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self)
+        for name in ("seq_len", "per_device_eval_batch_size", "loss_workspace_mib"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.max_sequences is not None and self.max_sequences < 2:
+            raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")
+
+
+@dataclass(frozen=True)
+class ReportConfig(Thresholds):
+    """The options of `unlearn-ds report`."""
+
+    runs: tuple[str, ...] = ()
+    """folders with evaluation.json and tables/, each a model; may also stand first, without --runs"""
+    names: tuple[str, ...] = ()
+    """what to call them, in the same order (default: the folders' names)"""
+    original: str | None = None
+    """the name of the model before unlearning"""
+    retrained: str | None = None
+    """the name of the model that never saw the forget set"""
+    output_dir: str | None = None
+    """where report.html, report.json and report.md go (default: the first folder)"""
+    seed: int = 42
+    """seed of the bootstrap intervals"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.runs:
+            raise OptionError("no run given: unlearn-ds report RUN [RUN ...]")
+        if self.names and len(self.names) != len(self.runs):
+            raise OptionError(f"--names: {len(self.names)} names for {len(self.runs)} runs")
