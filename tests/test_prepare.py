@@ -114,8 +114,8 @@ def test_goes_on_after_being_killed(inputs: Path, tmp_path: Path) -> None:
     texts = jsonl(tmp_path / "long.jsonl", [f"{i} " + TEXTS[i % 40] * 20 for i in range(1500)])
     script = (
         "import sys\n"
-        "from unlearn_ds.data import prepare, tokenise\n"
-        "prepare._SAVE_PROGRESS_S = 0.0\n"
+        "from unlearn_ds.data import pipeline, prepare, tokenise\n"
+        "pipeline._SAVE_PROGRESS_S = 0.0\n"
         "tokenise.BATCH_DOCUMENTS = 20\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(prepare.main(sys.argv[1:]))\n"
@@ -130,7 +130,7 @@ def test_goes_on_after_being_killed(inputs: Path, tmp_path: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (data / "forget.idx").exists()
-    done = json.loads(progress.read_text())["documents"]
+    done = json.loads(progress.read_text())["state"]["documents"]
     assert 0 < done < 1500
     shutil.copytree(tmp_path / "data", tmp_path / "changed")
     resumed = subprocess.run(

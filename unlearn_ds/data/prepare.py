@@ -10,26 +10,20 @@ where it stopped.
 
 import hashlib
 import json
-import os
 import sys
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, Literal
 
 from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, tokenizer_fingerprint, with_suffix
-from unlearn_ds.data.documents import DocumentError, DocumentSource, find_sources, read_documents
+from unlearn_ds.data.documents import find_sources
+from unlearn_ds.data.overlap import ForgetIndex
+from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
-from unlearn_ds.data.sequences import MIN_TOKENS
-from unlearn_ds.data.tokenise import Encoder, tokenise
-from unlearn_ds.options import OptionError, parse
-
-_SAVE_PROGRESS_S = 10.0
-_WORTH_PROCESSES_BYTES = 32 << 20
+from unlearn_ds.data.summary import format_summary, save_histogram, summarise
+from unlearn_ds.data.tokenise import Encoder
+from unlearn_ds.options import OptionError, check_choices, parse
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,10 @@ class PrepareConfig:
     """sequence length that the summary reckons with; corpora do not depend on it"""
     num_proc: int | None = None
     """tokenizing processes (default: one per core for large inputs)"""
+    overlap: Literal["near", "exact", "off"] = "near"
+    """which copies of forget documents to look for in the other sets"""
+    drop_overlap: bool = False
+    """leave those copies out of the other sets"""
     overwrite_cache: bool = False
     """replace corpora that exist, and start interrupted ones over"""
     trust_remote_code: bool = False
@@ -68,6 +66,9 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not any(self.sets().values()):
             raise OptionError(f"nothing to prepare: give documents with {', '.join(f'--{n}' for n in self.sets())}")
+        check_choices(self)
+        if self.drop_overlap and self.overlap == "off":
+            raise OptionError("--drop_overlap drops what --overlap finds, and --overlap off finds nothing")
         if self.domain == "general":
             raise OptionError(
                 "--domain general: this folder holds the sets from outside the domain; name the domain else"
@@ -116,13 +117,87 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
         name: _key([made_with["fingerprint"], vocab_size, config.text_column, [s.identity() for s in sources]])
         for name, sources in wanted.items()
     }
+    if config.drop_overlap:
+        forget = _forget_identity(config, keys)
+        keys |= {name: _key([key, config.overlap, forget]) for name, key in keys.items() if name != "forget"}
     ready = {name for name in wanted if not config.overwrite_cache and _is_ready(config, name, keys[name])}
-    for name, sources in wanted.items():
+    index = None
+    for name in sorted(wanted, key=lambda name: name != "forget"):
         if name in ready:
             print(f"{config.path(name)}: up to date", file=sys.stderr)
-        else:
-            _write(config, name, sources, encoder, vocab_size, keys[name], made_with)
-    return {name: Corpus(config.path(name)) for name in wanted}
+            continue
+        if name != "forget" and index is None:
+            index = _index_forget(config)
+        compared = [index.forget.fingerprint, index.near] if index is not None and name != "forget" else None
+        partial_key = _key([keys[name], compared])
+        writer = ResumableWriter(config.path(name), vocab_size, partial_key, restart=config.overwrite_cache)
+        writer.describe({"tokenizer": made_with, "prepared_from": keys[name]})
+        write_corpus(
+            writer,
+            wanted[name],
+            encoder,
+            text_column=config.text_column,
+            num_proc=config.num_proc or default_processes(wanted[name]),
+            index=index if name != "forget" else None,
+            drop_copies=config.drop_overlap,
+            progress=not config.disable_tqdm,
+        )
+    corpora = {name: Corpus(config.path(name)) for name in wanted}
+    report(config, corpora)
+    return corpora
+
+
+def _index_forget(config: PrepareConfig) -> ForgetIndex | None:
+    if config.overlap == "off":
+        return None
+    if not with_suffix(config.path("forget"), ".idx").exists():
+        print(f"note: no corpus {config.path('forget')}, so no search for copies of its documents", file=sys.stderr)
+        return None
+    return ForgetIndex(Corpus(config.path("forget")), config.overlap == "near", progress=not config.disable_tqdm)
+
+
+def _forget_identity(config: PrepareConfig, keys: dict[str, str]) -> str:
+    """What the forget corpus is made from, whether it is prepared now or was before."""
+    if "forget" in keys:
+        return keys["forget"]
+    if not with_suffix(config.path("forget"), ".idx").exists():
+        raise OptionError(
+            f"--drop_overlap: there is no forget corpus {config.path('forget')} to compare with: give --forget"
+        )
+    corpus = Corpus(config.path("forget"))
+    return (corpus.manifest or {}).get("prepared_from", corpus.fingerprint)
+
+
+def _warn_if_stale(config: PrepareConfig, corpus: Corpus, compared_with: str) -> None:
+    forget = config.path("forget")
+    if with_suffix(forget, ".idx").exists() and Corpus(forget).fingerprint != compared_with:
+        print(
+            f"note: {corpus.path} was compared with another {forget}: --overwrite_cache prepares it again",
+            file=sys.stderr,
+        )
+
+
+def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
+    """Print what was made, and keep it as summary.json and lengths.png in the domain's folder."""
+    folder = config.path("forget").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    summaries = {name: summarise(corpus, config.seq_len) for name, corpus in corpora.items()}
+    for name, corpus in corpora.items():
+        if (found := (corpus.manifest or {}).get("overlap")) is not None:
+            summaries[name]["overlap"] = found
+            _warn_if_stale(config, corpus, found["forget"])
+    print(format_summary(summaries, config.seq_len), file=sys.stderr)
+    for name, summary in summaries.items():
+        if (found := summary.get("overlap")) and found["exact"] + found["near"]:
+            done = "left out" if found["dropped"] else "kept: --drop_overlap leaves them out"
+            print(
+                f"{name}: {found['exact']} exact and {found['near']} near copies of forget documents, {done}",
+                file=sys.stderr,
+            )
+    partial = folder / ".summary.json.partial"
+    partial.write_text(json.dumps({"seq_len": config.seq_len, "sets": summaries}, indent=1), encoding="utf-8")
+    partial.replace(folder / "summary.json")
+    save_histogram(folder / "lengths.png", corpora, config.seq_len)
 
 
 def load_tokenizer(config: PrepareConfig) -> Any:
@@ -154,97 +229,6 @@ def _is_ready(config: PrepareConfig, name: str, key: str) -> bool:
             f"{path} exists and was made from other documents, another column or tokenizer: --overwrite_cache replaces it"
         )
     return True
-
-
-class _Digested:
-    """Passes texts on and remembers the digest of all texts up to each one, until it is asked for."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = texts
-        self._running = hashlib.blake2b(digest_size=16)
-        self._pending: deque[str] = deque()
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            raw = text.encode("utf-8", "surrogatepass")
-            self._running.update(len(raw).to_bytes(8, "little"))
-            self._running.update(raw)
-            self._pending.append(self._running.hexdigest())
-            yield text
-
-    def after(self, count: int) -> str:
-        """The digest after the next `count` texts that were passed on."""
-        digest = ""
-        for _ in range(count):
-            digest = self._pending.popleft()
-        return digest
-
-
-def _write(
-    config: PrepareConfig,
-    name: str,
-    sources: list[DocumentSource],
-    encoder: Encoder,
-    vocab_size: int,
-    key: str,
-    made_with: dict[str, str],
-) -> None:
-    path = config.path(name)
-    num_proc = config.num_proc or _default_processes(sources)
-    writer = ResumableWriter(path, vocab_size, key, restart=config.overwrite_cache)
-    bar = tqdm(desc=name, unit=" documents", disable=config.disable_tqdm)
-    try:
-        with writer, bar:
-            digested = _Digested(read_documents(sources, config.text_column))
-            texts = iter(digested)
-            _skip(writer, digested, texts, config.path(name))
-            bar.update(writer.num_documents)
-            saved = time.monotonic()
-            for tokens, lengths in tokenise(encoder, texts, num_proc):
-                writer.add_documents(tokens, lengths)
-                writer.source_digest = digested.after(len(lengths))
-                bar.update(len(lengths))
-                bar.set_postfix(tokens=f"{writer.num_tokens:,}", refresh=False)
-                if time.monotonic() - saved > _SAVE_PROGRESS_S:
-                    writer.save_progress()
-                    saved = time.monotonic()
-            if writer.longest < MIN_TOKENS:
-                raise CorpusError(
-                    f"{path}: a corpus without sequences: no document has {MIN_TOKENS} tokens; not written"
-                )
-            writer.describe({"tokenizer": made_with, "source_digest": writer.source_digest, "prepared_from": key})
-    except OSError as error:
-        kept = (
-            "what is done is kept: run the same command again to go on"
-            if writer.has_progress()
-            else "nothing was written"
-        )
-        raise OSError(error.errno, f"{path}: {error.strerror or error}; {kept}") from error
-
-
-def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str], path: Path) -> None:
-    """Pass over the documents that an interrupted run has written, and check that they are still the same."""
-    if not writer.num_documents:
-        return
-    for _ in range(writer.num_documents):
-        if next(texts, None) is None:
-            break
-        found = digested.after(1)
-    else:
-        if found == writer.source_digest:
-            print(f"{path}: going on after {writer.num_documents:,} documents", file=sys.stderr)
-            return
-    raise DocumentError(
-        f"{path}: the documents have changed since their preparation was interrupted; its partial files are removed: run the "
-        "command again to start over"
-    )
-
-
-def _default_processes(sources: list[DocumentSource]) -> int:
-    """Starting a process costs a second: not worth it for small files."""
-    size = sum(file.stat().st_size for source in sources for file in source.files)
-    small = size < _WORTH_PROCESSES_BYTES and not any(source.hub for source in sources)
-    return 1 if small else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class ResumableWriter(CorpusWriter):
     """A `CorpusWriter` whose partial files outlive the process.
 
     key: what the corpus is made from; partial files with another key are started over.
-    `source_digest` is the caller's: kept with the documents that are safe, to check the source against when resuming.
+    `state` is the caller's: a dict kept with the documents that are safe, and given back when going on.
     """
 
     def __init__(self, path: str | Path, vocab_size: int, key: str, restart: bool = False) -> None:
@@ -26,7 +26,7 @@ class ResumableWriter(CorpusWriter):
         self._key = key
         self._restart = restart
         self._num_saved = 0  # documents whose lengths are in the lengths file
-        self.source_digest = ""
+        self.state: dict[str, Any] = {}
 
     @property
     def num_documents(self) -> int:
@@ -61,7 +61,7 @@ class ResumableWriter(CorpusWriter):
         self._num_saved = progress["documents"]
         self._num_tokens = progress["tokens"]
         self._max_token = progress["max_token"]
-        self.source_digest = progress["source_digest"]
+        self.state = progress["state"]
         self._file = binary.open("r+b", buffering=1 << 20)
         size = self._num_tokens * self.dtype.itemsize
         self._file.truncate(size)
@@ -96,7 +96,7 @@ class ResumableWriter(CorpusWriter):
             "documents": len(self._lengths),
             "tokens": self._num_tokens,
             "max_token": self._max_token,
-            "source_digest": self.source_digest,
+            "state": self.state,
         }
         written = self._partial(".progress.new")
         with written.open("w", encoding="utf-8") as file:

@@ -6,10 +6,10 @@ A document is tokenised as the model's tokenizer does by default, its own specia
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -109,31 +109,34 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-_encoder: Encoder | None = None  # of a worker process
+Batch = TypeVar("Batch")
+EncodeBatch = Callable[[list[str]], Batch]  # picklable
+
+_encode: EncodeBatch | None = None  # of a worker process
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encode: EncodeBatch) -> None:
     import os
 
-    global _encoder
+    global _encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is the parallelism
-    _encoder = encoder
+    _encode = encode
 
 
-def _work(texts: list[str]) -> TokenBatch:
-    return _encoder(texts)
+def _work(texts: list[str]) -> Any:
+    return _encode(texts)
 
 
-def tokenise(encoder: Encoder, texts: Iterable[str], num_proc: int) -> Iterator[TokenBatch]:
-    """Token batches in the order of the texts, the same whatever `num_proc` is.
+def tokenise(encode: EncodeBatch, texts: Iterable[str], num_proc: int) -> Iterator[Batch]:
+    """What `encode` (an `Encoder`) makes of batches of the texts, in their order, whatever `num_proc` is.
 
     Raises `OSError` if a worker process dies.
     """
     if num_proc == 1:
-        yield from map(encoder, batches(texts))
+        yield from map(encode, batches(texts))
         return
     context = multiprocessing.get_context("spawn")  # forking beside Arrow's and the tokenizer's threads can hang
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (encoder,))
+    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (encode,))
     waiting: deque[Future] = deque()
     try:
         for batch in batches(texts):

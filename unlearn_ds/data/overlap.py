@@ -1,0 +1,154 @@
+"""Documents of another set that are also in forget: a retain copy of a forgotten document undoes the unlearning.
+
+Exact copies are found by a digest of the tokens. Near copies are found by MinHash over windows of tokens (Broder, 1997) through
+`datasketch`, and each candidate is then measured: its similarity is the exact Jaccard index of the two sets of windows.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+from tqdm import tqdm
+
+from unlearn_ds.data.corpus import Corpus
+from unlearn_ds.data.hashing import mix
+from unlearn_ds.data.tokenise import Encoder
+
+NEAR = 0.8  # Jaccard index from which two documents count as near copies
+_CANDIDATE = 0.5  # where the sketches' search starts to miss; candidates are measured, so it may be far below NEAR
+_WINDOW = 8  # tokens
+_NUM_PERM = 64
+_BLOCK = 1 << 16
+_NUM_EXAMPLES = 20
+# A long document is sketched by a quarter of its windows, chosen by their hash. Documents of a size between the two bounds are
+# sketched both ways: two documents as similar as NEAR then always have a kind of sketch in common.
+_SAMPLED_FROM = 205
+_WHOLE_UP_TO = 320
+_FACTORS = mix(np.arange(1, _WINDOW + 1, dtype=np.uint64)) | np.uint64(1)
+_TEMPLATE = MinHash(num_perm=_NUM_PERM, hashfunc=int)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What is compared of a document: a digest of its tokens, and MinHashes of all and of a sample of its windows."""
+
+    digest: bytes
+    whole: MinHash | None
+    sampled: MinHash | None
+
+
+def windows(tokens: np.ndarray) -> np.ndarray:  # (n,) -> (k,) uint32
+    """Hashes of all runs of `_WINDOW` tokens; a shorter document is one window."""
+    width = min(_WINDOW, len(tokens))
+    count = len(tokens) - width + 1
+    wide = tokens.astype(np.uint64)
+    state = wide[:count] * _FACTORS[0]
+    for at in range(1, width):
+        state += wide[at : at + count] * _FACTORS[at]
+    return (mix(state) >> np.uint64(32)).astype(np.uint32)
+
+
+def _min_hash(hashes: np.ndarray) -> MinHash:
+    sketch = _TEMPLATE.copy()
+    for start in range(0, len(hashes), _BLOCK):
+        sketch.update_batch(hashes[start : start + _BLOCK].tolist())
+    return sketch
+
+
+def sketch(tokens: np.ndarray, near: bool) -> Sketch:
+    """Sketch a document; for exact copies alone the digest is enough."""
+    digest = hashlib.blake2b(tokens.astype("<i4"), digest_size=16).digest()
+    if not near or not len(tokens):
+        return Sketch(digest, None, None)
+    hashes = windows(tokens)
+    whole = _min_hash(np.unique(hashes)) if len(hashes) <= _WHOLE_UP_TO else None
+    sampled = _min_hash(np.unique(hashes[hashes % 4 == 0])) if len(hashes) >= _SAMPLED_FROM else None
+    return Sketch(digest, whole, sampled)
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> float:
+    """Jaccard index of the windows of two documents."""
+    first, second = np.unique(windows(one)), np.unique(windows(other))
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
+
+
+class SketchingEncoder:
+    """An `Encoder` that also sketches: the work is done where the tokens are, in the tokenizing processes."""
+
+    def __init__(self, encoder: Encoder, near: bool) -> None:
+        self._encoder = encoder
+        self._near = near
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, list[Sketch]]:
+        tokens, lengths = self._encoder(texts)
+        documents = np.split(tokens, np.cumsum(lengths)[:-1])
+        return tokens, lengths, [sketch(document, self._near) for document in documents]
+
+
+class ForgetIndex:
+    """The forget corpus, ready to be asked for copies."""
+
+    def __init__(self, forget: Corpus, near: bool, progress: bool = False) -> None:
+        self.forget = forget
+        self.near = near
+        self.exact_digests: dict[bytes, int] = {}
+        self._whole, self._sampled = (MinHashLSH(threshold=_CANDIDATE, num_perm=_NUM_PERM) for _ in range(2))
+        for number in tqdm(range(forget.num_documents), "indexing forget", unit=" documents", disable=not progress):
+            tokens = forget.document(number)
+            if not len(tokens):
+                continue
+            made = sketch(tokens, near)
+            self.exact_digests.setdefault(made.digest, number)
+            for index, min_hash in ((self._whole, made.whole), (self._sampled, made.sampled)):
+                if min_hash is not None:
+                    index.insert(number, min_hash)
+
+    def find(self, tokens: np.ndarray, made: Sketch) -> tuple[int, float] | None:
+        """The forget document that `tokens` are a copy of, and the similarity; None if there is none."""
+        if not len(tokens):
+            return None
+        if (exact := self.exact_digests.get(made.digest)) is not None:
+            return exact, 1.0
+        candidates = set()
+        for index, min_hash in ((self._whole, made.whole), (self._sampled, made.sampled)):
+            if min_hash is not None:
+                candidates.update(index.query(min_hash))
+        closest = max(((similarity(tokens, self.forget.document(c)), c) for c in candidates), default=(0.0, 0))
+        return (closest[1], closest[0]) if closest[0] >= NEAR else None
+
+
+class CopyFilter:
+    """Counts the copies of forget documents among the documents of another set, and leaves them out if told to.
+
+    found: the counts of an interrupted run.
+    """
+
+    def __init__(self, index: ForgetIndex, drop: bool, found: dict[str, Any] | None) -> None:
+        self._index = index
+        self.found = found or {
+            "forget": index.forget.fingerprint,
+            "near_copies": index.near,
+            "dropped": drop,
+            "exact": 0,
+            "near": 0,
+            "examples": [],  # [document, forget document, similarity]
+        }
+
+    def __call__(
+        self, first: int, tokens: np.ndarray, lengths: np.ndarray, sketches: list[Sketch]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of a batch that stay; `first` is the number of its first."""
+        is_copy = np.zeros(len(lengths), dtype=bool)
+        for i, (document, made) in enumerate(zip(np.split(tokens, np.cumsum(lengths)[:-1]), sketches)):
+            match = self._index.find(document, made)
+            if match is not None:
+                is_copy[i] = True
+                self.found["exact" if made.digest in self._index.exact_digests else "near"] += 1
+                if len(self.found["examples"]) < _NUM_EXAMPLES:
+                    self.found["examples"].append([first + i, match[0], round(match[1], 4)])
+        if not (self.found["dropped"] and is_copy.any()):
+            return tokens, lengths
+        return tokens[np.repeat(~is_copy, lengths)], lengths[~is_copy]

@@ -1,0 +1,133 @@
+"""One corpus from its documents: read, tokenise, compare with forget, write; interrupted, it goes on where it stopped."""
+
+import hashlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+from unlearn_ds.data.corpus import CorpusError
+from unlearn_ds.data.documents import DocumentError, DocumentSource, read_documents
+from unlearn_ds.data.overlap import CopyFilter, ForgetIndex, SketchingEncoder
+from unlearn_ds.data.resumable import ResumableWriter
+from unlearn_ds.data.sequences import MIN_TOKENS
+from unlearn_ds.data.tokenise import Encoder, tokenise
+
+_SAVE_PROGRESS_S = 10.0
+_WORTH_PROCESSES_BYTES = 32 << 20
+
+
+class _Digested:
+    """Passes texts on and remembers the digest of all texts up to each one, until it is asked for."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self._running = hashlib.blake2b(digest_size=16)
+        self._pending: deque[str] = deque()
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            raw = text.encode("utf-8", "surrogatepass")
+            self._running.update(len(raw).to_bytes(8, "little"))
+            self._running.update(raw)
+            self._pending.append(self._running.hexdigest())
+            yield text
+
+    def after(self, count: int) -> str:
+        """The digest after the next `count` texts that were passed on."""
+        digest = ""
+        for _ in range(count):
+            digest = self._pending.popleft()
+        return digest
+
+
+def default_processes(sources: list[DocumentSource]) -> int:
+    """One per core, but for small files: starting a process costs a second."""
+    size = sum(file.stat().st_size for source in sources for file in source.files)
+    if size < _WORTH_PROCESSES_BYTES and not any(source.hub for source in sources):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_corpus(
+    writer: ResumableWriter,
+    sources: list[DocumentSource],
+    encoder: Encoder,
+    *,
+    text_column: str | None,
+    num_proc: int,
+    index: ForgetIndex | None,
+    drop_copies: bool,
+    progress: bool,
+) -> None:
+    """Make a corpus. With an `index` copies of forget documents are counted, and with `drop_copies` left out.
+
+    Raises `DocumentError`, `CorpusError` or `OptionError` for what is wrong with the documents, leaving no files, and `OSError`
+    for what is wrong with the machine, keeping what is done.
+    """
+    bar = tqdm(desc=writer.path.name, unit=" documents", disable=not progress)
+    try:
+        with writer, bar:
+            digested = _Digested(read_documents(sources, text_column))
+            texts = iter(digested)
+            num_read = _skip(writer, digested, texts)
+            bar.update(num_read)
+            copies = CopyFilter(index, drop_copies, writer.state.get("overlap")) if index is not None else None
+            encode = SketchingEncoder(encoder, index.near) if index is not None else encoder
+            saved = time.monotonic()
+            for tokens, lengths, *sketches in tokenise(encode, texts, num_proc):
+                first, count = num_read, len(lengths)
+                num_read += count
+                if copies is not None:
+                    tokens, lengths = copies(first, tokens, lengths, *sketches)
+                writer.add_documents(tokens, lengths)
+                writer.state = {"documents": num_read, "source_digest": digested.after(count)}
+                if copies is not None:
+                    writer.state["overlap"] = copies.found
+                bar.update(count)
+                bar.set_postfix(tokens=f"{writer.num_tokens:,}", refresh=False)
+                if time.monotonic() - saved > _SAVE_PROGRESS_S:
+                    writer.save_progress()
+                    saved = time.monotonic()
+            _check_content(writer)
+            described = ("source_digest", "overlap")
+            writer.describe({name: writer.state[name] for name in described if name in writer.state})
+    except OSError as error:
+        kept = (
+            "what is done is kept: run the same command again to go on"
+            if writer.has_progress()
+            else "nothing was written"
+        )
+        raise OSError(error.errno, f"{writer.path}: {error.strerror or error}; {kept}") from error
+
+
+def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str]) -> int:
+    """Pass over the documents that an interrupted run has written, check that they are still the same, and count them."""
+    count = writer.state.get("documents", 0)
+    digest = ""
+    for _ in range(count):
+        if next(texts, None) is None:
+            break
+        digest = digested.after(1)
+    else:
+        if count == 0:
+            return 0
+        if digest == writer.state["source_digest"]:
+            print(f"{writer.path}: going on after {count:,} documents", file=sys.stderr)
+            return count
+    raise DocumentError(
+        f"{writer.path}: the documents have changed since their preparation was interrupted; its partial files are removed: "
+        "run the command again to start over"
+    )
+
+
+def _check_content(writer: ResumableWriter) -> None:
+    if writer.longest >= MIN_TOKENS:
+        return
+    overlap = writer.state.get("overlap", {})
+    if overlap.get("dropped") and overlap["exact"] + overlap["near"]:
+        raise CorpusError(f"{writer.path}: nothing is left without the copies of forget documents; not written")
+    raise CorpusError(f"{writer.path}: a corpus without sequences: no document has {MIN_TOKENS} tokens; not written")

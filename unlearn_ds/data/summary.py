@@ -1,0 +1,77 @@
+"""What a corpus looks like: counts, lengths, and how full its rows get with and without packing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.figure import Figure
+
+from unlearn_ds.data.corpus import Corpus
+from unlearn_ds.data.packing import pack_rows
+from unlearn_ds.data.sequences import SequenceIndex
+
+_PACKED_TOGETHER = 480  # sequences of one update in the published runs
+_NUM_UPDATES = 100
+_QUANTILES = (0.1, 0.5, 0.9, 1.0)
+
+
+def summarise(corpus: Corpus, seq_len: int) -> dict[str, Any]:
+    """Counts and fill of rows of `seq_len` tokens; packing is measured on up to 100 updates of 480 sequences."""
+    sequences = SequenceIndex([corpus], seq_len)
+    lengths = np.diff(corpus.document_starts)
+    sample = np.random.default_rng(0).permutation(len(sequences))[: _PACKED_TOGETHER * _NUM_UPDATES]
+    sampled = sequences.lengths(sample)
+    num_rows = sum(
+        len(pack_rows(sampled[start : start + _PACKED_TOGETHER], seq_len))
+        for start in range(0, len(sampled), _PACKED_TOGETHER)
+    )
+    return {
+        "documents": corpus.num_documents,
+        "tokens": corpus.num_tokens,
+        "sequences": len(sequences),
+        "document_tokens": {f"p{round(q * 100)}": int(np.quantile(lengths, q)) for q in _QUANTILES},
+        "fill_packed": float(sampled.sum() / (num_rows * seq_len)),
+        "fill_padded": float(sampled.mean() / seq_len),
+    }
+
+
+def format_summary(summaries: Mapping[str, Mapping[str, Any]], seq_len: int) -> str:
+    """A table for the terminal."""
+    lines = [
+        f"{'corpus':<22}{'documents':>11}{'tokens':>15}{'sequences':>11}{'tokens a document':>25}{'rows full':>11}{'padded':>8}"
+    ]
+    for name, found in summaries.items():
+        spread = "/".join(f"{value:,}" for value in found["document_tokens"].values())
+        lines.append(
+            f"{name:<22}{found['documents']:>11,}{found['tokens']:>15,}{found['sequences']:>11,}{spread:>25}"
+            f"{found['fill_packed']:>11.1%}{found['fill_padded']:>8.1%}"
+        )
+    lines.append(
+        f"sequences of at most {seq_len} tokens; tokens a document: 10 %, 50 %, 90 % quantile and longest; rows full: with "
+        "packing,\nand with one padded sequence a row"
+    )
+    return "\n".join(lines)
+
+
+def save_histogram(path: Path, corpora: Mapping[str, Corpus], seq_len: int) -> None:
+    """A picture of the document lengths of several corpora, one panel each."""
+    figure = Figure(figsize=(7, 1.6 * len(corpora) + 0.6), layout="constrained")
+    panels = figure.subplots(len(corpora), 1, sharex=True, squeeze=False)[:, 0]
+    every = {name: np.maximum(1, np.diff(corpus.document_starts)) for name, corpus in corpora.items()}
+    longest = max(int(lengths.max()) for lengths in every.values())
+    bins = np.geomspace(1, longest + 1, 60)
+    for panel, (name, lengths) in zip(panels, every.items()):
+        panel.hist(lengths, bins, color="#4e79a7")
+        panel.axvline(seq_len, color="#e15759", linewidth=1)
+        panel.set_title(f"{name}: {len(lengths):,} documents", fontsize=9, loc="left")
+        panel.set_ylabel("documents")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xscale("log")
+    panels[-1].set_xlabel(f"tokens of a document (line: seq_len {seq_len})")
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=120)
+    partial.replace(path)
