@@ -31,7 +31,7 @@ from unlearn_ds.model import (
 from unlearn_ds.options import OptionError
 from unlearn_ds.reference import LiveReference, NoReference
 from unlearn_ds.relabel import sampled_targets
-from unlearn_ds.run_data import NamedCorpus, make_plan, make_sources, open_run_corpora, with_targets
+from unlearn_ds.run_data import NamedCorpus, check_same_corpora, make_plan, make_sources, open_run_corpora, with_targets
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def build_run(config: RunConfig) -> Run:
     model_config = load_config(options)
     tokenizer = load_tokenizer(config)
     corpora = open_run_corpora(config, model_config.vocab_size, tokenizer)
+    if config.resume:
+        check_same_corpora(run_dir, corpora)
     special_ids = tuple(tokenizer.all_special_ids) if tokenizer is not None else ()
     sources = make_sources(config, corpora, model_config.vocab_size, special_ids)
     plan = make_plan(config, sources, distributed.world_size())

@@ -1,12 +1,13 @@
 """The data of a run: which corpora its objective reads, opened, checked against the model, and planned into steps."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.corpus import Corpus, check_tokenizer, corpus_path
+from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_path
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex
@@ -79,6 +80,23 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
         ]
         for term in config.objective.terms
     ]
+
+
+def check_same_corpora(run_dir: Path, corpora: list[list[NamedCorpus]]) -> None:
+    """Before resuming: raise `CorpusError` naming a corpus that is not the one the run in `run_dir` started with."""
+    record = run_dir / "run.json"
+    if not record.exists():
+        return
+    try:
+        before = {entry["name"]: entry["digest"] for entry in json.loads(record.read_text(encoding="utf-8"))["corpora"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{record}: not the record of a run ({error})") from error
+    for named in (named for term in corpora for named in term):
+        if before.get(named.name, named.corpus.fingerprint) != named.corpus.fingerprint:
+            raise CorpusError(
+                f"{named.corpus.path} ({named.name}) was replaced since the run in {run_dir} started: its fingerprint was "
+                f"{before[named.name]} and is {named.corpus.fingerprint}. Bring the old corpus back, or start a new run"
+            )
 
 
 def make_sources(

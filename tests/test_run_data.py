@@ -1,0 +1,67 @@
+"""unlearn_ds.run_data: the corpora of a run are opened, checked against the model, and watched between its starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import VOCAB_SIZE, write_corpora
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.corpus import Corpus, CorpusError
+from unlearn_ds.options import OptionError
+from unlearn_ds.run_data import check_same_corpora, make_plan, make_sources, open_run_corpora, open_set
+
+
+def config(data_dir: Path, **options: object) -> RunConfig:
+    defaults = {
+        "unlearn_method": "ascent_plus_descent",
+        "output_dir": "out",
+        "target_model_name_or_path": "m",
+        "seq_len": 16,
+    }
+    return RunConfig(**(defaults | {"data_dir": str(data_dir), "global_batch_size": 4} | options))
+
+
+def test_sources_are_the_terms_of_the_objective(tmp_path: Path) -> None:
+    write_corpora(tmp_path)
+    options = config(tmp_path, retain_weight=0.5, retain_ratio=2.0, general=True)
+    corpora = open_run_corpora(options, VOCAB_SIZE, None)
+    assert [[named.name for named in term] for term in corpora] == [["forget"], ["general"]]
+    sources = make_sources(options, corpora, VOCAB_SIZE, ())
+    assert [(source.role, source.factor, source.ratio) for source in sources] == [
+        ("forget", -1.0, 1.0),
+        ("retain", 0.5, 2.0),
+    ]
+    assert make_plan(options, sources, 1).step(0).num_sequences == 4
+
+
+def test_a_missing_corpus_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"no corpus .*github/forget: make it with .unlearn-ds prepare --domain github --forget"
+    ):
+        open_set(str(tmp_path), "github", "forget", VOCAB_SIZE, None)
+    with pytest.raises(OptionError, match=r"no corpus .*general/retain: .* --general_retain FILE"):
+        open_set(str(tmp_path), "github", "general", VOCAB_SIZE, None)
+
+
+def test_a_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
+    write_corpora(tmp_path)
+    with pytest.raises(CorpusError, match="vocabulary of 131 tokens, the model has 100"):
+        open_set(str(tmp_path), "github", "forget", 100, None)
+
+
+def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
+    write_corpora(tmp_path)
+    options = config(tmp_path)
+    corpora = open_run_corpora(options, VOCAB_SIZE, None)
+    check_same_corpora(tmp_path, corpora)
+    record = [{"name": named.name, "digest": named.corpus.fingerprint} for term in corpora for named in term]
+    (tmp_path / "run.json").write_text(json.dumps({"corpora": record}))
+    check_same_corpora(tmp_path, corpora)
+    write_corpora(tmp_path, seed=1)
+    replaced = Corpus(tmp_path / "github" / "forget").fingerprint
+    with pytest.raises(CorpusError, match=rf"github/forget \(forget\) was replaced since the run .* and is {replaced}"):
+        check_same_corpora(tmp_path, open_run_corpora(options, VOCAB_SIZE, None))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CorpusError, match="not the record of a run"):
+        check_same_corpora(tmp_path, corpora)
