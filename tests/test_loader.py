@@ -140,11 +140,17 @@ def test_dtypes_and_shapes(sets: dict) -> None:
     assert batch.ce_is_forget.dtype == torch.bool
 
 
-def test_packed_rows_are_not_padded_on_cpu(sets: dict) -> None:
-    plan = make_plan(sets, "cross_entropy")
+def test_packed_rows_are_rounded_up_on_cpu_and_filled_on_cuda(sets: dict) -> None:
+    plan = make_plan(sets, "cross_entropy", micro_batch_size=6)
     step = plan.step(0)
-    builder = MicroBatchBuilder(plan, False)
-    assert sum(builder.build(step, 0, m).rows.input_ids.numel() for m in range(step.num_micro_steps)) == step.num_tokens
+    sizes = {
+        fixed: [
+            MicroBatchBuilder(plan, fixed).build(step, 0, m).rows.input_ids.numel() for m in range(step.num_micro_steps)
+        ]
+        for fixed in (False, True)
+    }
+    assert step.num_tokens <= sum(sizes[False]) < step.num_tokens + 128 * step.num_micro_steps
+    assert set(sizes[True]) == {6 * SEQ_LEN}
 
 
 def test_resumes_at_any_step_and_world_size(sets: dict) -> None:

@@ -20,6 +20,8 @@ from unlearn_ds.objectives import CROSS_ENTROPY, KL
 Batch = TypeVar("Batch")
 
 _FILLER_TOKENS = 2  # the shortest sequence with a target
+# Few different shapes: on a CPU oneDNN compiles a kernel per shape of a bf16 product and keeps it (0.5 MB and more each).
+_TOKENS_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class _Format:
-    """How sequences are laid out: tight, tight with padding up to `capacity` tokens, or each padded to `seq_len`."""
+    """How sequences are laid out: tight or each padded to `seq_len`, then padding up to a round number of tokens.
+
+    most: never more tokens than this. fixed: always that many.
+    """
 
     seq_len: int
-    capacity: int = 0
+    most: int | None = None
+    fixed: bool = False
     pad_each: bool = False
 
     def lay_out(self, lengths: list[int]) -> _Layout:
@@ -95,8 +101,10 @@ class _Format:
             boundaries.append(starts[-1] + length)
             if self.pad_each and length < self.seq_len:
                 boundaries.append(starts[-1] + self.seq_len)
-        while boundaries[-1] < self.capacity:
-            boundaries.append(min(boundaries[-1] + self.seq_len, self.capacity))
+        rounded = -(-boundaries[-1] // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
+        end = rounded if self.most is None else self.most if self.fixed else min(rounded, self.most)
+        while boundaries[-1] < end:
+            boundaries.append(min(boundaries[-1] + self.seq_len, end))
         return _Layout(starts, boundaries)
 
 
@@ -138,8 +146,9 @@ class MicroBatchBuilder:
 
     def __init__(self, plan: Plan, fixed_shapes: bool) -> None:
         self.plan = plan
-        capacity = plan.micro_batch_size * plan.seq_len if fixed_shapes else 0
-        self._format = _Format(plan.seq_len, capacity, pad_each=not plan.packing)
+        self._format = _Format(
+            plan.seq_len, plan.micro_batch_size * plan.seq_len, fixed=fixed_shapes, pad_each=not plan.packing
+        )
         self._has_kl = any(source.loss == KL for source in plan.sources)
 
     def build(self, step: StepPlan, rank: int, micro_step: int) -> MicroBatch:
