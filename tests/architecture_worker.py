@@ -18,8 +18,9 @@ from unlearn_ds.checks import check_model, pack
 from unlearn_ds.config import RunConfig
 from unlearn_ds.ds_config import load_ds_file, training_config
 from unlearn_ds.engine import TrainingEngine
+from unlearn_ds.layers import decoder_layer_classes
 from unlearn_ds.loss_head import HeadOptions, LogitShape, LossCall
-from unlearn_ds.model import ModelOptions, decoder_layer_classes, load_config, load_model, logit_shape, model_size
+from unlearn_ds.model import ModelOptions, load_config, load_model, logit_shape, model_size
 
 LENGTHS = ((9, 17, 9), (6, 12, 21))  # of the sequences of a rank
 

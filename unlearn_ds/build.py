@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from unlearn_ds import checkpoint, distributed
+from unlearn_ds.activations import choose_checkpointing, fixed_bytes, layer_activations
 from unlearn_ds.checks import check_model
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import tokenizer_fingerprint
@@ -16,20 +17,22 @@ from unlearn_ds.data.plan import Plan
 from unlearn_ds.ds_config import ModelSize, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.health import compare_ranks, rank_facts
+from unlearn_ds.hidden_cache import open_or_fill
+from unlearn_ds.layers import decoder_layer_classes, wrap_layers
+from unlearn_ds.lora import LoraOptions, add_adapters, trainable_parameters
 from unlearn_ds.loss_head import HeadOptions
 from unlearn_ds.memory import available_bytes, num_parameters, require_memory, state_bytes
 from unlearn_ds.model import (
     ModelOptions,
-    decoder_layer_classes,
     load_config,
     load_model,
     logit_shape,
     model_fingerprint,
     model_size,
-    set_activation_checkpointing,
 )
+from unlearn_ds.objectives import KL
 from unlearn_ds.options import OptionError
-from unlearn_ds.reference import LiveReference, NoReference
+from unlearn_ds.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.relabel import sampled_targets
 from unlearn_ds.run_data import NamedCorpus, check_same_corpora, make_plan, make_sources, open_run_corpora, with_targets
 
@@ -44,12 +47,14 @@ class Run:
     model_config: PreTrainedConfig
     tokenizer: Any | None
     model_fingerprint: str
-    num_parameters: int  # of the whole model
+    num_parameters: int  # of the whole model, without adapters
+    num_trainable: int
     corpora: list[list[NamedCorpus]]  # per term of the objective
     plan: Plan
     plan_id: str  # what a checkpoint must agree with
     engine: TrainingEngine
-    reference: NoReference | LiveReference
+    reference: Reference
+    adapter: Any | None  # peft's configuration, with LoRA
     start_step: int  # updates already done
 
 
@@ -95,14 +100,17 @@ def build_run(config: RunConfig) -> Run:
     size = model_size(model_config)
     ds_config = complete_ds_config(config, ds_file, size)
     parameters = num_parameters(model_config)
-    check_memory(config, parameters, ds_config, device)
+    trainable = trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters
+    check_memory(config, parameters, trainable, ds_config, device)
     resumed_from = find_checkpoint(config, run_dir)
     if resumed_from is not None:
         checkpoint.prepare_resume(resumed_from, ds_config)
     impl = None if config.loss_impl == "auto" else config.loss_impl
     head = HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl)
     model = load_model(options, model_config, ds_config, head, device)
-    set_activation_checkpointing(model.model, config.activation_checkpointing)
+    adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
+    checkpointing = fit_checkpointing(config, model_config, ds_config, parameters, trainable, device)
+    wrap_layers(model.model, checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
     model.train()
@@ -113,8 +121,23 @@ def build_run(config: RunConfig) -> Run:
         # The engine still holds the original weights: labels are drawn before any checkpoint is loaded.
         targets = sampled_targets(config, corpora[0][0], sources[0].sequences, engine.ask, fingerprint, device)
         plan = make_plan(config, with_targets(config, sources, targets), distributed.world_size())
-    reference = NoReference()
-    if config.objective.needs_reference:
+    reference: Reference = NoReference()
+    if config.reference == "cache":
+        sequences = next(source.sequences for source in sources if source.loss == KL)
+        reference = CachedReference(
+            open_or_fill(
+                sequences,
+                engine,
+                fingerprint,
+                options.dtype,
+                rows_per_batch=config.per_device_eval_batch_size,
+                overwrite=config.overwrite_cache,
+                progress=not config.disable_tqdm,
+            )
+        )
+    elif config.objective.needs_reference and adapter is not None:
+        reference = AdapterReference(engine)
+    elif config.objective.needs_reference:
         frozen_config = inference_config(ds_file, bf16=config.bf16, size=size)
         frozen = load_model(options, model_config, frozen_config, head, device)
         reference = LiveReference(FrozenEngine(frozen, frozen_config))
@@ -127,11 +150,13 @@ def build_run(config: RunConfig) -> Run:
         tokenizer,
         fingerprint,
         parameters,
+        trainable,
         corpora,
         plan,
         plan_id,
         engine,
         reference,
+        adapter,
         start_step,
     )
 
@@ -148,17 +173,70 @@ def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSi
     )
 
 
-def check_memory(config: RunConfig, parameters: int, ds_config: dict[str, Any], device: torch.device) -> None:
+def lora_options(config: RunConfig) -> LoraOptions:
+    """The adapters that the run asks for."""
+    return LoraOptions(config.lora_r, config.lora_alpha, config.lora_target)
+
+
+def check_memory(
+    config: RunConfig, parameters: int, trainable: int, ds_config: dict[str, Any], device: torch.device
+) -> None:
     """Refuse, on all ranks alike, a model whose state alone is larger than the memory of a rank."""
-    components = state_bytes(
-        parameters,
-        ds_config["zero_optimization"],
-        bf16=config.bf16,
-        reference=config.objective.needs_reference,
-        world_size=distributed.world_size(),
+    require_memory(
+        state_components(config, parameters, trainable, ds_config["zero_optimization"]), least_available(device)
     )
+
+
+def state_components(
+    config: RunConfig, parameters: int, trainable: int, zero: dict[str, Any]
+) -> dict[str, tuple[int, str]]:
+    """What the run's state takes of a rank's memory."""
+    return state_bytes(
+        parameters,
+        zero,
+        bf16=config.bf16,
+        reference=config.objective.needs_reference and config.reference == "live" and not config.lora_r,
+        world_size=distributed.world_size(),
+        trainable=trainable,
+    )
+
+
+def least_available(device: torch.device) -> dict[str, int]:
+    """Free memory of the rank that has least."""
     shares = distributed.gather_objects(available_bytes(device, distributed.ranks_per_node()))
-    require_memory(components, {place: min(share[place] for share in shares) for place in ("device", "host")})
+    return {place: min(share[place] for share in shares) for place in ("device", "host")}
+
+
+def fit_checkpointing(
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    ds_config: dict[str, Any],
+    parameters: int,
+    trainable: int,
+    device: torch.device,
+) -> str:
+    """The run's activation checkpointing; `auto` becomes the fastest one that fits beside the state. Every rank calls this."""
+    if config.activation_checkpointing != "auto":
+        return config.activation_checkpointing
+    components = state_components(config, parameters, trainable, ds_config["zero_optimization"])
+    # The parameters are there already; what else the state takes is still to come.
+    to_come = sum(size for name, (size, place) in components.items() if place == "device" and name != "parameters")
+    free = least_available(device)["device"] - to_come
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    tokens = config.per_device_train_batch_size * config.seq_len
+    workspace = int(config.loss_workspace_mib * 2**20)
+    choice, needed = choose_checkpointing(
+        layer_activations(model_config, dtype),
+        model_config.num_hidden_layers,
+        tokens,
+        free,
+        fixed_bytes(model_config, dtype, workspace, model_size(model_config).layer),
+    )
+    distributed.say(
+        f"--activation_checkpointing auto: {choice}; a micro-step of {tokens} tokens then takes about {needed / 2**30:.2f} "
+        f"GiB beside the state, of {free / 2**30:.2f} free"
+    )
+    return choice
 
 
 def claim_run_dir(config: RunConfig, run_dir: Path) -> None:

@@ -102,9 +102,23 @@ class RunConfig:
     attn: str = "auto"
     """attention for packed rows: auto, varlen (torch), sdpa, flash_attention_2, flash_attention_3 or flash_attention_4"""
     activation_checkpointing: str = "none"
-    """none, full, or every n-th layer as a number"""
+    """recompute activations in backward: none, full, every n-th layer as a number, offloaded (full, with the layers' inputs
+    in host memory) or auto (the fastest of these that fits)"""
     leaf_modules: bool = True
     """ZeRO-3 gathers a decoder layer in one piece"""
+    torch_compile: bool = False
+    """compile each decoder layer"""
+    reference: Literal["live", "cache"] = "live"
+    """the original model for KL: live (a frozen engine beside the trained one) or cache (its final hidden states of the
+    retain data, computed once and kept beside the corpus)"""
+    lora_r: int | None = None
+    """train adapters of this rank instead of the weights (needs peft)"""
+    lora_alpha: float = 16.0
+    """adapters are scaled by lora_alpha / lora_r"""
+    lora_target: tuple[str, ...] = ()
+    """names of the matrices that get adapters (default: every linear layer but the output projection)"""
+    lora_export: Literal["merged", "adapter"] = "merged"
+    """write the model with the adapters merged into its weights, or the adapter alone"""
     loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """implementation of the loss head"""
     loss_workspace_mib: float = 1024.0
@@ -147,6 +161,8 @@ class RunConfig:
     """stop when retain perplexity rose by more than this, such as 10%, and go back to the last state where it had not"""
     load_best: bool = False
     """end with the measured state nearest to a good verdict: forget like approximate was, retain like it was"""
+    profile_steps: str | None = None
+    """FIRST:LAST updates to profile: a trace per rank and a table of where the time went, in output_dir/profile"""
     logging_steps: int = 1
     """write metrics every this many updates"""
     report_to: Literal["none", "wandb"] = "none"
@@ -251,7 +267,7 @@ def _check_method(config: RunConfig) -> None:
 def _check_numbers(config: RunConfig) -> None:
     positive = (
         "seq_len retain_ratio per_device_train_batch_size gradient_accumulation_steps loss_workspace_mib logging_steps "
-        "max_skipped_steps per_device_eval_batch_size adam_epsilon num_train_epochs"
+        "max_skipped_steps per_device_eval_batch_size adam_epsilon num_train_epochs lora_alpha"
     )
     for name in positive.split():
         if getattr(config, name) <= 0:
@@ -268,7 +284,7 @@ def _check_numbers(config: RunConfig) -> None:
     ]:
         if getattr(config, name) < 0:
             raise OptionError(f"--{name} {getattr(config, name)}: must not be negative")
-    for name in ["global_batch_size", "top_k", "save_total_limit", "num_threads"]:
+    for name in ["global_batch_size", "top_k", "save_total_limit", "num_threads", "lora_r"]:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise OptionError(f"--{name} {value}: must be at least 1")
@@ -282,10 +298,28 @@ def _check_numbers(config: RunConfig) -> None:
         raise OptionError(f"--warmup_ratio {config.warmup_ratio}: between 0 and 1")
 
 
+def profiled_steps(text: str) -> tuple[int, int]:
+    """The first and the last update of `FIRST:LAST`, counted from 1."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise OptionError(f"--profile_steps {text}: FIRST:LAST, two numbers of updates such as 3:5")
+    return int(first), int(last)
+
+
 def _check_checkpointing(config: RunConfig) -> None:
     value = config.activation_checkpointing
-    if value not in ("none", "full") and not (value.isdigit() and int(value) >= 1):
-        raise OptionError(f"--activation_checkpointing {value}: none, full, or every n-th layer as a number")
+    if value not in ("none", "full", "offloaded", "auto") and not (value.isdigit() and int(value) >= 1):
+        raise OptionError(
+            f"--activation_checkpointing {value}: none, full, every n-th layer as a number, offloaded or auto"
+        )
+    if config.torch_compile and not config.leaf_modules:
+        raise OptionError("--torch_compile needs --leaf_modules True: ZeRO's hooks inside a layer cannot be compiled")
+    if config.lora_r is None and (config.lora_target or config.lora_export != "merged"):
+        raise OptionError("--lora_target and --lora_export need --lora_r, the rank of the adapters")
+    if config.reference == "cache" and not config.objective.needs_reference:
+        raise OptionError(f"--reference cache: {config.unlearn_method} has no KL term and uses no reference")
+    if config.profile_steps is not None:
+        profiled_steps(config.profile_steps)
     if (config.resume or config.auto_resume) and config.overwrite_output_dir:
         raise OptionError(
             f"--{'resume' if config.resume else 'auto_resume'} and --overwrite_output_dir contradict each other: one keeps "

@@ -12,10 +12,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import get_scheduler
 
 from unlearn_ds.config import RunConfig
 from unlearn_ds.loss_head import HeadCall, PackedCausalLM
+from unlearn_ds.profile import BACKWARD, FORWARD, OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,17 @@ class TrainingEngine:
 
     def micro_step(self, rows: Any, call: HeadCall) -> tuple[Tensor, ...]:
         """One forward and backward; returns the head's answer, detached and still on the device."""
-        answer = self.engine(rows, call)
-        # DeepSpeed averages gradients over ranks; the weights in the call already sum over the whole step.
-        self.engine.backward(answer[0] * self.world_size, scale_wrt_gas=False)
+        with record_function(FORWARD):
+            answer = self.engine(rows, call)
+        with record_function(BACKWARD):
+            # DeepSpeed averages gradients over ranks; the weights in the call already sum over the whole step.
+            self.engine.backward(answer[0] * self.world_size, scale_wrt_gas=False)
         return tuple(tensor.detach() for tensor in answer)
 
     def update(self) -> UpdateResult:
         """Step the optimizer and the schedule on the gradients accumulated since the last call."""
-        self.engine.step()
+        with record_function(OPTIMIZER):
+            self.engine.step()
         applied = self.engine.was_step_applied()
         norm = self.engine.get_global_grad_norm()
         self._clear_gradients()
@@ -112,11 +117,11 @@ class TrainingEngine:
             buffer.zero_()
 
     @torch.no_grad()
-    def ask(self, rows: Any, call: HeadCall | None = None) -> Any:
-        """Forward only, between steps: statistics, samples, or the model's own logits."""
+    def ask(self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None) -> Any:
+        """Forward only, between steps: statistics, samples, the final hidden states at `pick`, or the model's own logits."""
         was_training = self.engine.module.training
         self.engine.eval()
-        answer = self.engine(rows, call)
+        answer = self.engine(rows, call, pick)
         self.engine.train(was_training)
         return answer
 
@@ -140,10 +145,6 @@ class FrozenEngine:
     def hidden_states(self, rows: Any, pick: Tensor) -> Tensor:
         """Final hidden states (len(pick), D) of the positions `pick`."""
         return self.engine(rows, None, pick)
-
-    def gathered_head(self) -> "deepspeed.zero.GatheredParameters":
-        """A context in which the output projection's weight is whole; every rank must enter it."""
-        return deepspeed.zero.GatheredParameters(list(self.head.parameters()), modifier_rank=None)
 
     @property
     def head(self) -> nn.Module:

@@ -5,11 +5,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from unlearn_ds import __version__, distributed
 from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
 from unlearn_ds.evaluation.summary import show
+from unlearn_ds.lora import adapter_state, merged_state
 
 _GATHER_AT_ONCE = 64
 
@@ -30,14 +32,25 @@ def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def export_model(model: nn.Module, tokenizer: Any, target: Path, card: str) -> None:
-    """Write `target` (complete or absent) with the causal LM `model`, its tokenizer and a README. Every rank calls this."""
+def export_model(
+    model: nn.Module, tokenizer: Any, target: Path, card: str, adapter: Any | None = None, merge: bool = True
+) -> None:
+    """Write `target` (complete or absent) with the causal LM `model`, its tokenizer and a README. Every rank calls this.
+
+    adapter: peft's configuration of the adapters in the model, which are merged into its weights or, unless `merge`, written
+    alone, as peft reads them.
+    """
     state = gathered_state_dict(model)
 
     def write() -> None:
         partial = target.with_name(f".{target.name}.partial")
         fresh_folder(partial)
-        model.save_pretrained(partial, state_dict=state, max_shard_size="5GB")
+        if adapter is not None and not merge:
+            save_file(adapter_state(state), partial / "adapter_model.safetensors")
+            adapter.save_pretrained(str(partial))
+        else:
+            whole = merged_state(state, adapter) if adapter is not None else state
+            model.save_pretrained(partial, state_dict=whole, max_shard_size="5GB")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sample, linear_token_stats
+from unlearn_ds.profile import LOSS
 from unlearn_ds.weights import Loading
 
 
@@ -80,7 +82,8 @@ def attach(head: nn.Module, options: HeadOptions) -> None:
     def forward(hidden: Tensor, call: HeadCall | None = None) -> Any:
         if call is None:
             return projection(hidden)
-        return _ANSWERS[type(call)](head, options, hidden.reshape(-1, hidden.shape[-1]), call)
+        with record_function(LOSS):
+            return _ANSWERS[type(call)](head, options, hidden.reshape(-1, hidden.shape[-1]), call)
 
     head.forward = forward
 

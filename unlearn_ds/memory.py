@@ -21,22 +21,30 @@ def num_parameters(config: Any) -> int:
 
 
 def state_bytes(
-    parameters: int, zero: dict[str, Any], *, bf16: bool, reference: bool, world_size: int
+    parameters: int,
+    zero: dict[str, Any],
+    *,
+    bf16: bool,
+    reference: bool,
+    world_size: int,
+    trainable: int | None = None,
 ) -> dict[str, tuple[int, str]]:
     """Component -> (bytes on one rank, "device" or "host").
 
-    parameters: of the whole model. zero: the `zero_optimization` section of DeepSpeed's options. In bf16 a parameter costs 2
-    bytes, its fp32 master copy 4, Adam's moments 8 and the fp32 gradient 4; in fp32 the parameter is its own master copy.
+    parameters: of the whole model. trainable: how many of them are trained (default: all). zero: the `zero_optimization`
+    section of DeepSpeed's options. In bf16 a parameter costs 2 bytes; a trained one 4 for its fp32 master copy, 8 for Adam's
+    moments and 4 for the fp32 gradient on top; in fp32 the parameter is its own master copy.
     """
     width = 2 if bf16 else 4
     shard = -(-parameters // world_size)
     parameter_shard = shard if zero["stage"] == 3 else parameters
+    trained = shard if trainable is None else -(-trainable // world_size)
     optimizer_place = "host" if _offloaded(zero, "offload_optimizer") else "device"
     parameter_place = "host" if _offloaded(zero, "offload_param") else "device"
     components = {
         "parameters": (width * parameter_shard, parameter_place),
-        "gradients": (4 * shard, optimizer_place),
-        "optimizer": ((12 if bf16 else 8) * shard, optimizer_place),
+        "gradients": (4 * trained, optimizer_place),
+        "optimizer": ((12 if bf16 else 8) * trained, optimizer_place),
     }
     if reference:
         components["reference"] = (width * parameter_shard, parameter_place)

@@ -164,26 +164,6 @@ def _load(
     return model, loading
 
 
-def decoder_layer_classes(model: nn.Module) -> list[str]:
-    """Full names of the classes of the model's decoder layers: those of the longest ModuleList."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    if not lists:
-        return []
-    layers = max(lists, key=len)
-    return sorted({f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers})
-
-
-def set_activation_checkpointing(model: nn.Module, choice: str) -> None:
-    """Recompute the activations of no layer (`none`), of all (`full`), or of every n-th (a number)."""
-    if choice == "none":
-        return
-    kwargs = {"use_reentrant": False}
-    if choice == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, every_n_layers=int(choice))
-
-
 def model_folder(name_or_path: str) -> Path:
     """The folder that holds a model's files: the path itself, or the hub's cache."""
     if Path(name_or_path).is_dir():

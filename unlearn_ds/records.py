@@ -10,6 +10,7 @@ from unlearn_ds import __version__, distributed
 from unlearn_ds.attention import caps_scores, choose_attention
 from unlearn_ds.build import Run
 from unlearn_ds.memory import state_bytes
+from unlearn_ds.reference import LiveReference
 from unlearn_ds.run_data import NamedCorpus
 
 
@@ -62,7 +63,12 @@ def announce(run: Run) -> None:
     world = distributed.world_size()
     zero = run.engine.engine.config["zero_optimization"]
     state = state_bytes(
-        run.num_parameters, zero, bf16=config.bf16, reference=config.objective.needs_reference, world_size=world
+        run.num_parameters,
+        zero,
+        bf16=config.bf16,
+        reference=isinstance(run.reference, LiveReference),
+        world_size=world,
+        trainable=run.num_trainable,
     )
     shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in state.items())
     attn, why = choose_attention(config.attn, device.type, caps_scores(run.model_config))

@@ -34,6 +34,7 @@ from unlearn_ds.guards import Guard
 from unlearn_ds.health import time_all_reduce
 from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.options import parse
+from unlearn_ds.profile import StepProfiler
 from unlearn_ds.records import announce, describe, write_run_json
 from unlearn_ds.signals import EXIT_RESUMABLE, StopRequest, StopRequested
 from unlearn_ds.watchdog import Watchdog
@@ -80,7 +81,8 @@ def train(config: RunConfig) -> Path:
         evaluation = evaluate_run(config, run.engine.ask, run.model_config, run.tokenizer, run.device)
     if config.export:
         card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
-        export_model(run.engine.engine.module.model, run.tokenizer, run.run_dir / "model", card)
+        merge = config.lora_export == "merged"
+        export_model(run.engine.engine.module.model, run.tokenizer, run.run_dir / "model", card, run.adapter, merge)
         distributed.say(f"model written to {run.run_dir / 'model'}")
     return run.run_dir
 
@@ -91,22 +93,25 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     skipped_in_a_row = 0
     with (
         MetricsWriter(config, run.run_dir, plan.num_steps, run.start_step) as metrics,
-        Loader(plan, distributed.rank(), engine.device, run.start_step) as loader,
+        Loader(plan, distributed.rank(), engine.device, run.start_step, run.reference.hidden_cache) as loader,
         frozen_garbage(),
         Watchdog(config.hang_timeout, run.run_dir, distributed.rank(), distributed.lifeline()) as watchdog,
         stop.deferred(),
     ):
         guard = Guard(run, metrics)
         guard.before()
+        profiler = StepProfiler(config.profile_steps, run.run_dir)
         watchdog.step(run.start_step + 1)
         for step in loader:
             if guard.stopped:
                 break
             started = time.perf_counter()
+            profiler.before(step.index + 1)
             learning_rate = engine.learning_rate
             sums = accumulate(run, step)
             result = engine.update()
             done = step.index + 1
+            profiler.after(done, time.perf_counter() - started + step.wait_s, step.wait_s)
             if done % config.logging_steps == 0 or done == plan.num_steps or not result.applied:
                 elapsed = time.perf_counter() - started + step.wait_s
                 metrics.write(metrics_row(run, step, sums, result, learning_rate, elapsed))

@@ -47,6 +47,7 @@ class MicroBatch:
     kl_weights: Tensor | None = None  # (K,) fp32
     reference: PackedRows | None = None  # the KL sequences alone
     ref_rows: Tensor | None = None  # (K,) int64, positions in `reference`
+    ref_hidden: Tensor | None = None  # (K, D): in the place of these two, where hidden states are cached
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,12 @@ class MicroBatchBuilder:
     """Builds the micro-batches of a plan on the CPU.
 
     fixed_shapes: pad every micro-batch to the same number of tokens, so that a GPU's allocator sees one shape.
+    hidden_cache: has the reference's hidden states: `read(starts, lengths)` returns them by token offset.
     """
 
-    def __init__(self, plan: Plan, fixed_shapes: bool) -> None:
+    def __init__(self, plan: Plan, fixed_shapes: bool, hidden_cache: Any | None = None) -> None:
         self.plan = plan
+        self._hidden_cache = hidden_cache
         self._format = _Format(
             plan.seq_len, plan.micro_batch_size * plan.seq_len, fixed=fixed_shapes, pad_each=not plan.packing
         )
@@ -190,7 +193,7 @@ class MicroBatchBuilder:
             ce_rows, ce_targets = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
             ce_weights, ce_is_forget = np.zeros(1, dtype=np.float32), np.zeros(1, dtype=bool)
         batch = MicroBatch(rows, *map(torch.from_numpy, (ce_rows, ce_targets, ce_weights, ce_is_forget)))
-        return self._with_kl(batch, views, layout, weights, by_loss[KL]) if self._has_kl else batch
+        return self._with_kl(batch, views, layout, weights, by_loss[KL], starts) if self._has_kl else batch
 
     def _labels(
         self, tokens: np.ndarray, counts: np.ndarray, sources: np.ndarray, sequences: np.ndarray, starts: np.ndarray
@@ -210,23 +213,31 @@ class MicroBatchBuilder:
         return labels
 
     def _with_kl(
-        self, batch: MicroBatch, views: list[np.ndarray], layout: _Layout, weights: np.ndarray, kl: list[int]
+        self,
+        batch: MicroBatch,
+        views: list[np.ndarray],
+        layout: _Layout,
+        weights: np.ndarray,
+        kl: list[int],
+        offsets: np.ndarray,
     ) -> MicroBatch:
         if not kl:
             zero = torch.zeros(1, dtype=torch.int64)
-            return replace(
-                batch,
-                kl_rows=zero,
-                kl_weights=torch.zeros(1),
-                reference=_filler(self._format),
-                ref_rows=zero,
-            )
+            batch = replace(batch, kl_rows=zero, kl_weights=torch.zeros(1))
+            if self._hidden_cache is not None:
+                return replace(batch, ref_hidden=self._hidden_cache.read([], []))
+            return replace(batch, reference=_filler(self._format), ref_rows=zero)
         lengths = [len(views[i]) for i in kl]
-        ref_layout = self._format.lay_out(lengths)
-        return replace(
+        batch = replace(
             batch,
             kl_rows=torch.from_numpy(_target_rows([layout.starts[i] for i in kl], lengths)),
             kl_weights=torch.from_numpy(np.repeat(weights[kl].astype(np.float32), np.array(lengths) - 1)),
+        )
+        if self._hidden_cache is not None:
+            return replace(batch, ref_hidden=self._hidden_cache.read(offsets[kl].tolist(), lengths))
+        ref_layout = self._format.lay_out(lengths)
+        return replace(
+            batch,
             reference=_pack([views[i] for i in kl], ref_layout)[0],
             ref_rows=torch.from_numpy(_target_rows(ref_layout.starts, lengths)),
         )
@@ -234,7 +245,7 @@ class MicroBatchBuilder:
     def _filler_batch(self) -> MicroBatch:
         zero = torch.zeros(1, dtype=torch.int64)
         batch = MicroBatch(_filler(self._format), zero, zero, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
-        return self._with_kl(batch, [], _Layout([], [0]), np.empty(0), []) if self._has_kl else batch
+        return self._with_kl(batch, [], _Layout([], [0]), np.empty(0), [], np.empty(0)) if self._has_kl else batch
 
 
 def evaluation_batch(sequences: SequenceIndex, ids: np.ndarray) -> EvaluationBatch:  # ids: (n,) int64, may be empty

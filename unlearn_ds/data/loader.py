@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,14 +48,17 @@ class Loader:
     """Iterate over the steps of a plan from `start_step` on, as rank `rank` sees them.
 
     Used in a `with` block, which ends the prefetch thread. An error in the thread is raised in the loop.
+    hidden_cache: the reference's hidden states (`unlearn_ds.hidden_cache`), put into the micro-batches.
     """
 
-    def __init__(self, plan: Plan, rank: int, device: torch.device, start_step: int = 0) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, device: torch.device, start_step: int = 0, hidden_cache: Any | None = None
+    ) -> None:
         self.plan = plan
         self.rank = rank
         self.device = device
         self.start_step = start_step
-        self._builder = MicroBatchBuilder(plan, fixed_shapes=device.type == "cuda")
+        self._builder = MicroBatchBuilder(plan, fixed_shapes=device.type == "cuda", hidden_cache=hidden_cache)
         self._ready: queue.Queue = queue.Queue(maxsize=1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._prefetch, name="unlearn-ds-loader", daemon=True)

@@ -1,0 +1,60 @@
+"""What is done to a model's decoder layers: found, gathered whole, compiled, their activations recomputed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's decoder layers: the longest ModuleList."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def decoder_layer_classes(model: nn.Module) -> list[str]:
+    """Full names of the classes of the model's decoder layers."""
+    return sorted({f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in decoder_layers(model)})
+
+
+def wrap_layers(model: nn.Module, checkpointing: str, compiled: bool) -> None:
+    """Compile each decoder layer, and recompute activations in backward: of no layer (`none`), of all (`full`), of all with
+    their inputs kept in host memory (`offloaded`), or of every n-th (a number).
+    """
+    every = int(checkpointing) if checkpointing.isdigit() else 1
+    recompute = _offloaded if checkpointing == "offloaded" else _recomputed
+    for index, layer in enumerate(decoder_layers(model)):
+        forward = layer.forward
+        if compiled:
+            forward = torch.compile(forward, dynamic=True)
+        if checkpointing != "none" and index % every == 0:
+            forward = recompute(forward)
+        layer.forward = forward
+
+
+def _recomputed(forward: Callable) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # There is no dropout: no random state to restore, which would wait for the device.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+def _offloaded(forward: Callable) -> Callable:
+    """Keep only the layer's input, in (pinned) host memory; the reentrant form saves it where hooks can reach it."""
+
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(hidden, *args, **kwargs)
+        if not hidden.requires_grad:  # under frozen embeddings; reentrant checkpoints would pass no gradient at all
+            hidden = hidden.detach().requires_grad_()
+        with torch.autograd.graph.save_on_cpu(pin_memory=hidden.is_cuda):
+            return checkpoint(
+                lambda x: forward(x, *args, **kwargs), hidden, use_reentrant=True, preserve_rng_state=False
+            )
+
+    return run
