@@ -105,8 +105,8 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         for step in loader:
             if guard.stopped:
                 break
-            started = time.perf_counter()
             profiler.before(step.index + 1)
+            started = time.perf_counter()
             learning_rate = engine.learning_rate
             sums = accumulate(run, step)
             result = engine.update()
