@@ -4,14 +4,16 @@ What happens between the products, row by row, comes from `rows`: the module `ro
 a value back from the device. Legend: M rows, C rows of a chunk, D hidden size, V vocabulary.
 """
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from unlearn_ds.kernels.projection import HeadGradients, accumulation_dtype, chunk_bounds, project
+from unlearn_ds.kernels.projection import HeadGradients, accumulation_dtype, project
 from unlearn_ds.kernels.reference import TokenStats, draw, weighted_sum
+from unlearn_ds.kernels.tuning import chunk_bounds
 
 
 class Head(NamedTuple):
@@ -48,8 +50,8 @@ def cross_entropy(
     nll = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden.dtype))
     gradients = HeadGradients(hidden, head.weight, head.bias, *needs)
     z = None
-    for start, stop in chunk_bounds(num_rows, num_tokens * hidden.element_size(), workspace_bytes):
-        z = _buffer(z, stop - start, num_tokens, hidden, hidden.dtype)
+    for start, stop in _chunks(rows, hidden, num_tokens, hidden.element_size(), workspace_bytes):
+        z = _buffer(rows, z, stop - start, num_tokens, hidden, hidden.dtype)
         project(hidden[start:stop], head.weight, z)
         rows.cross_entropy(
             z, head, targets[start:stop], token_weight[start:stop], nll[start:stop], gradients.any_needed
@@ -77,10 +79,10 @@ def kl(
     separate_dz = gradients.any_needed and hidden.dtype != dtype
     bytes_per_logit = 2 * dtype.itemsize + (hidden.element_size() if separate_dz else 0)
     z = z_ref = dz = None
-    for start, stop in chunk_bounds(num_rows, num_tokens * bytes_per_logit, workspace_bytes):
-        z = _buffer(z, stop - start, num_tokens, hidden, dtype)
-        z_ref = _buffer(z_ref, stop - start, num_tokens, hidden, dtype)
-        dz = _buffer(dz, stop - start, num_tokens, hidden, hidden.dtype) if separate_dz else z
+    for start, stop in _chunks(rows, hidden, num_tokens, bytes_per_logit, workspace_bytes):
+        z = _buffer(rows, z, stop - start, num_tokens, hidden, dtype)
+        z_ref = _buffer(rows, z_ref, stop - start, num_tokens, hidden, dtype)
+        dz = _buffer(rows, dz, stop - start, num_tokens, hidden, hidden.dtype) if separate_dz else z
         project(hidden[start:stop], head.weight, z)
         project(ref_hidden[start:stop], ref_head.weight, z_ref)
         rows.kl(z, z_ref, head, ref_head, token_weight[start:stop], divergence[start:stop], dz, gradients.any_needed)
@@ -103,8 +105,8 @@ def token_stats(
     correct = hidden.new_empty(num_rows, dtype=torch.bool)
     stats = TokenStats(log_prob, correct, sum_p_logp, sum_p_logp2)
     z = None
-    for start, stop in chunk_bounds(num_rows, num_tokens * dtype.itemsize, workspace_bytes):
-        z = _buffer(z, stop - start, num_tokens, hidden, dtype)
+    for start, stop in _chunks(rows, hidden, num_tokens, dtype.itemsize, workspace_bytes):
+        z = _buffer(rows, z, stop - start, num_tokens, hidden, dtype)
         project(hidden[start:stop], head.weight, z)
         rows.token_stats(z, head, targets[start:stop], TokenStats(*(part[start:stop] for part in stats)))
     return stats
@@ -127,8 +129,8 @@ def sample(
     drawn = hidden.new_empty(num_rows, dtype=torch.int64)
     buffers = 1 if top_k == 1 else 8
     z = None
-    for start, stop in chunk_bounds(num_rows, num_tokens * dtype.itemsize * buffers, workspace_bytes):
-        z = _buffer(z, stop - start, num_tokens, hidden, dtype)
+    for start, stop in _chunks(rows, hidden, num_tokens, dtype.itemsize * buffers, workspace_bytes):
+        z = _buffer(rows, z, stop - start, num_tokens, hidden, dtype)
         project(hidden[start:stop], head.weight, z)
         rows.finish(z, head)
         if banned is not None:
@@ -137,13 +139,25 @@ def sample(
     return drawn
 
 
+def _chunks(
+    rows: ModuleType,
+    hidden: Tensor,  # (M, D)
+    num_tokens: int,
+    bytes_per_logit: int,
+    workspace_bytes: int,
+) -> Iterator[tuple[int, int]]:
+    bytes_per_row = rows.row_length(num_tokens, hidden.device) * bytes_per_logit
+    return chunk_bounds(len(hidden), bytes_per_row, workspace_bytes, hidden.device.type)
+
+
 def _buffer(
+    rows: ModuleType,
     buffer: Tensor | None,  # (at least C, V), of an earlier chunk
     num_rows: int,
     num_tokens: int,
     like: Tensor,
     dtype: torch.dtype,
-) -> Tensor:  # (C, V), uninitialised
+) -> Tensor:  # (C, V), uninitialised, in rows of a padded length
     if buffer is None or len(buffer) < num_rows:
-        return like.new_empty(num_rows, num_tokens, dtype=dtype)
+        return like.new_empty(num_rows, rows.row_length(num_tokens, like.device), dtype=dtype)[:, :num_tokens]
     return buffer[:num_rows]

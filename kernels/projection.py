@@ -1,28 +1,12 @@
-"""The matrix products of the loss and the chunks that they are cut into; shared by every implementation but the reference.
+"""The matrix products of the loss, shared by every implementation but the reference.
 
-Logits exist for one chunk of rows at a time. Legend: C rows of a chunk, M rows, D hidden size, V vocabulary.
+Legend: C rows of a chunk, M rows, D hidden size, V vocabulary.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-ROW_MULTIPLE = 128  # a GEMM wastes nothing on rows that fill its tiles
-_UPCAST_ELEMENTS = 1 << 22  # of a bf16 weight, at a time, where a product with fp32 result needs fp32 factors
-
-
-def chunk_bounds(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into the fewest nearly equal chunks whose logits fit the workspace; at least one row each."""
-    fitting = max(1, workspace_bytes // max(1, bytes_per_row))
-    if fitting > ROW_MULTIPLE:
-        fitting -= fitting % ROW_MULTIPLE
-    num_chunks = -(-num_rows // fitting)
-    size = -(-num_rows // max(1, num_chunks))
-    if size > ROW_MULTIPLE:
-        size = min(fitting, -(-size // ROW_MULTIPLE) * ROW_MULTIPLE)
-    for start in range(0, num_rows, max(1, size)):
-        yield start, min(num_rows, start + size)
+from unlearn_ds.kernels.tuning import UPCAST_ELEMENTS
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,7 +25,7 @@ def project(
     if x.is_cuda:
         return torch.ops.aten.mm.dtype_out(x, weight.T, out.dtype, out=out)
     x = x.to(out.dtype)
-    step = max(1, _UPCAST_ELEMENTS // weight.shape[1])
+    step = max(1, UPCAST_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         torch.mm(x, weight[start : start + step].to(out.dtype).T, out=out[:, start : start + step])
     return out
@@ -105,7 +89,7 @@ class HeadGradients:
             else:
                 torch.ops.aten.addmm.dtype_out(dw, dzt, x, dw.dtype, out=dw)
         else:  # the CPU's bf16 product ends in bf16: sum the chunks, at least, in fp32
-            step = max(1, _UPCAST_ELEMENTS // x.shape[1])
+            step = max(1, UPCAST_ELEMENTS // x.shape[1])
             for begin in range(0, dw.shape[0], step):
                 part = torch.mm(dzt[begin : begin + step], x)
                 if first:

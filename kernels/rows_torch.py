@@ -12,12 +12,17 @@ from torch import Tensor
 
 from unlearn_ds.kernels.projection import accumulation_dtype
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
+from unlearn_ds.kernels.tuning import TORCH_BLOCK_ELEMENTS, padded
 
 if TYPE_CHECKING:
     from unlearn_ds.kernels.chunked import Head
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits worked on at a time
 _FLOOR = -1e30  # stands in for log 0, so that 0 * log 0 is 0
+
+
+def row_length(num_tokens: int, device: torch.device) -> int:
+    """The stride of a row of logits. On CPU there is no padding: bf16 products read one entry of it when V is odd."""
+    return num_tokens if device.type == "cpu" else padded(num_tokens)
 
 
 def cross_entropy(
@@ -41,7 +46,7 @@ def cross_entropy(
         # log-sum-exp from the peak's probability, which lies in [1/V, 1]; the target's own may underflow
         nll[block] = (peak - p.gather(1, peak_at).log() - target_logit)[:, 0]
         if backward:
-            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+            p.scatter_(1, target, p.gather(1, target) - 1)
             _scale(p, slope[block, None], jacobian, head)
             _store(z[block], p)
     nll.masked_fill_(~counts, 0)
@@ -102,7 +107,7 @@ def finish(
 
 
 def _blocks(z: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS.get(z.device.type, 1 << 26) // max(1, z.shape[1]))
+    step = max(1, TORCH_BLOCK_ELEMENTS.get(z.device.type, 1 << 24) // max(1, z.shape[1]))
     for start in range(0, len(z), step):
         yield slice(start, min(len(z), start + step))
 

@@ -7,6 +7,13 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import torch
+
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must stand before triton's first import
+
 from unlearn_ds import vector_math
 
 vector_math.settle()

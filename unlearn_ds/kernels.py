@@ -9,7 +9,6 @@ the default on CPU) and `triton` (the default on CUDA). Legend: T tokens, M rows
 
 import importlib.util
 import os
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ __all__ = ["IGNORED", "TokenStats", "linear_cross_entropy", "linear_kl", "linear
 
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 DEFAULT_WORKSPACE_BYTES = 2**30
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 vector_math.settle()
@@ -180,18 +180,13 @@ def choose_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> s
         raise KernelError(f"impl {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
     if chosen != "triton":
         return chosen
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise KernelError("impl 'triton': the package triton is not installed; install it, or give impl='chunked'")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise KernelError(f"impl 'triton' runs on CUDA, not on {device.type}: give impl='chunked'")
     if dtype == torch.float64:
         raise KernelError("impl 'triton' takes fp32, bf16 and fp16, not fp64: give impl='chunked' or 'reference'")
     return chosen
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _used(hidden: Tensor, rows: Tensor | None) -> Tensor:  # (M, D)

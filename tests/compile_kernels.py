@@ -1,0 +1,95 @@
+"""Compile every variant of the Triton row kernels for a GPU that need not be there, and read what ptxas made of it.
+
+`python tests/compile_kernels.py 90` prints a JSON list, one entry a variant: registers, stack, spills, widths of its loads.
+Run without TRITON_INTERPRET: the interpreter's kernels cannot be compiled.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from unlearn_ds.kernels import rows_triton
+from unlearn_ds.kernels.tuning import launch
+
+VOCAB_SIZES = {"aligned": 128256, "odd": 50257}
+POINTERS = {
+    "cross_entropy": {"targets_ptr": "*i64", "weight_ptr": "*fp32", "nll_ptr": "*fp32"},
+    "kl": {"z_ptr": "*fp32", "ref_ptr": "*fp32", "weight_ptr": "*fp32", "kl_ptr": "*fp32"},
+    "token_stats": {
+        "z_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "targets_ptr": "*i64",
+        "log_prob_ptr": "*fp32",
+        "correct_ptr": "*i1",
+        "sum_p_logp_ptr": "*fp32",
+        "sum_p_logp2_ptr": "*fp32",
+    },
+}
+
+
+def variants():
+    """(name, kernel, types of its pointers, flags, V) of what the launchers can ask for."""
+    plain, everything = (False, False), (True, True)
+    shapes = [("odd", flags) for flags in itertools.product([False, True], repeat=2)]
+    shapes += [("aligned", plain), ("aligned", everything)]
+    for (vocab, (bias, softcap)), dtype, backward in itertools.product(shapes, ("bf16", "fp32"), (False, True)):
+        size = VOCAB_SIZES[vocab]
+        marks = f"{dtype} {vocab}{' bias' * bias}{' softcap' * softcap}{' backward' * backward}"
+        common = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        pointers = POINTERS["cross_entropy"] | {"z_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+        flags = common | {"BACKWARD": backward}
+        yield f"cross_entropy {marks}", rows_triton.cross_entropy_kernel, pointers, flags, size
+        pointers = POINTERS["kl"] | dict.fromkeys(("bias_ptr", "ref_bias_ptr", "dz_ptr"), f"*{dtype}")
+        yield f"kl {marks}", rows_triton.kl_kernel, pointers, flags | {"HAS_REF_BIAS": bias}, size
+        if dtype == "fp32" and not backward:
+            yield f"token_stats {marks}", rows_triton.token_stats_kernel, POINTERS["token_stats"], common, size
+
+
+def compile_one(kernel, pointers, flags, vocab_size, arch):
+    """Compile as the launcher would and return what the resource usage and the disassembly say."""
+    chosen = launch(vocab_size, 2 if pointers["z_ptr"] == "*bf16" else 4)
+    constants = flags | {"BLOCK": chosen.block}
+    signature = {}
+    for name in kernel.arg_names:
+        scalars = {"stride": "i32", "V": "i32", "scale": "fp32", "softcap": "fp32"}
+        signature[name] = pointers.get(name) or scalars.get(name) or "constexpr"
+    divisible = [
+        name for name in signature if name in pointers or name == "stride" or (name == "V" and not vocab_size % 16)
+    ]
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
+    options = {"num_warps": chosen.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = cuobjdump("--dump-resource-usage", cubin)
+        sass = cuobjdump("--dump-sass", cubin)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128", sass)),
+        "loads": len(re.findall(r"\bLDG\b", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.[\w.]*(?:128|64)", sass)),
+        "num_warps": chosen.num_warps,
+    }
+
+
+def cuobjdump(flag, cubin):
+    """Run the copy that ships with triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    arch = int(sys.argv[1])
+    print(json.dumps([{"name": name, "arch": arch} | compile_one(*rest, arch) for name, *rest in variants()]))

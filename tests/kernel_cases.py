@@ -1,0 +1,172 @@
+"""Inputs, outcomes and tolerances of the kernel tests: what every implementation is held to, on the device it runs on.
+
+Legend: T tokens, M rows used, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unlearn_ds.kernels import linear_cross_entropy, linear_kl
+
+# Largest error in relative norm beyond the error that naive PyTorch makes in the same dtype.
+# KL's gradient is a difference of probabilities, which costs it a digit and a half.
+TOLERANCE = {
+    "cross_entropy": {torch.float64: 1e-13, torch.float32: 3e-7, torch.bfloat16: 2e-3},
+    "kl": {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-3},
+}
+DTYPES = list(TOLERANCE["kl"])
+KL_VALUE = 1.5e-4  # more for the value of a KL of 1e-3: probabilities in fp32 leave it an error of about 1e-7
+INTERPRETER_BF16 = 4e-3  # more for triton without a GPU: its interpreter cuts bf16 off where the device rounds
+SHAPES = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 0.4},
+    "softcap": {"softcap": 4.0},
+    "all": {"bias": True, "logit_scale": 1.7, "softcap": 6.0},
+}
+SIZES = [(1, 64, 257), (3, 100, 1000), (127, 64, 257), (50, 20, 101)]  # M, D, V: nothing divides anything
+UPSTREAM = 1.7
+
+
+class Case(NamedTuple):
+    """Inputs of the ops in fp64; `cast` rounds them."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    ref_hidden: Tensor  # (M, D)
+    ref_weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    rows: Tensor  # (M,) out of order, a third of the tokens left out
+    targets: Tensor  # (M,)
+    token_weight: Tensor  # (M,) fp32, signed
+    options: dict[str, Any]
+
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> "Case":
+        """The same numbers, rounded to `dtype`, in fresh leaves on `device` that require gradients."""
+
+        def leaf(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(device, dtype).clone().requires_grad_()
+
+        return self._replace(
+            hidden=leaf(self.hidden),
+            weight=leaf(self.weight),
+            ref_hidden=self.ref_hidden.to(device, dtype),
+            ref_weight=self.ref_weight.to(device, dtype),
+            bias=leaf(self.bias),
+            rows=self.rows.to(device),
+            targets=self.targets.to(device),
+            token_weight=self.token_weight.to(device),
+        )
+
+
+def make_case(m: int, d: int, v: int, seed: int = 0, *, bias: bool = False, **options: Any) -> Case:
+    """Logits with a peak of about 20, signed token weights, a reference close to the student."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).bfloat16().double()
+
+    tokens = m + m // 2
+    hidden, weight = normal(tokens, d) * 2, normal(v, d) * (2.5 / d**0.5)
+    rows = torch.randperm(tokens, generator=generator)[:m]
+    return Case(
+        hidden=hidden,
+        weight=weight.bfloat16().double(),
+        ref_hidden=(hidden[rows] + 0.1 * normal(m, d)).bfloat16().double(),
+        ref_weight=(weight * 1.01).bfloat16().double(),
+        bias=normal(v) if bias else None,
+        rows=rows,
+        targets=torch.randint(v, (m,), generator=generator),
+        token_weight=torch.randn(m, generator=generator),
+        options=options,
+    )
+
+
+def device_of(impl: str) -> str:
+    """Where an implementation is tested: triton on the GPU if there is one, in its interpreter otherwise."""
+    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def cross_entropy(case: Case, impl: str, **options: Any) -> tuple[Tensor, Tensor]:
+    return linear_cross_entropy(
+        case.hidden,
+        case.weight,
+        case.targets,
+        case.token_weight,
+        **({"rows": case.rows, "bias": case.bias, "impl": impl} | case.options | options),
+    )
+
+
+def kl(case: Case, impl: str, **options: Any) -> tuple[Tensor, Tensor]:
+    return linear_kl(
+        case.hidden,
+        case.weight,
+        case.ref_hidden,
+        case.ref_weight,
+        case.token_weight,
+        **({"rows": case.rows, "bias": case.bias, "ref_bias": case.bias, "impl": impl} | case.options | options),
+    )
+
+
+OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"cross_entropy": cross_entropy, "kl": kl}
+
+
+def outcome(op: Callable[..., tuple[Tensor, Tensor]], case: Case, impl: str, **options: Any) -> dict[str, Tensor]:
+    """Loss, loss of each row, and gradients under an upstream gradient that is not 1; all in fp64."""
+    loss, per_row = op(case, impl, **options)
+    leaves = {"dx": case.hidden, "dw": case.weight} | ({} if case.bias is None else {"dbias": case.bias})
+    gradients = torch.autograd.grad(UPSTREAM * loss, list(leaves.values()))
+    found = {"loss": loss.detach(), "per_row": per_row} | dict(zip(leaves, gradients))
+    return {name: tensor.double().cpu() for name, tensor in found.items()}
+
+
+def naive(name: str, case: Case) -> dict[str, Tensor]:
+    """The same as whole-logits PyTorch in the dtype of the case, the way one would write it first."""
+
+    def logits(x: Tensor, weight: Tensor) -> Tensor:
+        z = torch.nn.functional.linear(x, weight, None if case.bias is None else case.bias.to(x.dtype))
+        z = z * case.options.get("logit_scale", 1.0)
+        cap = case.options.get("softcap")
+        return z.float() if cap is None else cap * torch.tanh(z.float() / cap)
+
+    log_p = logits(case.hidden[case.rows], case.weight).log_softmax(-1)
+    if name == "cross_entropy":
+        per_row = -log_p.gather(1, case.targets[:, None])[:, 0]
+    else:
+        with torch.no_grad():
+            log_ref = logits(case.ref_hidden, case.ref_weight).log_softmax(-1)
+        per_row = (log_ref.exp() * (log_ref - log_p)).sum(-1)
+    loss = (case.token_weight * per_row).sum()
+    leaves = {"dx": case.hidden, "dw": case.weight} | ({} if case.bias is None else {"dbias": case.bias})
+    gradients = torch.autograd.grad(UPSTREAM * loss, list(leaves.values()))
+    found = {"loss": loss.detach(), "per_row": per_row.detach()} | dict(zip(leaves, gradients))
+    return {name: tensor.double().cpu() for name, tensor in found.items()}
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """Relative error in norm."""
+    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-12)).item()
+
+
+def hold_three_tensors(name: str, case: Case, dtype: torch.dtype, impl: str, **options: Any) -> None:
+    """Our error against the fp64 truth is at most naive PyTorch's in the same dtype, plus TOLERANCE."""
+    truth = outcome(OPS[name], case.cast(torch.float64), "reference")
+    rounded = case.cast(dtype, device_of(impl))
+    got = outcome(OPS[name], rounded, impl, **options)
+    plain = naive(name, rounded)
+    gradient_tolerance = TOLERANCE[name][dtype]
+    if impl == "triton" and device_of(impl) == "cpu" and dtype == torch.bfloat16:
+        gradient_tolerance += INTERPRETER_BF16
+    value_tolerance = gradient_tolerance + (KL_VALUE if name == "kl" and dtype == torch.float32 else 0)
+    for part, value in got.items():
+        tolerance = value_tolerance if part in ("loss", "per_row") else gradient_tolerance
+        allowed = error(plain[part], truth[part]) + tolerance
+        # A loss is a signed sum: its error is measured against the sum of its terms' sizes.
+        if part == "loss":
+            size = (case.token_weight.double() * truth["per_row"]).abs().sum()
+            assert (value - truth["loss"]).abs() <= ((plain["loss"] - truth["loss"]).abs() + tolerance * size), part
+        else:
+            assert error(value, truth[part]) <= allowed, (part, error(value, truth[part]), allowed)

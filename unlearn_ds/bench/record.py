@@ -1,0 +1,125 @@
+"""What every benchmark shares: the machine it ran on, interleaved timing, peak memory in a process of its own, the JSON."""
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+
+
+def machine() -> dict[str, Any]:
+    """Processor, device, versions and date."""
+    described: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+    if torch.cuda.is_available():
+        described |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return described
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def time_interleaved(
+    runs: dict[str, Run], repeats: int, synchronize: Callable[[], None] | None = None
+) -> dict[str, dict[str, float]]:
+    """Time the runs in turn, `repeats` rounds after one to warm up; returns median, 20th and 80th percentile in ms.
+
+    synchronize: called before each reading of the clock, on a device that works behind the caller's back.
+    """
+    wait = synchronize or (lambda: None)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_index in range(repeats + 1):
+        for name, run in runs.items():
+            wait()
+            started = time.perf_counter()
+            run()
+            wait()
+            if round_index:
+                times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def quantiles(times_ms: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, rounded to a microsecond."""
+    ordered = sorted(times_ms)
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+    named = {"median_ms": statistics.median(ordered), "p20_ms": at(0.2), "p80_ms": at(0.8)}
+    return {name: round(value, 3) for name, value in named.items()}
+
+
+def peak_memory(prepare: Callable[..., Run], *arguments: Any) -> int:
+    """Bytes that the run which `prepare(*arguments)` returns adds to a fresh process at its peak (resident set, Linux)."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure, args=(sender, prepare, arguments))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        child.join()
+        raise RuntimeError(f"{prepare.__name__}{arguments} ended with exit code {child.exitcode}") from error
+    finally:
+        child.join()
+
+
+def _measure(sender: Any, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+    run = prepare(*arguments)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts again from here
+    before = _resident("VmRSS")
+    kept = run()
+    peak = _resident("VmHWM")
+    del kept
+    sender.send(peak - before)
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def write_json(path: str | Path, results: list[dict[str, Any]], **more: Any) -> None:
+    """Write `{"machine": ..., "results": [...]}`, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(
+        json.dumps({"machine": machine(), **more, "results": results}, indent=2) + "\n", encoding="utf-8"
+    )
+    partial.replace(path)
