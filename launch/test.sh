@@ -3,11 +3,13 @@
 #
 #   bash launch/test.sh [any argument of pytest]
 #
-# See launch/environment.sh for VENV and PYTHON.
+# As root on Debian it first installs what the cluster and browser tests need (launch/test_packages.sh); elsewhere those tests say
+# what they miss. See launch/environment.sh for VENV and PYTHON.
 set -euo pipefail
 EXTRAS=test
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
+bash launch/test_packages.sh
 ruff check .
 ruff format --check .
 exec python -m pytest "$@"
