@@ -1,0 +1,159 @@
+"""Ranks of a training run that start in a second: forked from one process that has everything imported.
+
+They are real processes that meet over gloo and can be killed, stopped and signalled; only the ten seconds of imports are paid
+once. `python -m tests.ranks` is the process they are forked from.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.slurm import end_with_parent
+from unlearn_ds.processes import free_port, rank_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class ForkedRun:
+    """A run under way."""
+
+    server: "RankServer"
+    pids: list[int]  # by rank
+    logs: list[Path]
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to one rank, if it still runs."""
+        if self.pids[rank] not in self.server.codes:
+            os.kill(self.pids[rank], number)
+
+    def wait(self, timeout_s: float = 90) -> list[int]:
+        """The exit codes by rank (negative: the signal); fails if a rank is still running then."""
+        deadline = time.monotonic() + timeout_s
+        while not self.ended():
+            if time.monotonic() > deadline:
+                codes = [self.server.codes.get(pid) for pid in self.pids]
+                for rank in range(len(self.pids)):
+                    self.kill(rank)
+                raise AssertionError(f"ranks still run after {timeout_s} s, codes {codes}: {self.output()}")
+            time.sleep(0.05)
+        return [self.server.codes[pid] for pid in self.pids]
+
+    def ended(self) -> bool:
+        """Whether all ranks have ended."""
+        self.server.poll()
+        return all(pid in self.server.codes for pid in self.pids)
+
+    def output(self) -> str:
+        """What all ranks have written."""
+        return "".join(f"[rank {rank}]\n{log.read_text()}" for rank, log in enumerate(self.logs))
+
+
+class RankServer:
+    """The process that forks ranks, and what is known of theirs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.codes: dict[int, int] = {}
+        self._count = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=rank_environment(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"),
+            preexec_fn=end_with_parent,
+        )
+
+    def start(self, arguments: list[str], num_ranks: int = 2, rank_arguments: dict | None = None, **extra: str) -> ForkedRun:
+        """Start `unlearn_ds.train` with `arguments`; `rank_arguments` adds some to single ranks."""
+        self._count += 1
+        logs = [self.folder / f"run{self._count}-{rank}.log" for rank in range(num_ranks)]
+        own = {str(rank): words for rank, words in (rank_arguments or {}).items()}
+        request = {"arguments": arguments, "own": own, "logs": list(map(str, logs)), "port": free_port(), "extra": extra}
+        return ForkedRun(self, self._ask(request), logs)
+
+    def run(self, arguments: list[str], num_ranks: int = 2, **extra: str) -> ForkedRun:
+        """Run to the end; fails unless all ranks end well."""
+        run = self.start(arguments, num_ranks, **extra)
+        codes = run.wait(180)
+        assert not any(codes), f"{codes}: {run.output()[-4000:]}"
+        return run
+
+    def poll(self) -> None:
+        """Learn of the ranks that have ended."""
+        self.codes |= {int(pid): code for pid, code in self._ask({}).items()}
+
+    def stop(self) -> None:
+        """End the process and all ranks."""
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def _ask(self, request: dict) -> list | dict:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def _serve() -> None:
+    import deepspeed  # noqa: F401
+    import torch.utils.cpp_extension
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import unlearn_ds.train  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    children: set[int] = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: list | dict
+        if request:
+            answer = [_fork(request, rank) for rank in range(len(request["logs"]))]
+            children.update(answer)
+        else:
+            answer = {}
+            for pid in sorted(children):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    children.remove(pid)
+                    answer[pid] = os.waitstatus_to_exitcode(status)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _fork(request: dict, rank: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        end_with_parent()
+        log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        world = str(len(request["logs"]))
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])} | request["extra"]
+        from unlearn_ds.train import main
+
+        code = main([*request["arguments"], *request["own"].get(str(rank), [])])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
