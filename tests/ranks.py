@@ -72,12 +72,20 @@ class RankServer:
             preexec_fn=end_with_parent,
         )
 
-    def start(self, arguments: list[str], num_ranks: int = 2, rank_arguments: dict | None = None, **extra: str) -> ForkedRun:
+    def start(
+        self, arguments: list[str], num_ranks: int = 2, rank_arguments: dict | None = None, **extra: str
+    ) -> ForkedRun:
         """Start `unlearn_ds.train` with `arguments`; `rank_arguments` adds some to single ranks."""
         self._count += 1
         logs = [self.folder / f"run{self._count}-{rank}.log" for rank in range(num_ranks)]
         own = {str(rank): words for rank, words in (rank_arguments or {}).items()}
-        request = {"arguments": arguments, "own": own, "logs": list(map(str, logs)), "port": free_port(), "extra": extra}
+        request = {
+            "arguments": arguments,
+            "own": own,
+            "logs": list(map(str, logs)),
+            "port": free_port(),
+            "extra": extra,
+        }
         return ForkedRun(self, self._ask(request), logs)
 
     def run(self, arguments: list[str], num_ranks: int = 2, **extra: str) -> ForkedRun:
@@ -104,7 +112,7 @@ class RankServer:
 
 def _serve() -> None:
     import deepspeed  # noqa: F401
-    import torch.utils.cpp_extension
+    import torch.utils.cpp_extension  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import unlearn_ds.train  # noqa: F401

@@ -123,6 +123,8 @@ def shut_down(failure: str | None = None) -> None:
     """Leave the process group. With `failure`, what this rank ends of, the other ranks are told to end too."""
     global _lifeline
     if _lifeline is not None:
+        if failure is not None:
+            _lifeline.leave_if_a_peer_is_lost()
         _lifeline.finish(failure)
         _lifeline = None
     if dist.is_initialized() and failure is None:  # destroying a group whose peers are in a collective may hang

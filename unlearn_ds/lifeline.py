@@ -81,6 +81,10 @@ class Lifeline:
         for peer in self._peers.values():
             peer.connection.close()
 
+    def leave_if_a_peer_is_lost(self) -> None:
+        """For a rank with an error of its own: give the lifeline the time to find the cause in a lost peer, and to leave."""
+        self._stop.wait(_EOF_GRACE_S + 2 * HEARTBEAT_S / 4)
+
     def report_hang(self, report: str) -> None:
         """Ask all other ranks to dump their stacks."""
         self._send_all({"kind": "hang", "why": report})
