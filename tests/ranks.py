@@ -52,7 +52,8 @@ class ForkedRun:
 
     def output(self) -> str:
         """What all ranks have written."""
-        return "".join(f"[rank {rank}]\n{log.read_text()}" for rank, log in enumerate(self.logs))
+        written = [(rank, log.read_text()) for rank, log in enumerate(self.logs) if log.exists()]
+        return "".join(f"[rank {rank}]\n{text}" for rank, text in written)
 
 
 class RankServer:

@@ -119,12 +119,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 
-def shut_down(failure: str | None = None) -> None:
-    """Leave the process group. With `failure`, what this rank ends of, the other ranks are told to end too."""
+def shut_down(failure: str | None = None, unexpected: bool = False) -> None:
+    """Leave the process group. With `failure`, what this rank ends of, the other ranks are told to end too.
+
+    unexpected: a failure that may follow from another rank's: if that is so, its cause is reported in its place.
+    """
     global _lifeline
     if _lifeline is not None:
-        if failure is not None:
-            _lifeline.leave_if_a_peer_is_lost()
+        if unexpected:
+            _lifeline.leave_if_a_peer_is_gone()
         _lifeline.finish(failure)
         _lifeline = None
     if dist.is_initialized() and failure is None:  # destroying a group whose peers are in a collective may hang

@@ -41,6 +41,7 @@ class Lifeline:
 
     rank: int
     on_hang: Callable[[str], None] | None = None  # called in the lifeline's thread with what the hanging rank reports
+    _failed: str | None = None  # what another rank says that it ends of
     _peers: dict[int, _Peer] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -81,9 +82,13 @@ class Lifeline:
         for peer in self._peers.values():
             peer.connection.close()
 
-    def leave_if_a_peer_is_lost(self) -> None:
-        """For a rank with an error of its own: give the lifeline the time to find the cause in a lost peer, and to leave."""
-        self._stop.wait(_EOF_GRACE_S + 2 * HEARTBEAT_S / 4)
+    def leave_if_a_peer_is_gone(self) -> None:
+        """For a rank with an error that may follow from another's end: if one ends within a moment, say that and leave."""
+        deadline = time.monotonic() + 2 * _EOF_GRACE_S
+        while time.monotonic() < deadline:
+            if self._failed is not None:
+                self._leave(self._failed, aloud=self.rank == 0)
+            time.sleep(0.02)
 
     def report_hang(self, report: str) -> None:
         """Ask all other ranks to dump their stacks."""
@@ -149,9 +154,10 @@ class Lifeline:
             peer.finished = True
             if self.rank == 0:
                 self._send_all(message, but=peer.rank)
+            self._failed = f"rank {message['rank']} failed: {message['why']}"
             # This rank may be about to report the same error, and better.
             if not self._stop.wait(_FAILED_GRACE_S):
-                self._leave(f"rank {message['rank']} failed: {message['why']}", aloud=self.rank == 0)
+                self._leave(self._failed, aloud=self.rank == 0)
         elif kind == "hang":
             if self.rank == 0:
                 self._send_all(message, but=peer.rank)

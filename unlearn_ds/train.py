@@ -42,7 +42,7 @@ from unlearn_ds.watchdog import Watchdog
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of a run; returns the exit code."""
-    failure = None
+    failure, unexpected = None, False
     try:
         train(parse(RunConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds train", __doc__ or ""))
     except StopRequested as stop:
@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"unlearn-ds train: error: {error}", file=sys.stderr, flush=True)
         return 2
     except BaseException as error:
-        failure = f"{type(error).__name__}: {error}"
+        failure, unexpected = f"{type(error).__name__}: {error}", True
         raise
     finally:
-        distributed.shut_down(failure)
+        distributed.shut_down(failure, unexpected)
     return 0
 
 
