@@ -24,7 +24,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=3
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 SlurmctldPort={controller_port}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -38,11 +38,12 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
+SchedulerParameters=sched_min_interval=0,sched_interval=1,bf_interval=1,batch_sched_delay=0
 KillWait=30
 MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
+GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
@@ -80,9 +81,11 @@ class Slurm:
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
             f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cpus_per_node} "
-            f"RealMemory=1000 State=UNKNOWN"
+            f"RealMemory=1000 Gres=gpu:1 State=UNKNOWN"
             for i in (1, 2)
         )
+        # A GPU in name only, so that the scripts can ask for one as they do on a real cluster.
+        (folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/zero\n")
         self.conf = folder / "slurm.conf"
         self.conf.write_text(_CONF.format(host=host, folder=folder, controller_port=free_port(), nodes=nodes).lstrip())
         self.environment = os.environ | {"SLURM_CONF": str(self.conf), "PATH": os.environ["PATH"] + ":/usr/sbin"}

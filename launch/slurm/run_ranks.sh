@@ -19,11 +19,12 @@ run_ranks() {
     local attempt="${SLURM_RESTART_COUNT:-0}" code=0
     echo "job $job, start $((attempt + 1)), on $SLURM_JOB_NODELIST: $(date -Is)"
     # SLURM signals the tasks by itself. This shell must outlive them, and srun must not take SIGTERM for its own end: it would
-    # kill the tasks before they have saved.
+    # kill the tasks before they have saved. A rank that dies brings the others down by itself, so srun need not do it
+    # (--kill-on-bad-exit would also kill ranks that are about to end with the same code); --wait is for what happens before.
     trap 'echo "the batch script was told to end: waiting for the tasks"' TERM USR1
     (
         trap '' TERM USR1
-        exec srun --kill-on-bad-exit=1 --wait=60 --output="$LOG_DIR/$attempt-%t.log" ${SRUN_ARGS:-} "$PYTHON" "$@"
+        exec srun --kill-on-bad-exit=0 --wait=60 --output="$LOG_DIR/$attempt-%t.log" ${SRUN_ARGS:-} "$PYTHON" "$@"
     ) &
     local ranks=$!
     tail -n +1 -F --pid="$ranks" "$LOG_DIR/$attempt-0.log" 2>/dev/null &

@@ -1,0 +1,107 @@
+"""The batch scripts as shipped, on a real SLURM of two nodes: the same result as one process, whatever the queue does."""
+
+import sys
+import time
+
+import pytest
+
+from tests.cluster import largest_difference, make_tiny_run, metrics, require, weights
+from tests.ranks import ROOT
+from tests.slurm import Slurm, missing_programs
+from unlearn_ds.checkpoint import complete_checkpoints
+from unlearn_ds.processes import rank_environment
+
+TRAIN = "launch/slurm/train.sbatch"
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    run = make_tiny_run(tmp_path_factory.mktemp("slurm"))
+    yield run
+    run.server.stop()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    require(missing_programs())
+    cluster = Slurm(tmp_path_factory.mktemp("cluster")).start()
+    yield cluster
+    cluster.stop()
+
+
+def submit(slurm: Slurm, folder, script: str, options: tuple[str, ...], arguments: list[str]) -> str:
+    """Submit a batch script from the repository's root and return the job's id."""
+    inherited = {name: value for name, value in rank_environment().items() if name not in ("PATH", "SLURM_CONF")}
+    environment = inherited | {
+        "LOG_DIR": str(folder / "logs"),
+        "PYTHONWARNINGS": "ignore",
+        "PYTHON": sys.executable,
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    output = ("--output", f"{folder}/slurm-%j.out")
+    done = slurm.run(
+        "sbatch",
+        "--parsable",
+        "--chdir",
+        str(ROOT),
+        *output,
+        *options,
+        script,
+        *arguments,
+        cwd=str(ROOT),
+        **environment,
+    )
+    return done.stdout.strip()
+
+
+def wait_until(slurm: Slurm, job_id: str, condition, what: str, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        state = slurm.job(job_id)["JobState"]
+        assert state in ("RUNNING", "PENDING", "CONFIGURING", "COMPLETING", "REQUEUED"), f"{what}: the job is {state}"
+        assert time.monotonic() < deadline, f"{what}: not after {timeout_s} s"
+        time.sleep(0.02)
+
+
+def output(folder) -> str:
+    logs = [*folder.glob("slurm-*.out"), *folder.glob("logs/*.log")]
+    return "".join(f"\n--- {log.name}\n{log.read_text()}" for log in sorted(logs))
+
+
+def test_two_nodes_requeued_and_signalled_equal_one_process(slurm, tiny, tmp_path):
+    """`scontrol requeue`, then the signal that SLURM sends before the time limit, in one run: bit for bit the same."""
+    out = tmp_path / "run"
+    job = submit(slurm, tmp_path, TRAIN, TWO_NODES, tiny.arguments(out))
+    wait_until(slurm, job, lambda: len(metrics(out)) >= 5, "the first updates")
+    slurm.run("scontrol", "requeue", job)
+    wait_until(slurm, job, lambda: slurm.job(job)["Restarts"] == "1", "the requeue")
+    before = max(checkpoint.step for checkpoint in complete_checkpoints(out))
+    wait_until(slurm, job, lambda: "resumed after" in output(tmp_path), "the resume")
+    wait_until(slurm, job, lambda: len(metrics(out)) >= before + 3, "more updates")
+    slurm.run("scancel", "--signal=USR1", job)
+    slurm.wait_for_job(job, "COMPLETED", timeout_s=240)
+    assert slurm.job(job)["Restarts"] == "2", output(tmp_path)
+    assert "--resume goes on from here" in output(tmp_path)
+    assert "device        cpu x 2" in output(tmp_path)
+    tiny.assert_same_as_uninterrupted(out)
+    one = metrics(tiny.baseline_of_one)
+    assert [row["loss"] for row in metrics(out)] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    assert largest_difference(weights(out), weights(tiny.baseline_of_one)) < 1e-4
+
+
+def test_a_cancelled_job_leaves_a_usable_checkpoint(slurm, tiny, tmp_path):
+    out = tmp_path / "run"
+    job = submit(slurm, tmp_path, TRAIN, TWO_NODES, tiny.arguments(out, save_steps=0))
+    wait_until(slurm, job, lambda: len(metrics(out)) >= 5, "the first updates")
+    slurm.run("scancel", job)
+    slurm.wait_for_job(job, "CANCELLED")
+    assert complete_checkpoints(out), output(tmp_path)
+    tiny.server.run(tiny.arguments(out, resume=True, save_steps=0))
+    tiny.assert_same_as_uninterrupted(out)
+
+
+def test_a_user_error_ends_the_job_with_its_message(slurm, tiny, tmp_path):
+    job = submit(slurm, tmp_path, TRAIN, TWO_NODES, tiny.arguments(tmp_path / "run", learning_rate=-1))
+    assert slurm.wait_for_job(job, "FAILED")["ExitCode"] == "2:0"
+    assert "--learning_rate -1.0: must not be negative" in output(tmp_path)
