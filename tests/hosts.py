@@ -5,6 +5,7 @@ and known hosts are its own. Names and addresses differ from one instance to the
 and Debian's iproute2, openssh-server and pdsh (launch/test_packages.sh).
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -39,6 +40,13 @@ Host node1 node2
 def missing_programs() -> list[str]:
     """Programs for namespaces, ssh and pdsh that this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None]
+
+
+def _environ(pid: int) -> bytes:
+    try:
+        return (Path("/proc") / str(pid) / "environ").read_bytes()
+    except OSError:
+        return b""
 
 
 class Hosts:
@@ -102,7 +110,21 @@ class Hosts:
     def cut(self) -> None:
         """Pull the cable: packets vanish, nobody is told."""
         for name in self.names:
-            self._call("ip", "netns", "exec", name, "ip", "link", "set", "cable", "down")
+            self._call("ip", "-n", name, "link", "set", "cable", "down")
+
+    def mend(self) -> None:
+        """Plug the cable in again."""
+        for name in self.names:
+            self._call("ip", "-n", name, "link", "set", "cable", "up")
+
+    def ranks_running(self, within_s: float = 60) -> list[int]:
+        """Ids of the ranks that still run on either host after at most `within_s` seconds."""
+        deadline = time.monotonic() + within_s
+        while True:
+            ranks = [pid for pid in self.processes() if b"RANK=" in _environ(pid)]
+            if not ranks or time.monotonic() > deadline:
+                return ranks
+            time.sleep(0.2)
 
     def processes(self) -> list[int]:
         """Ids of the processes that run on either host."""
@@ -124,6 +146,8 @@ class Hosts:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            Path("/etc/netns").rmdir()
 
     def _write_etc(self, etc: Path) -> None:
         (etc / "ssh").mkdir(parents=True)

@@ -15,6 +15,8 @@ COMMANDS = {
     "evaluate": ("unlearn_ds.evaluation.evaluate", "perplexity, accuracy and membership inference of a model"),
     "report": ("unlearn_ds.evaluation.report", "an HTML page from the folders of one or more runs"),
     "inspect": ("unlearn_ds.data.inspect", "look into a corpus, or at what one update will see"),
+    "sweep": ("unlearn_ds.sweep", "a grid of runs: under SLURM or on this machine, and their comparison"),
+    "plan": ("unlearn_ds.cost_report", "memory, communication, time and GPU-hours of a run before it is started"),
     "demo": ("unlearn_ds.demo", "the whole story on one machine, offline, in ten minutes"),
     "bench": ("unlearn_ds.cli", "benchmarks: bench loss|kernels|loader|step|evaluation"),
 }

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from unlearn_ds.lifeline import Lifeline
+from unlearn_ds.signals import EXIT_RESUMABLE, StopRequested
 
 Result = TypeVar("Result")
 
@@ -132,6 +133,29 @@ def shut_down(failure: str | None = None, unexpected: bool = False) -> None:
         _lifeline = None
     if dist.is_initialized() and failure is None:  # destroying a group whose peers are in a collective may hang
         dist.destroy_process_group()
+
+
+def guarded(prog: str, body: Callable[[], Any]) -> int:
+    """Run `body`, the work of a rank, to an exit code: 0, 2 after an error of the user's, EXIT_RESUMABLE after a signal.
+
+    However it ends, the other ranks learn of it and this one leaves the process group.
+    """
+    failure, unexpected = None, False
+    try:
+        body()
+    except StopRequested as stop:
+        say(f"{prog}: {stop}")
+        return EXIT_RESUMABLE
+    except (ValueError, OSError) as error:
+        failure = str(error)
+        say(f"{prog}: error: {error}")
+        return 2
+    except BaseException as error:
+        failure, unexpected = f"{type(error).__name__}: {error}", True
+        raise
+    finally:
+        shut_down(failure, unexpected)
+    return 0
 
 
 def rank() -> int:

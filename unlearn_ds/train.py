@@ -36,29 +36,16 @@ from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.options import parse
 from unlearn_ds.profile import StepProfiler
 from unlearn_ds.records import announce, describe, write_run_json
-from unlearn_ds.signals import EXIT_RESUMABLE, StopRequest, StopRequested
+from unlearn_ds.signals import StopRequest, StopRequested
 from unlearn_ds.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of a run; returns the exit code."""
-    failure, unexpected = None, False
-    try:
-        train(parse(RunConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds train", __doc__ or ""))
-    except StopRequested as stop:
-        distributed.say(f"unlearn-ds train: {stop}")
-        return EXIT_RESUMABLE
-    except (ValueError, OSError) as error:
-        failure = str(error)
-        if distributed.is_main():
-            print(f"unlearn-ds train: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except BaseException as error:
-        failure, unexpected = f"{type(error).__name__}: {error}", True
-        raise
-    finally:
-        distributed.shut_down(failure, unexpected)
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    return distributed.guarded(
+        "unlearn-ds train", lambda: train(parse(RunConfig, words, "unlearn-ds train", __doc__ or ""))
+    )
 
 
 def train(config: RunConfig) -> Path:

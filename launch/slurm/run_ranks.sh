@@ -61,6 +61,13 @@ check_nodes() {
 }
 
 requeue() {
+    local state
+    state="$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')"
+    if [ "$state" != JobState=RUNNING ]; then
+        # Cancelled, or about to be requeued by SLURM itself.
+        echo "job $job: $state, so not requeued by this script"
+        exit 0
+    fi
     echo "job $job: requeued"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # SLURM ends this script

@@ -32,15 +32,9 @@ SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "m
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    try:
-        evaluate(parse(EvaluateConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds evaluate", __doc__ or ""))
-    except (ValueError, OSError) as error:
-        if distributed.is_main():
-            print(f"unlearn-ds evaluate: error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.shut_down()
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    prog = "unlearn-ds evaluate"
+    return distributed.guarded(prog, lambda: evaluate(parse(EvaluateConfig, words, prog, __doc__ or "")))
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

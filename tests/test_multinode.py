@@ -1,0 +1,102 @@
+"""launch/multinode.sh with a hostfile, as documented, on two hosts with their own addresses, names and ssh servers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.cluster import make_tiny_run, metrics, require
+from tests.hosts import Hosts, missing_programs
+from tests.ranks import ROOT
+from tests.slurm import end_with_parent
+from unlearn_ds.checkpoint import complete_checkpoints
+from unlearn_ds.processes import LAUNCHER_VARIABLES
+from unlearn_ds.signals import EXIT_RESUMABLE
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    run = make_tiny_run(tmp_path_factory.mktemp("multinode"))
+    yield run
+    run.server.stop()
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    require(missing_programs())
+    pair = Hosts(tmp_path_factory.mktemp("hosts"))
+    try:
+        yield pair.start()
+    finally:
+        pair.stop()
+
+
+class MultinodeRun:
+    """`HOSTFILE=... bash launch/multinode.sh ...` under way on the first host."""
+
+    def __init__(self, hosts: Hosts, folder, arguments: list[str]) -> None:
+        hostfile = folder / "hosts"
+        example = (ROOT / "launch" / "hostfile.example").read_text()
+        hostfile.write_text(example.replace("slots=8", "slots=1"))
+        self.log = folder / "log"
+        unset = (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME")
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
+        environment |= {"HOSTFILE": str(hostfile), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                hosts.command(0, ["bash", str(ROOT / "launch" / "multinode.sh"), *arguments]),
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=end_with_parent,
+            )
+
+    def wait_until(self, condition, what: str, timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what}: {self.output()}"
+            assert self.process.poll() is None, f"ended before {what}: {self.output()}"
+            time.sleep(0.02)
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+def test_two_hosts_a_signal_a_cut_network_and_the_end(hosts, tiny, tmp_path):
+    """One run in three parts: stopped by a signal, by a cut cable, and finished; bit for bit as uninterrupted."""
+    out = tmp_path / "run"
+    arguments = tiny.arguments(out, auto_resume=True)
+    run = MultinodeRun(hosts, tmp_path, arguments)
+    run.wait_until(lambda: len(metrics(out)) >= 5, "updates")
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.process.wait(60) == EXIT_RESUMABLE, run.output()
+    assert "--resume goes on from here" in run.output()
+    saved = complete_checkpoints(out)[0].step
+
+    run = MultinodeRun(hosts, tmp_path, arguments)
+    run.wait_until(lambda: len(metrics(out)) >= saved + 3, "more updates")
+    hosts.cut()
+    cut = time.monotonic()
+    run.wait_until(lambda: "no sign of it for" in run.output(), "message about the cut", 60)
+    assert time.monotonic() - cut < 60
+    assert "its host or the network is gone" in run.output()
+    hosts.mend()
+    assert run.process.wait(120) not in (0, 2), run.output()
+    assert not hosts.ranks_running()
+
+    run = MultinodeRun(hosts, tmp_path, arguments)
+    assert run.process.wait(180) == 0, run.output()
+    assert "device        cpu x 2" in run.output()
+    tiny.assert_same_as_uninterrupted(out)
+
+
+def test_a_missing_hostfile_is_explained(tmp_path):
+    script = ["bash", str(ROOT / "launch" / "multinode.sh"), "--config", "run.yaml"]
+    environment = os.environ | {"HOSTFILE": str(tmp_path / "none")}
+    finished = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert "copy launch/hostfile.example" in finished.stderr
