@@ -1,4 +1,4 @@
-"""The two differentiable loss ops as `torch.library` custom ops: a graph capture sees one node with a known shape.
+"""The differentiable loss ops as `torch.library` custom ops: a graph capture sees one node with a known shape.
 
 Both compute their gradients in the forward, scaled by the token weights, and multiply them by the upstream scalar in the
 backward; the weight itself is never saved, so ZeRO-3 may take it away in between.
@@ -14,6 +14,7 @@ from torch import Tensor
 from unlearn_ds.kernels import chunked
 from unlearn_ds.kernels.chunked import Answer, Head, Needs
 from unlearn_ds.kernels.projection import accumulation_dtype
+from unlearn_ds.kernels.sequence import sequence_loss
 
 
 def row_ops(impl: str) -> ModuleType:
@@ -60,11 +61,34 @@ def kl_op(
     return chunked.kl(row_ops(impl), hidden, head, ref_hidden, ref_head, token_weight, workspace_bytes, Needs(*needs))
 
 
-def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> Answer:
+@torch.library.custom_op("unlearn_ds::linear_sequence_loss", mutates_args=())
+def sequence_loss_op(
+    hidden: Tensor,  # (M, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (M,) int64
+    bounds: list[int],  # S + 1
+    sequence_weight: Tensor,  # (S,)
+    nll_scale: Tensor,  # (S,)
+    shift: Tensor,  # (S,)
+    beta: float,
+    logit_scale: float,
+    softcap: float | None,
+    workspace_bytes: int,
+    impl: str,
+    needs: list[bool],  # dX, dW, dbias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, loss of each sequence, dX, dW (fp32), dbias (fp32); empty where not needed."""
+    head = Head(weight, bias, logit_scale, softcap)
+    weights = (sequence_weight, nll_scale, shift, beta)
+    return sequence_loss(row_ops(impl), hidden, head, targets, bounds, *weights, workspace_bytes, Needs(*needs))
+
+
+def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], num_losses: int) -> Answer:
     dtype = accumulation_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(hidden.shape[0], dtype=dtype),
+        hidden.new_empty(num_losses, dtype=dtype),
         hidden.new_empty(hidden.shape if needs[0] else 0),
         hidden.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
         hidden.new_empty(bias.shape if needs[2] else 0, dtype=dtype),
@@ -73,7 +97,7 @@ def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[boo
 
 @cross_entropy_op.register_fake
 def _(hidden, weight, bias, targets, token_weight, logit_scale, softcap, workspace_bytes, impl, needs):
-    return _shapes(hidden, weight, bias, needs)
+    return _shapes(hidden, weight, bias, needs, hidden.shape[0])
 
 
 @kl_op.register_fake
@@ -91,7 +115,27 @@ def _(
     impl,
     needs,
 ):
-    return _shapes(hidden, weight, bias, needs)
+    return _shapes(hidden, weight, bias, needs, hidden.shape[0])
+
+
+@sequence_loss_op.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    bounds,
+    sequence_weight,
+    nll_scale,
+    shift,
+    beta,
+    logit_scale,
+    softcap,
+    workspace_bytes,
+    impl,
+    needs,
+):
+    return _shapes(hidden, weight, bias, needs, len(bounds) - 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Answer) -> None:
@@ -122,3 +166,4 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
 
 cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 kl_op.register_autograd(_backward, setup_context=_setup_context)
+sequence_loss_op.register_autograd(_backward, setup_context=_setup_context)

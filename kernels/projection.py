@@ -61,15 +61,24 @@ class HeadGradients:
         start: int,
         stop: int,
         dz: Tensor,  # (C, V), the dtype of hidden
+        row_scale: Tensor | None = None,  # (C,)
     ) -> None:
-        """Take in the gradient with respect to the logits of rows start..stop."""
+        """Take in the gradient with respect to the logits of rows start..stop, each times its `row_scale`.
+
+        The scale goes to what is small, X and dX, and never over the logits.
+        """
         need_dx, need_dw, need_dbias = self._need
+        x = self._hidden[start:stop]
         if need_dx:
             torch.mm(dz, self._weight, out=self.dx[start:stop])
+            if row_scale is not None:
+                self.dx[start:stop].mul_(row_scale[:, None])
         if need_dw:
-            self._add_dw(self._hidden[start:stop], dz, start == 0)
-        if need_dbias:
+            self._add_dw(x if row_scale is None else (x * row_scale[:, None]).to(x.dtype), dz, start == 0)
+        if need_dbias and row_scale is None:
             self.dbias += dz.sum(0, dtype=self.dbias.dtype)
+        elif need_dbias:
+            self.dbias += (row_scale.to(dz.dtype)[None] @ dz)[0]
 
     def _add_dw(
         self,

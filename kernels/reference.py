@@ -4,9 +4,11 @@ the tests are held to this file; in fp64 it is the truth.
 Legend: M rows, D hidden size, V vocabulary. Everything is computed in fp32, or in fp64 for fp64 inputs.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a target that makes its row count for nothing
@@ -48,11 +50,22 @@ def linear_cross_entropy(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `sum_i a_i * CE_i` and the detached CE_i; an ignored target has CE 0."""
-    counts = targets != IGNORED
+    nll = row_nll(hidden, weight, bias, targets, logit_scale, softcap)
+    return weighted_sum(token_weight, nll), nll.detach()
+
+
+def row_nll(
+    hidden: Tensor,  # (M, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (M,) int64
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:  # (M,)
+    """CE of each row, 0 where the target is ignored."""
     log_p = logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
     nll = -log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    nll = torch.where(counts, nll, 0)
-    return weighted_sum(token_weight, nll), nll.detach()
+    return torch.where(targets != IGNORED, nll, 0)
 
 
 def linear_kl(
@@ -79,6 +92,41 @@ def linear_kl(
     difference = torch.where(excluded, 0, log_ref - log_p)
     kl = (p_ref * difference + (log_p.exp() - p_ref)).sum(-1)
     return weighted_sum(token_weight, kl), kl.detach()
+
+
+def linear_sequence_loss(
+    hidden: Tensor,  # (M, D), the rows of one sequence after those of another
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (M,) int64
+    bounds: list[int],  # S + 1 numbers: sequence i has the rows bounds[i] : bounds[i + 1]
+    sequence_weight: Tensor,  # (S,)
+    nll_scale: Tensor,  # (S,)
+    shift: Tensor,  # (S,)
+    beta: float,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `sum_i w_i * L_i` and the detached `L_i = -(2/beta) log sigmoid(beta (nll_scale_i NLL_i - shift_i))`.
+
+    NLL_i is the sum over the sequence. With scale 1 and the reference's NLL as shift this is NPO (Zhang et al., arXiv
+    2404.05868), with scale 1 / length and shift gamma / beta SimNPO (Fan et al., arXiv 2410.07163).
+    """
+    per_row = row_nll(hidden, weight, bias, targets, logit_scale, softcap)
+    nll = torch.stack([per_row[start:stop].sum() for start, stop in pairwise(bounds)])
+    loss = sequence_losses(nll.double(), nll_scale, shift, beta)[0]
+    return weighted_sum(sequence_weight, loss).to(per_row.dtype), loss.detach().to(per_row.dtype)
+
+
+def sequence_losses(
+    nll: Tensor,  # (S,) fp64, summed over each sequence
+    nll_scale: Tensor,  # (S,)
+    shift: Tensor,  # (S,)
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses L_i and their derivatives by NLL_i, both (S,) fp64."""
+    margin = beta * (nll_scale.double() * nll - shift.double())
+    return -2 / beta * F.logsigmoid(margin), -2 * nll_scale.double() * torch.sigmoid(-margin)
 
 
 def linear_token_stats(

@@ -39,10 +39,14 @@ def padded(vocab_size: int) -> int:
     return -(-vocab_size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
+def rows_that_fit(bytes_per_row: int, workspace_bytes: int) -> int:
+    """How many rows of logits the workspace holds."""
+    return (workspace_bytes - workspace_bytes // SCRATCH_SHARE) // max(1, bytes_per_row)
+
+
 def rows_per_chunk(bytes_per_row: int, workspace_bytes: int, device_type: str) -> int:
     """How many rows of logits a chunk may have, at least one."""
-    usable = workspace_bytes - workspace_bytes // SCRATCH_SHARE
-    fitting = usable // max(1, bytes_per_row)
+    fitting = rows_that_fit(bytes_per_row, workspace_bytes)
     if device_type == "cpu":
         fitting = min(fitting, max(CPU_ROWS, CPU_CHUNK_BYTES // max(1, bytes_per_row)))
     if fitting > ROW_MULTIPLE:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unlearn_ds.kernels import linear_cross_entropy, linear_kl
+from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sequence_loss
 
 # Largest error in relative norm beyond the error that naive PyTorch makes in the same dtype.
 # KL's gradient is a difference of probabilities, which costs it a digit and a half.
@@ -170,3 +170,23 @@ def hold_three_tensors(name: str, case: Case, dtype: torch.dtype, impl: str, **o
             assert (value - truth["loss"]).abs() <= ((plain["loss"] - truth["loss"]).abs() + tolerance * size), part
         else:
             assert error(value, truth[part]) <= allowed, (part, error(value, truth[part]), allowed)
+
+
+BOUNDS = {1: [0, 1], 3: [0, 1, 3], 127: [0, 5, 30, 31, 100, 127]}
+
+
+def sequence_loss(case: Case, impl: str, bounds: list[int], beta: float = 0.4, **options: Any) -> tuple[Tensor, Tensor]:
+    """NPO-like: every sequence has its own sign, scale and shift, and margins lie where the sigmoid bends."""
+    i = torch.arange(len(bounds) - 1, device=case.hidden.device)
+    lengths = torch.tensor(bounds, device=i.device).diff()
+    return linear_sequence_loss(
+        case.hidden,
+        case.weight,
+        case.targets,
+        torch.where(i % 2 == 0, 1.0, -0.7),
+        torch.where(i % 3 == 0, 1.0, 0.5) / lengths.double(),
+        5.0 + i.double() / 4,
+        bounds=bounds,
+        beta=beta,
+        **({"rows": case.rows, "bias": case.bias, "impl": impl} | case.options | options),
+    )

@@ -34,7 +34,16 @@ from unlearn_ds.objectives import KL
 from unlearn_ds.options import OptionError
 from unlearn_ds.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.relabel import sampled_targets
-from unlearn_ds.run_data import NamedCorpus, check_same_corpora, make_plan, make_sources, open_run_corpora, with_targets
+from unlearn_ds.run_data import (
+    NamedCorpus,
+    check_same_corpora,
+    make_plan,
+    make_sources,
+    open_run_corpora,
+    with_reference_nll,
+    with_targets,
+)
+from unlearn_ds.sequence_nll import reference_nll
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,10 @@ def build_run(config: RunConfig) -> Run:
         # The engine still holds the original weights: labels are drawn before any checkpoint is loaded.
         targets = sampled_targets(config, corpora[0][0], sources[0].sequences, engine.ask, fingerprint, device)
         plan = make_plan(config, with_targets(config, sources, targets), distributed.world_size())
+    form = config.sequence_loss
+    if form is not None and form.needs_reference_nll:
+        nll = reference_nll(config, corpora[0][0], sources[0].sequences, engine.ask, fingerprint, device)
+        plan = make_plan(config, with_reference_nll(sources, nll), distributed.world_size())
     reference: Reference = NoReference()
     if config.reference == "cache":
         sequences = next(source.sequences for source in sources if source.loss == KL)

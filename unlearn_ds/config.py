@@ -4,12 +4,12 @@ The docstring under a field is its help text on the command line.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from unlearn_ds.conditions import parse_condition, parse_share
-from unlearn_ds.objectives import OBJECTIVES, Objective
+from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss
 from unlearn_ds.options import OptionError, check_choices, did_you_mean
 
 
@@ -18,8 +18,8 @@ class RunConfig:
     """The options of one training run: an unlearning method, a fine-tuning or a retraining."""
 
     unlearn_method: str
-    """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, finetune
-    or retrain"""
+    """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
+    npo_plus_descent, simnpo, simnpo_plus_descent, finetune or retrain"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
     target_model_name_or_path: str | None = None
@@ -57,8 +57,13 @@ class RunConfig:
     """random_label: draw labels from the original model's most likely tokens of this total probability"""
     rm_groundtruth: bool = False
     """random_label: never draw the true token"""
+    beta: float | None = None
+    """npo and simnpo: how soon the pull weakens (default: 0.1 for npo, 4.5 for simnpo)"""
+    gamma: float | None = None
+    """simnpo: margin (default: 0)"""
     overwrite_cache: bool = False
-    """compute the sampled labels again even if the cache beside the corpus matches"""
+    """compute what the original model says (labels, losses, hidden states) again even if the cache beside the corpus
+    matches"""
 
     num_train_epochs: float = 1.0
     """passes over the first corpus of the method"""
@@ -200,6 +205,13 @@ class RunConfig:
         return OBJECTIVES[self.objective_name]
 
     @property
+    def sequence_loss(self) -> SequenceLoss | None:
+        """The objective's term of whole sequences with the run's beta and gamma."""
+        form = self.objective.sequence_loss
+        given = {name: getattr(self, name) for name in ("beta", "gamma") if getattr(self, name) is not None}
+        return form and replace(form, **given)
+
+    @property
     def sampling(self) -> tuple[int | None, float | None, bool]:
         """(top_k, top_p, whether the truth is banned) of sampled labels; `adversarial` is short for (1, None, True)."""
         if self.unlearn_method == "adversarial" and self.top_k is None and self.top_p is None:
@@ -257,6 +269,13 @@ def _check_method(config: RunConfig) -> None:
         raise OptionError(f"--top_k, --top_p and --rm_groundtruth are for random_label, not for {method}")
     elif config.completely_random:
         raise OptionError(f"--completely_random is for random_label, not for {method}")
+    form = OBJECTIVES[config.objective_name].sequence_loss
+    if config.beta is not None and form is None:
+        raise OptionError(f"--beta is for npo and simnpo, not for {method}")
+    if config.gamma is not None and (form is None or not form.per_token):
+        raise OptionError(f"--gamma is for simnpo, not for {method}")
+    if config.beta is not None and config.beta <= 0:
+        raise OptionError(f"--beta {config.beta}: must be above 0")
     retain_term = "retain" in OBJECTIVES[method].roles
     if config.general and not retain_term:
         raise OptionError(f"--general True chooses retain data, and {method} uses none")

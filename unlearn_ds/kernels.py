@@ -3,12 +3,13 @@
 `kernels/` has no `__init__.py`: with one it would hide Hugging Face's package of that name whenever the repository root
 stands first on `sys.path`. This module is the package instead: its `__path__` is the installed copy, else the checkout's.
 
-Four ops, each with three implementations of one definition: `reference` (whole logits, to be read), `chunked` (plain PyTorch,
+Five ops, each with three implementations of one definition: `reference` (whole logits, to be read), `chunked` (plain PyTorch,
 the default on CPU) and `triton` (the default on CUDA). Legend: T tokens, M rows used, D hidden size, V vocabulary.
 """
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +23,15 @@ __path__ = [str(_HERE / "kernels" if (_HERE / "kernels").is_dir() else _HERE.par
 from unlearn_ds.kernels import chunked, ops, reference  # noqa: E402  (after __path__)
 from unlearn_ds.kernels.reference import IGNORED, TokenStats  # noqa: E402
 
-__all__ = ["IGNORED", "TokenStats", "linear_cross_entropy", "linear_kl", "linear_sample", "linear_token_stats"]
+__all__ = [
+    "IGNORED",
+    "TokenStats",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_sample",
+    "linear_sequence_loss",
+    "linear_token_stats",
+]
 
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 DEFAULT_WORKSPACE_BYTES = 2**30
@@ -114,6 +123,46 @@ def linear_kl(
         _needs(x, weight, bias),
     )
     return loss, kl
+
+
+def linear_sequence_loss(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (M,) int64
+    sequence_weight: Tensor,  # (S,) fp32, signed
+    nll_scale: Tensor,  # (S,)
+    shift: Tensor,  # (S,)
+    *,
+    bounds: Sequence[int],  # S + 1 numbers, on the host: sequence i has the rows bounds[i] : bounds[i + 1]
+    beta: float,
+    rows: Tensor | None = None,  # (M,) int64: the rows of hidden that are used; None: all, M = T
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `sum_i w_i * L_i`, a scalar in fp32, and L_i (S,), detached.
+
+    L_i = -(2/beta) log sigmoid(beta (nll_scale_i * NLL_i - shift_i)), NLL_i summed over the sequence. NPO: scale 1, shift the
+    reference's NLL. SimNPO: scale 1/length, shift gamma/beta. Raises `KernelError` for what does not fit.
+    """
+    impl = _check(impl, hidden, weight, bias, rows, logit_scale, softcap, workspace_bytes)
+    x = _used(hidden, rows)
+    _check_rows(x, targets=targets)
+    if list(bounds) != sorted(bounds) or not bounds or bounds[0] != 0 or bounds[-1] != len(x):
+        raise KernelError(f"bounds {list(bounds)[:8]}: expected rising numbers from 0 to the number of rows, {len(x)}")
+    per_sequence = {"sequence_weight": sequence_weight, "nll_scale": nll_scale, "shift": shift}
+    for name, tensor in per_sequence.items():
+        if tensor.shape != (len(bounds) - 1,):
+            raise KernelError(f"{name} {tuple(tensor.shape)}: expected ({len(bounds) - 1},), one for each sequence")
+    if beta <= 0:
+        raise KernelError(f"beta {beta}: must be above 0")
+    parts = (x, weight, bias, targets, list(bounds), *per_sequence.values(), beta, logit_scale, softcap)
+    if impl == "reference":
+        return reference.linear_sequence_loss(*parts)
+    loss, losses, *_ = ops.sequence_loss_op(*parts, workspace_bytes, impl, _needs(x, weight, bias))
+    return loss, losses
 
 
 @torch.no_grad()

@@ -10,15 +10,24 @@ Legend: T tokens of a micro-batch, D hidden size, V vocabulary, M rows with cros
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sample, linear_token_stats
+from unlearn_ds.kernels import (
+    linear_cross_entropy,
+    linear_kl,
+    linear_sample,
+    linear_sequence_loss,
+    linear_token_stats,
+)
 from unlearn_ds.profile import LOSS
 from unlearn_ds.weights import Loading
+
+if TYPE_CHECKING:
+    from unlearn_ds.data.batch import SequenceRows
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,10 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class LossCall:
-    """Ask for `sum_t a_t * CE_t + sum_t b_t * KL_t`; returns (loss, CE per row, KL per row)."""
+    """Ask for `sum_t a_t * CE_t + sum_t b_t * KL_t + sum_i w_i * L(NLL_i)`.
+
+    Returns (loss, CE per row, KL per row, L per sequence); empty where there is no such term.
+    """
 
     ce_rows: Tensor  # (M,) int64
     ce_targets: Tensor  # (M,) int64
@@ -50,6 +62,7 @@ class LossCall:
     ref_hidden: Tensor | None = None  # (K, D), of the reference, in the order of kl_rows
     ref_weight: Tensor | None = None  # (V, D)
     ref_bias: Tensor | None = None  # (V,)
+    sequences: "SequenceRows | None" = None
 
 
 @dataclass(frozen=True)
@@ -104,11 +117,26 @@ def _loss(
     options: HeadOptions,
     hidden: Tensor,  # (T, D)
     call: LossCall,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cross_entropy = _bound(linear_cross_entropy, head, options)
     loss, nll = cross_entropy(hidden, head.weight, call.ce_targets, call.ce_weights, rows=call.ce_rows)
+    kl = whole = nll.new_empty(0)
+    if call.sequences is not None:
+        some = call.sequences
+        whole_loss, whole = _bound(linear_sequence_loss, head, options)(
+            hidden,
+            head.weight,
+            some.targets,
+            some.weights,
+            some.nll_scale,
+            some.shift,
+            bounds=some.bounds,
+            beta=some.beta,
+            rows=some.rows,
+        )
+        loss = loss + whole_loss
     if call.kl_rows is None:
-        return loss, nll, nll.new_empty(0)
+        return loss, nll, kl, whole
     divergence = _bound(linear_kl, head, options)
     kl_loss, kl = divergence(
         hidden,
@@ -119,7 +147,7 @@ def _loss(
         rows=call.kl_rows,
         ref_bias=call.ref_bias,
     )
-    return loss + kl_loss, nll, kl
+    return loss + kl_loss, nll, kl, whole
 
 
 def _stats(

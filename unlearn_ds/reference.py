@@ -24,7 +24,7 @@ class NoReference:
     @contextmanager
     def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
         """The question that `batch` puts to the loss head."""
-        yield LossCall(batch.ce_rows, batch.ce_targets, batch.ce_weights)
+        yield LossCall(batch.ce_rows, batch.ce_targets, batch.ce_weights, sequences=batch.sequences)
 
 
 class LiveReference:
@@ -94,4 +94,5 @@ def _call(batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None
         ref_hidden=hidden,
         ref_weight=weight,
         ref_bias=bias,
+        sequences=batch.sequences,
     )

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_path
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.objectives import RANDOM_TARGETS, SAMPLED_TARGETS, Term
+from unlearn_ds.objectives import RANDOM_TARGETS, SAMPLED_TARGETS, SEQUENCE, Term
 from unlearn_ds.options import OptionError
 
 # What `--train_on` and evaluation call a corpus -> (folder below data_dir, corpus name); None stands for the domain.
@@ -115,6 +117,7 @@ def make_sources(
                 sequences=SequenceIndex([c.corpus for c in named], config.seq_len),
                 targets=RandomTargets(config.seed, vocab_size, special_ids) if random else TrueTargets(),
                 ratio=1.0 if is_first else config.retain_ratio,
+                sequence_loss=config.sequence_loss if term.loss == SEQUENCE else None,
             )
         )
     return sources
@@ -126,6 +129,14 @@ def with_targets(config: RunConfig, sources: list[Source], targets: Any) -> list
         dataclasses.replace(source, targets=targets) if term.targets == SAMPLED_TARGETS else source
         for term, source in zip(config.objective.terms, sources)
     ]
+
+
+def with_reference_nll(
+    sources: list[Source],
+    nll: np.ndarray,  # (sequences,) fp64
+) -> list[Source]:
+    """Give the source that compares sequences with the original model what that model said."""
+    return [dataclasses.replace(s, reference_nll=nll) if s.loss == SEQUENCE else s for s in sources]
 
 
 def make_plan(config: RunConfig, sources: list[Source], world_size: int) -> Plan:

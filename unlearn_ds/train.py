@@ -158,12 +158,14 @@ def accumulate(run: Run, step: Step) -> Tensor:
 
 def micro_sums(batch: Any, answer: tuple[Tensor, ...]) -> Tensor:
     """(3,) fp64: the micro-batch's share of the loss, of its forget part and of its retain part; no device sync."""
-    loss, nll, kl = answer
+    loss, nll, kl, whole = answer
     weighted = batch.ce_weights * nll
     forget = torch.where(batch.ce_is_forget, weighted, 0).sum(dtype=torch.float64)
     retain = torch.where(batch.ce_is_forget, 0, weighted).sum(dtype=torch.float64)
     if kl.numel():
         retain = retain + (batch.kl_weights * kl).sum(dtype=torch.float64)
+    if whole.numel():  # a term of whole sequences is the forget set's
+        forget = forget + (batch.sequences.weights * whole).sum(dtype=torch.float64)
     return torch.stack([loss.double(), forget, retain])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from unlearn_ds.data.labels import TrueTargets
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.objectives import CROSS_ENTROPY, KL
+from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE
 
 Batch = TypeVar("Batch")
 
@@ -35,6 +35,19 @@ class PackedRows:
 
 
 @dataclass(frozen=True)
+class SequenceRows:
+    """Sequences whose loss is a function of their whole NLL: `-(2/beta) log sigmoid(beta (nll_scale NLL - shift))`."""
+
+    rows: Tensor  # (M,) int64, one sequence after another
+    targets: Tensor  # (M,) int64
+    bounds: tuple[int, ...]  # S + 1 numbers: sequence i has the rows bounds[i] : bounds[i + 1]
+    weights: Tensor  # (S,) fp32: factor / B
+    nll_scale: Tensor  # (S,) fp64
+    shift: Tensor  # (S,) fp64
+    beta: float
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One forward and backward of a rank. Rows and weights are never empty: filler has weight 0."""
 
@@ -43,6 +56,7 @@ class MicroBatch:
     ce_targets: Tensor  # (M,) int64
     ce_weights: Tensor  # (M,) fp32: factor / (B * targets of the sequence)
     ce_is_forget: Tensor  # (M,) bool
+    sequences: SequenceRows | None = None  # None without a term of whole sequences
     kl_rows: Tensor | None = None  # (K,) int64, positions in `rows`; None without a KL term
     kl_weights: Tensor | None = None  # (K,) fp32
     reference: PackedRows | None = None  # the KL sequences alone
@@ -77,7 +91,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.pin_memory().to(device, non_blocking=True)
-        return to_device(value, device) if isinstance(value, PackedRows) else value
+        return to_device(value, device) if isinstance(value, (PackedRows, SequenceRows)) else value
 
     return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch)})
 
@@ -152,6 +166,7 @@ class MicroBatchBuilder:
         self._format = _Format(
             plan.seq_len, plan.micro_batch_size * plan.seq_len, fixed=fixed_shapes, pad_each=not plan.packing
         )
+        self._whole = next((source for source in plan.sources if source.loss == SEQUENCE), None)
         self._has_kl = any(source.loss == KL for source in plan.sources)
 
     def build(self, step: StepPlan, rank: int, micro_step: int) -> MicroBatch:
@@ -175,7 +190,7 @@ class MicroBatchBuilder:
         rows, ids = _pack(views, layout)
         by_loss = {
             loss: [i for i, k in enumerate(sources) if self.plan.sources[k].loss == loss]
-            for loss in (CROSS_ENTROPY, KL)
+            for loss in (CROSS_ENTROPY, KL, SEQUENCE)
         }
         factors = np.array([source.factor for source in self.plan.sources])
         weights = factors[sources] / (step.num_sequences * (step.length[chosen] - 1.0))  # fp64, (n,)
@@ -193,7 +208,38 @@ class MicroBatchBuilder:
             ce_rows, ce_targets = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
             ce_weights, ce_is_forget = np.zeros(1, dtype=np.float32), np.zeros(1, dtype=bool)
         batch = MicroBatch(rows, *map(torch.from_numpy, (ce_rows, ce_targets, ce_weights, ce_is_forget)))
+        if self._whole is not None:
+            per_sequence = factors[sources] / step.num_sequences
+            numbers = step.sequence[chosen]
+            batch = replace(
+                batch, sequences=self._sequences(ids, layout, lengths, per_sequence, numbers, by_loss[SEQUENCE])
+            )
         return self._with_kl(batch, views, layout, weights, by_loss[KL], starts) if self._has_kl else batch
+
+    def _sequences(
+        self,
+        ids: np.ndarray,
+        layout: _Layout,
+        lengths: list[int],
+        weights: np.ndarray,
+        numbers: np.ndarray,
+        chosen: list[int],
+    ) -> SequenceRows:
+        """The sequences `chosen` of a micro-batch as wholes; `weights` and `numbers` are of all of its sequences."""
+        form = self._whole.sequence_loss
+        if not chosen:
+            zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+            return SequenceRows(zero, zero, (0, 1), torch.zeros(1), nothing, nothing, form.beta)
+        counts = np.array([lengths[i] - 1 for i in chosen])
+        rows = _target_rows([layout.starts[i] for i in chosen], [lengths[i] for i in chosen])
+        if form.per_token:
+            scale, shift = 1.0 / counts, np.full(len(chosen), form.gamma / form.beta)
+        else:
+            assert self._whole.reference_nll is not None, "the original model has not measured the sequences"
+            scale, shift = np.ones(len(chosen)), self._whole.reference_nll[numbers[chosen]]
+        tensors = map(torch.from_numpy, (rows, ids[rows + 1], weights[chosen].astype(np.float32), scale, shift))
+        rows, targets, weights, scale, shift = tensors
+        return SequenceRows(rows, targets, (0, *np.cumsum(counts).tolist()), weights, scale, shift, form.beta)
 
     def _labels(
         self, tokens: np.ndarray, counts: np.ndarray, sources: np.ndarray, sequences: np.ndarray, starts: np.ndarray
@@ -245,7 +291,10 @@ class MicroBatchBuilder:
     def _filler_batch(self) -> MicroBatch:
         zero = torch.zeros(1, dtype=torch.int64)
         batch = MicroBatch(_filler(self._format), zero, zero, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
-        return self._with_kl(batch, [], _Layout([], [0]), np.empty(0), [], np.empty(0)) if self._has_kl else batch
+        nothing = np.empty(0)
+        if self._whole is not None:
+            batch = replace(batch, sequences=self._sequences(nothing, _Layout([], [0]), [], nothing, nothing, []))
+        return self._with_kl(batch, [], _Layout([], [0]), nothing, [], nothing) if self._has_kl else batch
 
 
 def evaluation_batch(sequences: SequenceIndex, ids: np.ndarray) -> EvaluationBatch:  # ids: (n,) int64, may be empty

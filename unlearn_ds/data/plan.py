@@ -6,7 +6,7 @@ Nothing is stored per sequence and nothing is replayed: step 10^6 costs as much 
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from unlearn_ds.data.hashing import Permutation, derive_key
 from unlearn_ds.data.packing import deal_rows, pack_rows, row_costs
 from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.objectives import SequenceLoss
 from unlearn_ds.options import OptionError
 
 
@@ -24,11 +25,21 @@ class Source:
     """One term of an objective with its data."""
 
     role: str  # "forget" or "retain"
-    loss: str  # objectives.CROSS_ENTROPY or objectives.KL
+    loss: str  # objectives.CROSS_ENTROPY, KL or SEQUENCE
     factor: float  # sign and weight of one sequence
     sequences: SequenceIndex
     targets: Any  # of data.labels
     ratio: float = 1.0  # sequences per sequence of the first source
+    sequence_loss: SequenceLoss | None = None  # with objectives.SEQUENCE
+    reference_nll: np.ndarray | None = (
+        None  # (sequences,) fp64, for a sequence_loss that compares with the original model
+    )
+
+
+def _term(source: Source) -> list[Any]:
+    """What a checkpoint must agree with."""
+    form = source.sequence_loss
+    return [source.role, source.loss, source.factor, *([asdict(form)] if form is not None else [])]
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class Plan:
         content = {
             "corpora": [[corpus.fingerprint for corpus in source.sequences.corpora] for source in self.sources],
             "sizes": [len(source.sequences) for source in self.sources],
-            "terms": [[source.role, source.loss, source.factor] for source in self.sources],
+            "terms": [_term(source) for source in self.sources],
             "ratios": [str(ratio) for ratio in self._ratios],
             "global_batch_size": self.global_batch_size,
             "seq_len": self.seq_len,
