@@ -47,8 +47,8 @@ launcher=$!
 
 # The ranks are the children of the process that the launcher started there; the port tells it from other runs.
 to_ranks() {
-    ssh ${SSH_PORT:+-p "$SSH_PORT"} "$first" \
-        "for parent in \$(pgrep -f 'deepspeed.launcher.launch .*--master_port=$MASTER_PORT'); do pkill -$1 -P \$parent -f '$MODULE'; done" || true
+    local parents="^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$MASTER_PORT"
+    ssh ${SSH_PORT:+-p "$SSH_PORT"} "$first" "for parent in \$(pgrep -f '$parents'); do pkill -$1 -P \$parent; done" || true
 }
 trap 'to_ranks USR1' USR1
 trap 'to_ranks TERM' TERM INT

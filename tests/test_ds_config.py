@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from unlearn_ds.ds_config import SHIPPED_DIR, ModelSize, inference_config, load_ds_file, training_config
+from unlearn_ds.ds_config import (
+    SHIPPED_DIR,
+    ModelSize,
+    check_device,
+    inference_config,
+    load_ds_file,
+    training_config,
+)
 from unlearn_ds.options import OptionError
 
 SIZE = ModelSize(layer=1000, hidden=16)
@@ -63,3 +70,15 @@ def test_what_deepspeed_would_ignore_is_refused(tmp_path, content, message):
 def test_missing_file_lists_what_is_shipped():
     with pytest.raises(OptionError, match=r"zero3_offload.*Did you mean 'zero3'\?"):
         load_ds_file("zero33")
+
+
+def test_a_copy_within_the_node_is_spread_over_the_node():
+    config = inference_config(load_ds_file("zero3_hpz"), bf16=True, size=SIZE, ranks_per_node=8)
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == 8
+
+
+def test_quantised_communication_needs_a_gpu():
+    content = load_ds_file("zero3_zeropp")
+    check_device(content, "cuda", "zero3_zeropp")
+    with pytest.raises(OptionError, match="zero_quantized_weights needs a GPU. Without one use zero3 or zero3_hpz"):
+        check_device(content, "cpu", "zero3_zeropp")

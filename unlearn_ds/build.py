@@ -14,7 +14,7 @@ from unlearn_ds.checks import check_model
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import tokenizer_fingerprint
 from unlearn_ds.data.plan import Plan
-from unlearn_ds.ds_config import ModelSize, inference_config, load_ds_file, training_config
+from unlearn_ds.ds_config import ModelSize, check_device, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.health import compare_ranks, rank_facts
 from unlearn_ds.hidden_cache import open_or_fill
@@ -74,6 +74,7 @@ def build_run(config: RunConfig) -> Run:
     """
     ds_file = load_ds_file(config.deepspeed)
     device = distributed.init_distributed(config.num_threads)
+    check_device(ds_file, device.type, config.deepspeed)
     run_dir = config.run_dir
     distributed.on_main(lambda: claim_run_dir(config, run_dir))
     torch.manual_seed(config.seed)
@@ -151,7 +152,9 @@ def build_run(config: RunConfig) -> Run:
     elif config.objective.needs_reference and adapter is not None:
         reference = AdapterReference(engine)
     elif config.objective.needs_reference:
-        frozen_config = inference_config(ds_file, bf16=config.bf16, size=size)
+        frozen_config = inference_config(
+            ds_file, bf16=config.bf16, size=size, ranks_per_node=distributed.ranks_per_node()
+        )
         frozen = load_model(options, model_config, frozen_config, head, device)
         reference = LiveReference(FrozenEngine(frozen, frozen_config))
     start_step = checkpoint.load(engine, resumed_from, plan_id) if resumed_from is not None else 0
@@ -183,6 +186,7 @@ def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSi
         micro_batch_size=config.per_device_train_batch_size,
         world_size=distributed.world_size(),
         size=size,
+        ranks_per_node=distributed.ranks_per_node(),
     )
 
 

@@ -101,7 +101,7 @@ class RunConfig:
     """seed of the data order, the random labels and random weights"""
 
     deepspeed: str = "zero3"
-    """a file of DeepSpeed options, or one of those shipped: zero3, zero3_offload, zero2"""
+    """a file of DeepSpeed options, or one of those shipped: zero3, zero3_offload, zero3_hpz, zero3_zeropp, zero2"""
     bf16: bool = True
     """bf16 parameters with fp32 master weights; False trains in fp32"""
     attn: str = "auto"

@@ -168,7 +168,12 @@ def world_size() -> int:
 
 def ranks_per_node() -> int:
     """Ranks that share this machine, by what the launcher says; all of them if it does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
+    return int(
+        os.environ.get("LOCAL_WORLD_SIZE")
+        or os.environ.get("LOCAL_SIZE")
+        or os.environ.get("SLURM_NTASKS_PER_NODE")
+        or world_size()
+    )
 
 
 def is_main() -> bool:

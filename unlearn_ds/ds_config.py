@@ -93,6 +93,13 @@ def check_keys(content: dict[str, Any], source: str) -> None:
         raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')}: choose 2 or 3")
 
 
+def check_device(content: dict[str, Any], device_type: str, source: str) -> None:
+    """Raise `OptionError` for options that DeepSpeed has no code for on this kind of device."""
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if device_type == "cpu" and content["zero_optimization"].get(key):
+            raise OptionError(f"--deepspeed {source}: {key} needs a GPU. Without one use zero3 or zero3_hpz")
+
+
 def training_config(
     content: dict[str, Any],
     *,
@@ -101,9 +108,10 @@ def training_config(
     micro_batch_size: int,
     world_size: int,
     size: ModelSize,
+    ranks_per_node: int = 1,
 ) -> dict[str, Any]:
     """Complete a checked file to the dict for `deepspeed.initialize` of the training engine."""
-    config = _with_precision(content, bf16, size)
+    config = _with_precision(content, bf16, size, ranks_per_node)
     config |= {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -118,9 +126,11 @@ def training_config(
     return config
 
 
-def inference_config(content: dict[str, Any], *, bf16: bool, size: ModelSize) -> dict[str, Any]:
+def inference_config(
+    content: dict[str, Any], *, bf16: bool, size: ModelSize, ranks_per_node: int = 1
+) -> dict[str, Any]:
     """The dict for a frozen model: the same parameter sharding, no optimizer."""
-    config = _with_precision(content, bf16, size)
+    config = _with_precision(content, bf16, size, ranks_per_node)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
     if zero["stage"] != 3:
@@ -128,7 +138,7 @@ def inference_config(content: dict[str, Any], *, bf16: bool, size: ModelSize) ->
     return config | {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
 
 
-def _with_precision(content: dict[str, Any], bf16: bool, size: ModelSize) -> dict[str, Any]:
+def _with_precision(content: dict[str, Any], bf16: bool, size: ModelSize, ranks_per_node: int) -> dict[str, Any]:
     config = json.loads(json.dumps(content))
     config["bf16"] = config.get("bf16", {}) | {"enabled": bf16}
     zero = config["zero_optimization"]
@@ -138,6 +148,8 @@ def _with_precision(content: dict[str, Any], bf16: bool, size: ModelSize) -> dic
         "reduce_bucket_size": max(size.layer, 1_000_000),
         # Norm weights and biases stay gathered: their all-gathers would be all latency.
         "stage3_param_persistence_threshold": 10 * size.hidden,
+        # The second copy of the parameters is spread over one node.
+        "zero_hpz_partition_size": ranks_per_node,
     }
     for key, value in auto.items():
         if zero.get(key) == "auto":

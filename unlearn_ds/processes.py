@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 
 # What a launcher leaves in the environment of its ranks: a process they start must not take it for its own.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 

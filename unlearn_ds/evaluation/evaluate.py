@@ -49,7 +49,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(options.name_or_path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError):
         tokenizer = None
-    ds_config = inference_config(ds_file, bf16=config.bf16, size=model_size(model_config))
+    size, node = model_size(model_config), distributed.ranks_per_node()
+    ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
     impl = None if config.loss_impl == "auto" else config.loss_impl
     head = HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl)
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
