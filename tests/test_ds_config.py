@@ -80,5 +80,5 @@ def test_a_copy_within_the_node_is_spread_over_the_node():
 def test_quantised_communication_needs_a_gpu():
     content = load_ds_file("zero3_zeropp")
     check_device(content, "cuda", "zero3_zeropp")
-    with pytest.raises(OptionError, match="zero_quantized_weights needs a GPU. Without one use zero3 or zero3_hpz"):
+    with pytest.raises(OptionError, match=r"zero_quantized_weights needs a GPU\. Without one use zero3 or zero3_hpz"):
         check_device(content, "cpu", "zero3_zeropp")

@@ -23,7 +23,7 @@ def test_two_ranks_then_one_then_two_equal_one_throughout(tiny, tmp_path):
     out = tmp_path / "run"
     for stop, ranks in ((14, 2), (28, 1), (tiny.num_steps, 2)):
         # One schedule throughout: the run is stopped, not shortened.
-        run = tiny.server.start(tiny.arguments(out, auto_resume=True, save_steps=14), num_ranks=ranks)
+        run = tiny.server.start(tiny.arguments(out, auto_resume=True, save_steps=14, weight_decay=0.1), num_ranks=ranks)
         while not run.ended() and len(metrics(out)) < stop:
             time.sleep(0.01)
         if stop < tiny.num_steps:
@@ -33,7 +33,8 @@ def test_two_ranks_then_one_then_two_equal_one_throughout(tiny, tmp_path):
             assert run.wait() == [0] * ranks, run.output()
             assert "converting it to a universal checkpoint" in run.output()
             assert not list(out.glob("checkpoints/*/universal"))
-    one = tiny.baseline_of_one
+    one = tmp_path / "one"
+    tiny.server.run(tiny.arguments(one, weight_decay=0.1), num_ranks=1)
     assert [row["loss"] for row in metrics(out)] == pytest.approx([row["loss"] for row in metrics(one)], rel=1e-5)
     assert largest_difference(weights(out), weights(one)) < ROUNDING
     assert complete_checkpoints(out)[0].world_size == 2

@@ -285,10 +285,19 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) 
         )
     universal = checkpoint.world_size != distributed.world_size()
     tag = _UNIVERSAL if universal else _STATE
+    optimizer = engine.engine.optimizer.optimizer
+    decay = [group["weight_decay"] for group in optimizer.param_groups]
     loaded, client_state = engine.engine.load_checkpoint(str(checkpoint.path), tag=tag)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {checkpoint.path}")
     if universal:
+        # DeepSpeed 0.19.8 gives all groups the options of the first, and one step counter between them, which then advances
+        # once per group and update.
+        for group, own in zip(optimizer.param_groups, decay):
+            group["weight_decay"] = own
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
         distributed.barrier()
         distributed.on_main(lambda: remove_folder(checkpoint.path / _UNIVERSAL))  # as large as the checkpoint itself
     return int(client_state["step"])
