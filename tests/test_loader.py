@@ -1,15 +1,16 @@
 """unlearn_ds.data.loader and batch: what reaches the loss head is METHODS' sum, however it is packed and dealt."""
 
 import threading
+from collections import deque
 
 import numpy as np
 import pytest
 import torch
 
-from unlearn_ds.data.batch import MicroBatchBuilder
+from unlearn_ds.data.batch import MicroBatch, StepBuilder, plan_layout
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
-from unlearn_ds.data.loader import Loader, MicroBatch, PackedRows, evaluation_batches
+from unlearn_ds.data.loader import Loader, PackedRows, evaluation_batches
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex
 
@@ -84,6 +85,12 @@ def expected_terms(plan: Plan, index: int) -> list[tuple]:
     return found
 
 
+def all_batches(plan: Plan, index: int, fixed_shapes: bool = False) -> list[MicroBatch]:
+    step = plan.step(index)
+    builder = StepBuilder(plan, step, plan_layout(plan, fixed_shapes))
+    return [builder.build(r, m) for r in range(plan.world_size) for m in range(step.num_micro_steps)]
+
+
 def order(found: list[tuple]) -> list[tuple]:
     return sorted(found, key=repr)
 
@@ -98,10 +105,8 @@ def test_the_loss_is_that_of_the_formula(
     plan = make_plan(
         sets, retain_loss, random=True, packing=packing, world_size=world_size, micro_batch_size=micro_batch_size
     )
-    builder = MicroBatchBuilder(plan, fixed_shapes)
     for index in range(plan.num_steps):
-        step = plan.step(index)
-        batches = [builder.build(step, r, m) for r in range(world_size) for m in range(step.num_micro_steps)]
+        batches = all_batches(plan, index, fixed_shapes)
         assert order([term for batch in batches for term in terms(batch)]) == order(expected_terms(plan, index))
         for batch in batches:
             assert len(batch.ce_rows) == len(batch.ce_targets) == len(batch.ce_weights) == len(batch.ce_is_forget) > 0
@@ -119,18 +124,14 @@ def test_weights_of_a_step_sum_to_the_factors(sets: dict) -> None:
     plan = make_plan(sets, "cross_entropy", world_size=2)
     for index in range(plan.num_steps):
         step = plan.step(index)
-        total = sum(
-            MicroBatchBuilder(plan, False).build(step, r, m).ce_weights.double().sum()
-            for r in range(2)
-            for m in range(step.num_micro_steps)
-        )
+        total = sum(batch.ce_weights.double().sum() for batch in all_batches(plan, index))
         forget, retain = step.num_sequences_by_source
         assert total == pytest.approx((-forget + 0.5 * retain) / step.num_sequences, abs=1e-6)
 
 
 def test_dtypes_and_shapes(sets: dict) -> None:
     plan = make_plan(sets)
-    batch = MicroBatchBuilder(plan, False).build(plan.step(0), 0, 0)
+    batch = all_batches(plan, 0)[0]
     assert batch.rows.input_ids.dtype == batch.rows.position_ids.dtype == torch.int64
     assert batch.rows.input_ids.shape[0] == 1
     assert batch.rows.cu_seqlens.dtype == torch.int32
@@ -143,36 +144,45 @@ def test_dtypes_and_shapes(sets: dict) -> None:
 def test_packed_rows_are_rounded_up_on_cpu_and_filled_on_cuda(sets: dict) -> None:
     plan = make_plan(sets, "cross_entropy", micro_batch_size=6)
     step = plan.step(0)
-    sizes = {
-        fixed: [
-            MicroBatchBuilder(plan, fixed).build(step, 0, m).rows.input_ids.numel() for m in range(step.num_micro_steps)
-        ]
-        for fixed in (False, True)
-    }
-    assert step.num_tokens <= sum(sizes[False]) < step.num_tokens + 128 * step.num_micro_steps
-    assert set(sizes[True]) == {6 * SEQ_LEN}
+    tight, full = ([b.rows.input_ids.numel() for b in all_batches(plan, 0, fixed)] for fixed in (False, True))
+    assert step.num_tokens <= sum(tight) < step.num_tokens + 128 * step.num_micro_steps
+    assert set(full) == {6 * SEQ_LEN}
 
 
 def test_resumes_at_any_step_and_world_size(sets: dict) -> None:
     plan = make_plan(sets, num_epochs=2.0)
     with Loader(plan, 0, CPU) as loader:
-        whole = list(loader)
-    assert [step.index for step in whole] == list(range(plan.num_steps))
+        whole = [(step, list(step.micro_batches)) for step in loader]
+    assert [step.index for step, _ in whole] == list(range(plan.num_steps))
     for start in (1, plan.steps_per_epoch, plan.num_steps - 1):
         with Loader(plan, 0, CPU, start) as loader:
-            tail = list(loader)
-        assert [step.index for step in tail] == list(range(start, plan.num_steps))
-        for one, other in zip(whole[start:], tail):
-            assert torch.equal(one.micro_batches[0].rows.input_ids, other.micro_batches[0].rows.input_ids)
+            tail = [(step, list(step.micro_batches)) for step in loader]
+        assert [step.index for step, _ in tail] == list(range(start, plan.num_steps))
+        for (_, one), (_, other) in zip(whole[start:], tail):
+            assert all(torch.equal(a.rows.input_ids, b.rows.input_ids) for a, b in zip(one, other, strict=True))
     wide = make_plan(sets, num_epochs=2.0, world_size=3)
     found = []
     for rank in range(3):
         with Loader(wide, rank, CPU, 2) as loader:
             step = next(iter(loader))
-        found += [term for batch in step.micro_batches for term in terms(batch)]
-    assert order(found) == order([term for batch in whole[2].micro_batches for term in terms(batch)])
-    assert step.num_tokens == whole[2].num_tokens
-    assert step.num_sequences_by_source == whole[2].num_sequences_by_source
+            found += [term for batch in step.micro_batches for term in terms(batch)]
+    same, batches = whole[2]
+    assert order(found) == order([term for batch in batches for term in terms(batch)])
+    assert step.num_tokens == same.num_tokens
+    assert step.num_sequences_by_source == same.num_sequences_by_source
+
+
+def test_a_loop_may_leave_micro_batches(sets: dict) -> None:
+    """What it leaves is passed over; asking for them twice is an error, not an empty step."""
+    plan = make_plan(sets)
+    with Loader(plan, 0, CPU) as loader:
+        seen = []
+        for step in loader:
+            first = next(iter(step.micro_batches))
+            seen.append((step.index, first.rows.input_ids.tolist()))
+            with pytest.raises(AssertionError, match="iterated over once"):
+                next(iter(step.micro_batches))
+    assert seen == [(i, all_batches(plan, i)[0].rows.input_ids.tolist()) for i in range(plan.num_steps)]
 
 
 def test_the_thread_ends_and_hands_its_errors_on(sets: dict) -> None:
@@ -189,7 +199,7 @@ def test_the_thread_ends_and_hands_its_errors_on(sets: dict) -> None:
     broken = make_plan(sets)
     broken.sources[0] = Source("forget", "cross_entropy", -1.0, sets["forget"], Broken())
     with pytest.raises(OSError, match="the disk went away"), Loader(broken, 0, CPU) as loader:
-        next(iter(loader))
+        deque((list(step.micro_batches) for step in loader), maxlen=0)
     assert not any(thread.name == "unlearn-ds-loader" for thread in threading.enumerate())
 
 

@@ -5,7 +5,6 @@ K positions with KL. The target of position t of a sequence is its token t + 1; 
 """
 
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,9 +18,9 @@ from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE
 
 Batch = TypeVar("Batch")
 
-_FILLER_TOKENS = 2  # the shortest sequence with a target
 # Few different shapes: on a CPU oneDNN compiles a kernel per shape of a bf16 product and keeps it (0.5 MB and more each).
 _TOKENS_MULTIPLE = 128
+_FILLER = [(np.zeros(2, dtype=np.int64), 2)]  # the shortest sequence with a target
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,6 @@ class EvaluationBatch:
     row_sequence: Tensor  # (M,) int64, the sequence of each
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where sequences lie among T tokens."""
-
-    starts: list[int]  # per sequence
-    boundaries: list[int]  # of all segments, padding included
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy every tensor of a batch to `device`; from pinned memory on CUDA, without waiting."""
     if device.type == "cpu":
@@ -96,217 +87,195 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch)})
 
 
-@dataclass(frozen=True)
-class _Format:
+class Layout:
     """How sequences are laid out: tight or each padded to `seq_len`, then padding up to a round number of tokens.
 
     most: never more tokens than this. fixed: always that many.
+    Everything here is a handful of slice copies per sequence: at millions of tokens a second per rank, calls are what costs.
     """
 
-    seq_len: int
-    most: int | None = None
-    fixed: bool = False
-    pad_each: bool = False
+    def __init__(self, seq_len: int, most: int | None = None, fixed: bool = False, pad_each: bool = False) -> None:
+        self._seq_len = seq_len
+        self._most = most
+        self._fixed = fixed
+        self._pad_each = pad_each
+        self._counter = np.arange(0)
 
-    def lay_out(self, lengths: list[int]) -> _Layout:
-        """Padding comes in segments of at most `seq_len`: that is what attention pays for."""
-        starts, boundaries = [], [0]
+    def count(self, size: int) -> np.ndarray:
+        """0, 1, 2, ... at least up to `size`."""
+        if size > len(self._counter):
+            self._counter = np.arange(2 * size)
+        return self._counter
+
+    def place(self, lengths: list[int]) -> tuple[list[int], list[int]]:
+        """Where sequences start, and the boundaries of all segments; padding comes in segments of at most `seq_len`."""
+        starts, boundaries, end = [], [0], 0
         for length in lengths:
-            starts.append(boundaries[-1])
-            boundaries.append(starts[-1] + length)
-            if self.pad_each and length < self.seq_len:
-                boundaries.append(starts[-1] + self.seq_len)
-        rounded = -(-boundaries[-1] // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
-        end = rounded if self.most is None else self.most if self.fixed else min(rounded, self.most)
-        while boundaries[-1] < end:
-            boundaries.append(min(boundaries[-1] + self.seq_len, end))
-        return _Layout(starts, boundaries)
+            starts.append(end)
+            end += length
+            boundaries.append(end)
+            if self._pad_each and length < self._seq_len:
+                end = starts[-1] + self._seq_len
+                boundaries.append(end)
+        rounded = -(-end // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
+        wanted = rounded if self._most is None else self._most if self._fixed else min(rounded, self._most)
+        while end < wanted:
+            end = min(end + self._seq_len, wanted)
+            boundaries.append(end)
+        return starts, boundaries
+
+    def pack(self, sequences: list[tuple[np.ndarray, int]]) -> tuple[PackedRows, np.ndarray, list[int]]:
+        """Copy sequences (tokens, length) into place; also returns the tokens (T,) as an array, and where sequences start."""
+        starts, boundaries = self.place([length for _, length in sequences])
+        size = boundaries[-1]
+        ids, positions = np.empty((1, size), dtype=np.int64), np.empty((1, size), dtype=np.int64)
+        flat, flat_positions = ids[0], positions[0]
+        if size > sum(length for _, length in sequences):
+            flat.fill(0)
+        for (tokens, length), start in zip(sequences, starts):
+            flat[start : start + length] = tokens
+        counter = self.count(size)
+        longest = low = 0
+        for high in boundaries[1:]:
+            length = high - low
+            flat_positions[low:high] = counter[:length]
+            longest = max(longest, length)
+            low = high
+        cu_seqlens = torch.from_numpy(np.array(boundaries, dtype=np.int32))
+        return PackedRows(torch.from_numpy(ids), torch.from_numpy(positions), cu_seqlens, longest), flat, starts
+
+    def target_rows(self, starts: list[int], lengths: list[int]) -> np.ndarray:  # (sum of lengths - number,) int64
+        """Positions that have a target: all but the last of each sequence."""
+        rows = np.empty(sum(lengths) - len(lengths), dtype=np.int64)
+        counter = self.count(starts[-1] + lengths[-1] if starts else 0)
+        at = 0
+        for start, length in zip(starts, lengths):
+            rows[at : at + length - 1] = counter[start : start + length - 1]
+            at += length - 1
+        return rows
 
 
-def _pack(index_views: list[np.ndarray], layout: _Layout) -> tuple[PackedRows, np.ndarray]:
-    """Copy the sequences into place; also returns the tokens as the array beneath `input_ids`."""
-    boundaries = layout.boundaries
-    num_tokens = boundaries[-1]
-    ids = np.zeros(num_tokens, dtype=np.int64)
-    positions = np.empty(num_tokens, dtype=np.int64)
-    for start, view in zip(layout.starts, index_views):
-        ids[start : start + len(view)] = view
-    longest = max(high - low for low, high in pairwise(boundaries))
-    counter = np.arange(longest)
-    for low, high in pairwise(boundaries):
-        positions[low:high] = counter[: high - low]
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    return PackedRows(torch.from_numpy(ids)[None], torch.from_numpy(positions)[None], cu_seqlens, longest), ids
+class StepBuilder:
+    """Builds the micro-batches of one step on the CPU.
 
-
-def _target_rows(starts: list[int], lengths: list[int]) -> np.ndarray:
-    """Positions that have a target: all but the last of each sequence."""
-    rows = np.empty(sum(lengths) - len(lengths), dtype=np.int64)
-    at = 0
-    for start, length in zip(starts, lengths):
-        rows[at : at + length - 1] = np.arange(start, start + length - 1)
-        at += length - 1
-    return rows
-
-
-def _filler(layout: _Format) -> PackedRows:
-    return _pack([np.zeros(_FILLER_TOKENS)], layout.lay_out([_FILLER_TOKENS]))[0]
-
-
-class MicroBatchBuilder:
-    """Builds the micro-batches of a plan on the CPU.
-
-    fixed_shapes: pad every micro-batch to the same number of tokens, so that a GPU's allocator sees one shape.
     hidden_cache: has the reference's hidden states: `read(starts, lengths)` returns them by token offset.
     """
 
-    def __init__(self, plan: Plan, fixed_shapes: bool, hidden_cache: Any | None = None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, step: StepPlan, layout: Layout, hidden_cache: Any | None = None) -> None:
+        self._plan = plan
+        self._step = step
+        self._layout = layout
         self._hidden_cache = hidden_cache
-        self._format = _Format(
-            plan.seq_len, plan.micro_batch_size * plan.seq_len, fixed=fixed_shapes, pad_each=not plan.packing
-        )
+        self._length = step.length.tolist()
+        self._start = step.start.tolist()
+        self._source = step.source.tolist()
+        factors = np.array([source.factor for source in plan.sources])
+        # fp64 until here, as the weights of a step must sum to what the objective says
+        self._weight = (factors[step.source] / (step.num_sequences * (step.length - 1.0))).astype(np.float32).tolist()
+        self._loss = [source.loss for source in plan.sources]
+        self._is_forget = [source.role == "forget" for source in plan.sources]
         self._whole = next((source for source in plan.sources if source.loss == SEQUENCE), None)
-        self._has_kl = any(source.loss == KL for source in plan.sources)
+        self._is_true = [isinstance(source.targets, TrueTargets) for source in plan.sources]
+        self._view = [source.sequences.view for source in plan.sources]
 
-    def build(self, step: StepPlan, rank: int, micro_step: int) -> MicroBatch:
+    def build(self, rank: int, micro_step: int) -> MicroBatch:
         """The micro-batch of one rank; of weight-0 filler if the plan has nothing for it."""
-        chosen = np.array([i for row in step.micro_batch(rank, micro_step) for i in row], dtype=np.int64)
-        if not len(chosen):
-            return self._filler_batch()
+        length, source = self._length, self._source
+        chosen = [i for row in self._step.micro_batch(rank, micro_step) for i in row]
         # Equal lengths side by side: attention on a CPU takes a run of them in one call.
-        chosen = chosen[np.argsort(-step.length[chosen], kind="stable")]
-        sources = step.source[chosen]
-        starts = np.empty(len(chosen), dtype=np.int64)
-        views: list[np.ndarray] = [np.empty(0)] * len(chosen)
-        for k in np.unique(sources):
-            sequences = self.plan.sources[k].sequences
-            at = np.flatnonzero(sources == k)
-            starts[at], lengths = sequences.spans(step.sequence[chosen[at]])
-            for i, start, length in zip(at.tolist(), starts[at].tolist(), lengths.tolist()):
-                views[i] = sequences.view(start, length)
-        lengths = step.length[chosen].tolist()
-        layout = self._format.lay_out(lengths)
-        rows, ids = _pack(views, layout)
-        by_loss = {
-            loss: [i for i, k in enumerate(sources) if self.plan.sources[k].loss == loss]
-            for loss in (CROSS_ENTROPY, KL, SEQUENCE)
-        }
-        factors = np.array([source.factor for source in self.plan.sources])
-        weights = factors[sources] / (step.num_sequences * (step.length[chosen] - 1.0))  # fp64, (n,)
+        chosen.sort(key=length.__getitem__, reverse=True)
+        views = [(self._view[source[i]](self._start[i], length[i]), length[i]) for i in chosen]
+        rows, tokens, starts = self._layout.pack(views or _FILLER)
+        if self._loss.count(CROSS_ENTROPY) == len(self._loss):
+            return MicroBatch(rows, *self._cross_entropy(tokens, starts, chosen))
+        of_loss: dict[str, list[int]] = {CROSS_ENTROPY: [], KL: [], SEQUENCE: []}  # positions in `chosen`
+        for k, i in enumerate(chosen):
+            of_loss[self._loss[source[i]]].append(k)
 
-        ce = by_loss[CROSS_ENTROPY]
-        if ce:
-            counts = np.array([lengths[i] - 1 for i in ce])
-            ce_rows = _target_rows([layout.starts[i] for i in ce], [lengths[i] for i in ce])
-            ce_source, ce_sequence, ce_start = sources[ce], step.sequence[chosen[ce]], starts[ce]
-            ce_targets = self._labels(ids[ce_rows + 1], counts, ce_source, ce_sequence, ce_start)
-            ce_weights = np.repeat(weights[ce].astype(np.float32), counts)
-            is_forget = np.array([source.role == "forget" for source in self.plan.sources])
-            ce_is_forget = np.repeat(is_forget[ce_source], counts)
-        else:
-            ce_rows, ce_targets = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-            ce_weights, ce_is_forget = np.zeros(1, dtype=np.float32), np.zeros(1, dtype=bool)
-        batch = MicroBatch(rows, *map(torch.from_numpy, (ce_rows, ce_targets, ce_weights, ce_is_forget)))
+        def part(loss: str) -> tuple[list[int], list[int]]:
+            return [starts[k] for k in of_loss[loss]], [chosen[k] for k in of_loss[loss]]
+
+        batch = MicroBatch(rows, *self._cross_entropy(tokens, *part(CROSS_ENTROPY)))
         if self._whole is not None:
-            per_sequence = factors[sources] / step.num_sequences
-            numbers = step.sequence[chosen]
-            batch = replace(
-                batch, sequences=self._sequences(ids, layout, lengths, per_sequence, numbers, by_loss[SEQUENCE])
-            )
-        return self._with_kl(batch, views, layout, weights, by_loss[KL], starts) if self._has_kl else batch
+            batch = replace(batch, sequences=self._sequences(tokens, *part(SEQUENCE)))
+        if KL not in self._loss:
+            return batch
+        kl_starts, kl = part(KL)
+        kl_rows, kl_weights = self._kl_rows(kl_starts, kl)
+        batch = replace(batch, kl_rows=kl_rows, kl_weights=kl_weights)
+        if self._hidden_cache is not None:
+            hidden = self._hidden_cache.read([self._start[i] for i in kl], [length[i] for i in kl])
+            return replace(batch, ref_hidden=hidden)
+        reference, _, ref_starts = self._layout.pack([views[k] for k in of_loss[KL]] or _FILLER)
+        return replace(batch, reference=reference, ref_rows=self._kl_rows(ref_starts, kl)[0])
 
-    def _sequences(
-        self,
-        ids: np.ndarray,
-        layout: _Layout,
-        lengths: list[int],
-        weights: np.ndarray,
-        numbers: np.ndarray,
-        chosen: list[int],
-    ) -> SequenceRows:
-        """The sequences `chosen` of a micro-batch as wholes; `weights` and `numbers` are of all of its sequences."""
+    def _cross_entropy(self, tokens: np.ndarray, starts: list[int], chosen: list[int]) -> tuple[Tensor, ...]:
+        """Rows, targets, weights and is-forget of the sequences `chosen` that start at `starts`; filler if there are none."""
+        size = sum(self._length[i] for i in chosen) - len(chosen) or 1
+        make = np.empty if chosen else np.zeros
+        rows, targets = make(size, dtype=np.int64), make(size, dtype=np.int64)
+        weights, is_forget = make(size, dtype=np.float32), make(size, dtype=np.bool_)
+        counter = self._layout.count(len(tokens))
+        at = 0
+        for i, start in zip(chosen, starts):
+            stop = start + self._length[i] - 1  # the last position has no target
+            end = at + stop - start
+            rows[at:end] = counter[start:stop]
+            labels = tokens[start + 1 : stop + 1]
+            targets[at:end] = labels if self._is_true[self._source[i]] else self._labels(i, labels)
+            weights[at:end] = self._weight[i]
+            is_forget[at:end] = self._is_forget[self._source[i]]
+            at = end
+        return tuple(torch.from_numpy(array) for array in (rows, targets, weights, is_forget))
+
+    def _labels(self, i: int, true: np.ndarray) -> np.ndarray:
+        """What cross-entropy is taken against where it is not the next token."""
+        positions = np.arange(1, len(true) + 1)
+        sequence = np.full(len(true), self._step.sequence[i])
+        return self._plan.sources[self._source[i]].targets(true, sequence, positions, positions + self._start[i])
+
+    def _sequences(self, tokens: np.ndarray, starts: list[int], chosen: list[int]) -> SequenceRows:
+        """The sequences `chosen` as wholes."""
         form = self._whole.sequence_loss
         if not chosen:
             zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
             return SequenceRows(zero, zero, (0, 1), torch.zeros(1), nothing, nothing, form.beta)
-        counts = np.array([lengths[i] - 1 for i in chosen])
-        rows = _target_rows([layout.starts[i] for i in chosen], [lengths[i] for i in chosen])
+        lengths = [self._length[i] for i in chosen]
+        counts = np.array(lengths) - 1
+        rows = self._layout.target_rows(starts, lengths)
         if form.per_token:
             scale, shift = 1.0 / counts, np.full(len(chosen), form.gamma / form.beta)
         else:
             assert self._whole.reference_nll is not None, "the original model has not measured the sequences"
-            scale, shift = np.ones(len(chosen)), self._whole.reference_nll[numbers[chosen]]
-        tensors = map(torch.from_numpy, (rows, ids[rows + 1], weights[chosen].astype(np.float32), scale, shift))
-        rows, targets, weights, scale, shift = tensors
+            scale, shift = np.ones(len(chosen)), self._whole.reference_nll[self._step.sequence[chosen]]
+        factors = np.array([self._plan.sources[self._source[i]].factor for i in chosen])
+        arrays = (rows, tokens[rows + 1], (factors / self._step.num_sequences).astype(np.float32), scale, shift)
+        rows, targets, weights, scale, shift = map(torch.from_numpy, arrays)
         return SequenceRows(rows, targets, (0, *np.cumsum(counts).tolist()), weights, scale, shift, form.beta)
 
-    def _labels(
-        self, tokens: np.ndarray, counts: np.ndarray, sources: np.ndarray, sequences: np.ndarray, starts: np.ndarray
-    ) -> np.ndarray:
-        """What cross-entropy is taken against; `tokens` are the true ones, the rest is per sequence."""
-        if all(isinstance(self.plan.sources[k].targets, TrueTargets) for k in set(sources.tolist())):
-            return tokens
-        labels = tokens.copy()
-        begins = np.cumsum(counts) - counts
-        positions = np.arange(len(tokens)) - np.repeat(begins, counts) + 1  # of the target, in its sequence
-        offsets = np.repeat(starts, counts) + positions
-        per_token = np.repeat(sequences, counts)
-        of_source = np.repeat(sources, counts)
-        for k in set(sources.tolist()):
-            at = of_source == k
-            labels[at] = self.plan.sources[k].targets(tokens[at], per_token[at], positions[at], offsets[at])
-        return labels
-
-    def _with_kl(
-        self,
-        batch: MicroBatch,
-        views: list[np.ndarray],
-        layout: _Layout,
-        weights: np.ndarray,
-        kl: list[int],
-        offsets: np.ndarray,
-    ) -> MicroBatch:
-        if not kl:
-            zero = torch.zeros(1, dtype=torch.int64)
-            batch = replace(batch, kl_rows=zero, kl_weights=torch.zeros(1))
-            if self._hidden_cache is not None:
-                return replace(batch, ref_hidden=self._hidden_cache.read([], []))
-            return replace(batch, reference=_filler(self._format), ref_rows=zero)
-        lengths = [len(views[i]) for i in kl]
-        batch = replace(
-            batch,
-            kl_rows=torch.from_numpy(_target_rows([layout.starts[i] for i in kl], lengths)),
-            kl_weights=torch.from_numpy(np.repeat(weights[kl].astype(np.float32), np.array(lengths) - 1)),
-        )
-        if self._hidden_cache is not None:
-            return replace(batch, ref_hidden=self._hidden_cache.read(offsets[kl].tolist(), lengths))
-        ref_layout = self._format.lay_out(lengths)
-        return replace(
-            batch,
-            reference=_pack([views[i] for i in kl], ref_layout)[0],
-            ref_rows=torch.from_numpy(_target_rows(ref_layout.starts, lengths)),
-        )
-
-    def _filler_batch(self) -> MicroBatch:
-        zero = torch.zeros(1, dtype=torch.int64)
-        batch = MicroBatch(_filler(self._format), zero, zero, torch.zeros(1), torch.zeros(1, dtype=torch.bool))
-        nothing = np.empty(0)
-        if self._whole is not None:
-            batch = replace(batch, sequences=self._sequences(nothing, _Layout([], [0]), [], nothing, nothing, []))
-        return self._with_kl(batch, [], _Layout([], [0]), nothing, [], nothing) if self._has_kl else batch
+    def _kl_rows(self, starts: list[int], chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """Rows and weights of KL; filler of weight 0 if there are none."""
+        if not chosen:
+            return torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+        lengths = [self._length[i] for i in chosen]
+        weights = np.repeat(np.array([self._weight[i] for i in chosen], dtype=np.float32), np.array(lengths) - 1)
+        return torch.from_numpy(self._layout.target_rows(starts, lengths)), torch.from_numpy(weights)
 
 
-def evaluation_batch(sequences: SequenceIndex, ids: np.ndarray) -> EvaluationBatch:  # ids: (n,) int64, may be empty
-    """Lay the sequences `ids` end to end with everything that measuring them needs."""
+def plan_layout(plan: Plan, fixed_shapes: bool) -> Layout:
+    """The layout of a plan's micro-batches; `fixed_shapes` pads all to one size, so that a GPU's allocator sees one shape."""
+    return Layout(plan.seq_len, plan.micro_batch_size * plan.seq_len, fixed_shapes, pad_each=not plan.packing)
+
+
+def evaluation_batch(sequences: SequenceIndex, ids: np.ndarray, layout: Layout) -> EvaluationBatch:  # ids: (n,) int64
+    """Lay the sequences `ids` end to end with everything that measuring them needs; none of them is filler."""
     if not len(ids):
         empty = torch.empty(0, dtype=torch.int64)
-        return EvaluationBatch(_filler(_Format(sequences.seq_len)), empty, empty, empty, empty)
-    starts, lengths = sequences.spans(ids)
-    layout = _Format(sequences.seq_len).lay_out(lengths.tolist())
-    views = [sequences.view(start, length) for start, length in zip(starts.tolist(), lengths.tolist())]
-    rows, tokens = _pack(views, layout)
-    ce_rows = _target_rows(layout.starts, lengths.tolist())
-    offsets = ce_rows + 1 + np.repeat(starts - layout.starts, lengths - 1)
-    arrays = (ce_rows, tokens[ce_rows + 1], offsets, np.repeat(np.asarray(ids, dtype=np.int64), lengths - 1))
+        return EvaluationBatch(layout.pack(_FILLER)[0], empty, empty, empty, empty)
+    offsets, lengths = sequences.spans(ids)
+    views = [(sequences.view(at, length), length) for at, length in zip(offsets.tolist(), lengths.tolist())]
+    rows, tokens, starts = layout.pack(views)
+    ce_rows = layout.target_rows(starts, lengths.tolist())
+    token_offsets = ce_rows + 1 + np.repeat(offsets - starts, lengths - 1)
+    arrays = (ce_rows, tokens[ce_rows + 1], token_offsets, np.repeat(np.asarray(ids, dtype=np.int64), lengths - 1))
     return EvaluationBatch(rows, *map(torch.from_numpy, arrays))

@@ -6,8 +6,8 @@ No worker processes, no shared memory, no files of its own: the plan says what a
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
@@ -17,31 +17,58 @@ from torch import Tensor
 
 from unlearn_ds.data.batch import (
     EvaluationBatch,
+    Layout,
     MicroBatch,
-    MicroBatchBuilder,
     PackedRows,
+    StepBuilder,
     evaluation_batch,
+    plan_layout,
     to_device,
 )
 from unlearn_ds.data.packing import pack_rows
-from unlearn_ds.data.plan import Plan
+from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
 
 __all__ = ["EvaluationBatch", "Loader", "MicroBatch", "PackedRows", "Step", "evaluation_batches"]
 
 _WINDOW = 16384  # sequences of an evaluation that are packed together
+_CHUNK = 8  # micro-batches handed over at once
+_CHUNKS_AHEAD = 2
+_POLL_S = 0.1
 
 
-@dataclass(frozen=True)
 class Step:
-    """One update as this rank sees it; the counts are over all ranks."""
+    """One update as this rank sees it; the counts are over all ranks.
 
-    index: int
-    micro_batches: list[MicroBatch]
-    wait_s: float  # time that the training loop waited for it
-    num_tokens: int
-    num_sequences: int
-    num_sequences_by_source: list[int]
+    `wait_s` is the time that the training loop has waited for its data so far.
+    """
+
+    def __init__(self, planned: StepPlan, take: Callable[[], list[MicroBatch]], wait_s: float) -> None:
+        self.index = planned.index
+        self.num_tokens = planned.num_tokens
+        self.num_sequences = planned.num_sequences
+        self.num_sequences_by_source = planned.num_sequences_by_source
+        self.num_micro_steps = planned.num_micro_steps
+        self.wait_s = wait_s
+        self._take = take
+        self._num_taken = 0
+
+    @property
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """The micro-batches of this rank, once: they are made while the first of them are computed."""
+        assert not self._num_taken, "the micro-batches of a step can be iterated over once"
+        while (chunk := self.next_chunk()) is not None:
+            yield from chunk
+
+    def next_chunk(self) -> list[MicroBatch] | None:
+        """Some more micro-batches; None after the last."""
+        if self._num_taken == self.num_micro_steps:
+            return None
+        started = time.perf_counter()
+        chunk = self._take()
+        self.wait_s += time.perf_counter() - started
+        self._num_taken += len(chunk)
+        return chunk
 
 
 class Loader:
@@ -58,8 +85,9 @@ class Loader:
         self.rank = rank
         self.device = device
         self.start_step = start_step
-        self._builder = MicroBatchBuilder(plan, fixed_shapes=device.type == "cuda", hidden_cache=hidden_cache)
-        self._ready: queue.Queue = queue.Queue(maxsize=1)
+        self._hidden_cache = hidden_cache
+        self._layout = plan_layout(plan, fixed_shapes=device.type == "cuda")
+        self._ready: queue.Queue = queue.Queue(maxsize=_CHUNKS_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._prefetch, name="unlearn-ds-loader", daemon=True)
 
@@ -71,58 +99,64 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.01)
+        self._thread.join()
 
     def __iter__(self) -> Iterator[Step]:
         for _ in range(self.start_step, self.plan.num_steps):
             started = time.perf_counter()
-            step = self._ready.get()
-            if isinstance(step, BaseException):
-                raise step
-            if self.device.type == "cuda":
-                _hand_over(step.micro_batches, self.device)
-            yield Step(**(vars(step) | {"wait_s": time.perf_counter() - started}))
+            step = Step(self._get(), self._take, time.perf_counter() - started)
+            yield step
+            while step.next_chunk() is not None:  # what the loop left
+                pass
+
+    def _get(self) -> Any:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _take(self) -> list[MicroBatch]:
+        chunk = self._get()
+        if self.device.type == "cuda":
+            _hand_over(chunk, self.device)
+        return chunk
+
+    def _put(self, item: Any) -> bool:
+        """Wait until there is room for `item`; False if the loop has ended instead."""
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=_POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False
 
     def _prefetch(self) -> None:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
             for index in range(self.start_step, self.plan.num_steps):
-                step = self._prepare(index, stream)
-                while not self._stop.is_set():
-                    try:
-                        self._ready.put(step, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if self._stop.is_set():
+                planned = self.plan.step(index)
+                if not self._put(planned):
                     return
+                builder = StepBuilder(self.plan, planned, self._layout, self._hidden_cache)
+                for first in range(0, planned.num_micro_steps, _CHUNK):
+                    last = min(first + _CHUNK, planned.num_micro_steps)
+                    chunk = [builder.build(self.rank, m) for m in range(first, last)]
+                    if stream is not None:
+                        with torch.cuda.stream(stream):
+                            chunk = [to_device(batch, self.device) for batch in chunk]
+                        stream.synchronize()
+                    if not self._put(chunk):
+                        return
         except BaseException as error:  # handed to the training loop, which raises it
-            while not self._stop.is_set():
-                try:
-                    self._ready.put(error, timeout=0.1)
-                    return
-                except queue.Full:
-                    continue
-
-    def _prepare(self, index: int, stream: "torch.cuda.Stream | None") -> Step:
-        planned = self.plan.step(index)
-        batches = [self._builder.build(planned, self.rank, m) for m in range(planned.num_micro_steps)]
-        if stream is not None:
-            with torch.cuda.stream(stream):
-                batches = [to_device(batch, self.device) for batch in batches]
-            stream.synchronize()
-        return Step(index, batches, 0.0, planned.num_tokens, planned.num_sequences, planned.num_sequences_by_source)
+            self._put(error)
 
 
 def _hand_over(batches: list[MicroBatch], device: torch.device) -> None:
     """Tell CUDA's allocator that the tensors, made on the copy stream, are now used on the current one."""
     stream = torch.cuda.current_stream(device)
     for batch in batches:
-        for holder in (batch, batch.rows, batch.reference):
+        for holder in (batch, batch.rows, batch.reference, batch.sequences):
             for field in fields(holder) if holder is not None else ():
                 value = getattr(holder, field.name)
                 if isinstance(value, Tensor):
@@ -133,6 +167,7 @@ def evaluation_batches(
     sequences: SequenceIndex, *, rank: int, world_size: int, rows_per_batch: int, seq_len: int, device: torch.device
 ) -> Iterator[EvaluationBatch]:
     """Every sequence once, over all ranks together, in packed rows; every rank gets the same number of batches."""
+    layout = Layout(seq_len)
     for begin in range(0, len(sequences), _WINDOW):
         ids = np.arange(begin, min(begin + _WINDOW, len(sequences)))
         rows = pack_rows(sequences.lengths(ids), seq_len)
@@ -140,4 +175,4 @@ def evaluation_batches(
         for first in range(0, len(groups), world_size):
             mine = groups[first + rank] if first + rank < len(groups) else []
             chosen = ids[[i for row in mine for i in row]] if mine else ids[:0]
-            yield to_device(evaluation_batch(sequences, chosen), device)
+            yield to_device(evaluation_batch(sequences, chosen, layout), device)

@@ -15,9 +15,10 @@ def pack_rows(lengths: np.ndarray, seq_len: int) -> list[list[int]]:  # (n,) tok
     the optimum or one row more. Deterministic: equal lengths keep their order.
     """
     order = np.argsort(-lengths, kind="stable")
-    rows: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (tokens left, row), ascending; full rows are taken out
-    for sequence, length in zip(order.tolist(), lengths[order].tolist()):
+    num_full = int(np.count_nonzero(lengths == seq_len))
+    rows = [[sequence] for sequence in order[:num_full].tolist()]
+    space: list[tuple[int, int]] = []  # (tokens left, row), ascending; full rows are not in it
+    for sequence, length in zip(order[num_full:].tolist(), lengths[order[num_full:]].tolist()):
         at = bisect_left(space, (length, -1))
         if at < len(space):
             left, row = space.pop(at)
@@ -37,7 +38,8 @@ def row_costs(lengths: np.ndarray, rows: list[list[int]], seq_len: int) -> np.nd
     only has to rank rows.
     """
     costs = lengths + lengths * (lengths / (6.0 * seq_len))
-    return np.array([costs[row].sum() for row in rows])
+    ends = np.cumsum([len(row) for row in rows])
+    return np.add.reduceat(costs[[i for row in rows for i in row]], np.concatenate([[0], ends[:-1]]))
 
 
 def deal_rows(costs: np.ndarray, world_size: int, rows_per_micro_batch: int) -> list[list[list[int]]]:
@@ -49,6 +51,9 @@ def deal_rows(costs: np.ndarray, world_size: int, rows_per_micro_batch: int) -> 
     per_step = world_size * rows_per_micro_batch
     num_micro_steps = -(-len(costs) // per_step)
     order = np.argsort(-costs, kind="stable")
+    if rows_per_micro_batch == 1:
+        by_rank = [order[rank::world_size].tolist() for rank in range(world_size)]
+        return [[rows[m : m + 1] for m in range(num_micro_steps)] for rows in by_rank]
     dealt: list[list[list[int]]] = [[[] for _ in range(num_micro_steps)] for _ in range(world_size)]
     for micro_step in range(num_micro_steps):
         load = [(0.0, rank) for rank in range(world_size)]

@@ -49,6 +49,7 @@ class StepPlan:
     index: int
     source: np.ndarray  # (B,) int64, which of the plan's sources
     sequence: np.ndarray  # (B,) int64, number within that source
+    start: np.ndarray  # (B,) int64, token offset in that source's corpora
     length: np.ndarray  # (B,) int64, tokens
     rows: list[list[int]]  # positions in the arrays above
     dealt: list[list[list[int]]]  # [rank][micro-step] -> rows; a rank without rows gets filler
@@ -153,11 +154,13 @@ class Plan:
         ]
         source = np.repeat(np.arange(len(chosen)), [len(ids) for ids in chosen])
         sequence = np.concatenate(chosen)
-        length = np.concatenate([s.sequences.lengths(ids) for s, ids in zip(self.sources, chosen)])
+        spans = [s.sequences.spans(ids) for s, ids in zip(self.sources, chosen)]
+        start, length = (np.concatenate(parts) for parts in zip(*spans))
         rows = pack_rows(length, self.seq_len) if self.packing else [[i] for i in range(len(length))]
         costs = row_costs(length, rows, self.seq_len) if self.packing else np.ones(len(rows))
         dealt = deal_rows(costs, self.world_size, self.micro_batch_size)
-        return StepPlan(index, source, sequence, length, rows, dealt, self.seq_len, [len(ids) for ids in chosen])
+        by_source = [len(ids) for ids in chosen]
+        return StepPlan(index, source, sequence, start, length, rows, dealt, self.seq_len, by_source)
 
     def _taken(self, steps: int) -> list[int]:
         """How many sequences each source has contributed to the first `steps` steps of an epoch."""
