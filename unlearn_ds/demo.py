@@ -37,7 +37,7 @@ class DemoConfig:
     """where everything goes; report.html and report.json are made there"""
     num_ranks: int | None = None
     """processes of a run (default: one per GPU, else one per core, at most 2)"""
-    train_epochs: float = 40.0
+    train_epochs: float = 16.0
     """passes over the data when training original and retrained"""
     seed: int = 42
     """seed of the split, the weights and the data order"""
@@ -55,16 +55,23 @@ TRAINING = {
     "retrained": "--unlearn_method finetune --train_on retain general",
 }
 UNLEARNING = {
-    "gradient_ascent": "--unlearn_method gradient_ascent",
-    "random_label": "--unlearn_method random_label --completely_random True",
-    "adversarial": "--unlearn_method random_label --top_k 1 --rm_groundtruth True",
-    "ascent_plus_descent": "--unlearn_method ascent_plus_descent",
-    "ascent_plus_descent_general": "--unlearn_method ascent_plus_descent --general True",
-    "ascent_plus_kl": "--unlearn_method ascent_plus_kl_divergence",
-    "ascent_plus_kl_general": "--unlearn_method ascent_plus_kl_divergence --general True",
+    "gradient_ascent": "--unlearn_method gradient_ascent --learning_rate 7e-4 --num_train_epochs 3",
+    "random_label": "--unlearn_method random_label --completely_random True --learning_rate 1e-3 --num_train_epochs 3",
+    "adversarial": (
+        "--unlearn_method random_label --top_k 1 --rm_groundtruth True --learning_rate 2e-3 --num_train_epochs 4"
+    ),
+    "ascent_plus_descent": "--unlearn_method ascent_plus_descent --learning_rate 1e-3 --num_train_epochs 6",
+    "ascent_plus_descent_general": (
+        "--unlearn_method ascent_plus_descent --general True --learning_rate 3e-4 --num_train_epochs 4"
+    ),
+    "ascent_plus_kl": "--unlearn_method ascent_plus_kl_divergence --learning_rate 1e-3 --num_train_epochs 5",
+    "ascent_plus_kl_general": (
+        "--unlearn_method ascent_plus_kl_divergence --general True --learning_rate 3e-4 --num_train_epochs 4"
+    ),
 }
-_TRAINING_OPTIONS = "--random_init --learning_rate 5e-3 --warmup_ratio 0.03 --global_batch_size 16"
-_UNLEARNING_OPTIONS = "--learning_rate 3e-4 --num_train_epochs 2 --global_batch_size 16"
+_TRAINING_OPTIONS = "--random_init --learning_rate 5e-3 --warmup_ratio 0.03 --global_batch_size 8"
+_UNLEARNING_OPTIONS = "--global_batch_size 16"
+_PAIRED_OPTIONS = "--retain_ratio 2"  # of the methods that use retain data: two retain sequences per forget sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +124,7 @@ def make_data(root: Path, seed: int) -> Path:
     write_tokenizer(start_model, list(documents.values()), VOCAB_SIZE)
     flags = [word for name, path in documents.items() for word in (f"--{name}", str(path))]
     arguments = ["--tokenizer_name_or_path", str(start_model), "--domain", "github", "--data_dir", str(root / "data")]
+    arguments += ["--seq_len", str(SEQ_LEN)]
     prepare.main([*arguments, *flags])
     return start_model
 
@@ -127,7 +135,8 @@ def run_arguments(config: DemoConfig, root: Path, name: str, start_model: Path) 
         options = f"{TRAINING[name]} {_TRAINING_OPTIONS} --num_train_epochs {config.train_epochs}"
         model = start_model
     else:
-        options = f"{_UNLEARNING_OPTIONS} {UNLEARNING[name]}"
+        paired = _PAIRED_OPTIONS if "ascent_plus" in name else ""
+        options = f"{_UNLEARNING_OPTIONS} {paired} {UNLEARNING[name]}"
         model = root / "original" / "model"
     common = {
         "--target_model_name_or_path": model,

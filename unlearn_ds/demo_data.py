@@ -17,11 +17,11 @@ _EXCERPT_CHARS = 600  # about 230 tokens of the demo's tokenizer
 class DemoSizes:
     """How many documents each set gets."""
 
-    forget: int = 96
-    approximate: int = 96
-    retain: int = 288
-    general_retain: int = 96
-    general_evaluation: int = 64
+    forget: int = 64
+    approximate: int = 64
+    retain: int = 192
+    general_retain: int = 64
+    general_evaluation: int = 48
 
 
 def _source_excerpts(count: int, rng: random.Random) -> list[str]:
