@@ -27,6 +27,7 @@ BENCHES = {
         "unlearn_ds.bench.kernels",
         "the loss kernels against every installed peer and the bare matrix products",
     ),
+    "step": ("unlearn_ds.bench.step", "whole updates: tokens/s and memory, ours beside the published way"),
     "loader": ("unlearn_ds.bench.loader", "the token loader against every installed peer and a plain copy"),
 }
 

@@ -44,7 +44,7 @@ class ModelOptions:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
-class _ZeroInit:
+class ZeroInit:
     """What transformers asks of its DeepSpeed config while it builds a model; it keeps only a weak reference."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ def _load(
     reason = weights.why_not_direct(blank, ds_config, problem)
     if reason is None and options.loading == "transformers":
         reason = "asked for"
-    zero_init = _ZeroInit(ds_config)
+    zero_init = ZeroInit(ds_config)
     set_hf_deepspeed_config(zero_init)
     try:
         if reason is None:

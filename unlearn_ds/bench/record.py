@@ -100,14 +100,15 @@ def peak_memory(prepare: Callable[..., Run], *arguments: Any) -> int:
 def _measure(sender: Any, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
     run = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts again from here
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     kept = run()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     del kept
     sender.send(peak - before)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of this process by a field of /proc/self/status: VmRSS now, VmHWM at the peak."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

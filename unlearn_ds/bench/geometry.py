@@ -1,0 +1,130 @@
+"""Models by their published shape, documents by their published lengths, and the FLOPs of a step by a stated convention.
+
+Convention: 6 FLOP per token and parameter that takes part in a matrix product (the output projection, not the input embedding),
+plus causal attention, 6 * n^2 * (heads * head size) per layer for a sequence of n tokens; recomputed activations count nothing.
+The reference's forward is a third of that and stands apart.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unlearn_ds.data.corpus import CorpusWriter, corpus_path
+from unlearn_ds.options import OptionError, did_you_mean
+
+# name -> (config class of transformers, its arguments)
+GEOMETRIES = {
+    "tiny": (
+        "LlamaConfig",
+        {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 32000,
+        },
+    ),
+    "yi-6b": (
+        "LlamaConfig",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "vocab_size": 64000,
+        },
+    ),
+    "llama-3.1-8b": (
+        "LlamaConfig",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+    ),
+    "qwen2.5-7b": (
+        "Qwen2Config",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+        },
+    ),
+}
+# Documents of the GitHub forget set: 7.0 KB on average at about 3 bytes a token; the spread is that of a log-normal whose
+# padding to 4096 comes out as the published 55-60 %.
+_MEAN_TOKENS, _LOG_SPREAD, _PUBLISHED_SEQ_LEN = 2333, 1.4, 4096
+# Dense bf16 peak, FLOP/s, by a part of the device's name.
+_PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
+
+
+def model_config(name_or_path: str, seq_len: int) -> Any:
+    """The config of a geometry, or of a model folder.
+
+    Raises `OptionError` for a name that is neither.
+    """
+    import transformers
+
+    if name_or_path in GEOMETRIES:
+        class_name, arguments = GEOMETRIES[name_or_path]
+        return getattr(transformers, class_name)(
+            **arguments, max_position_embeddings=seq_len, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1
+        )
+    if not Path(name_or_path).is_dir():
+        raise OptionError(
+            f"--model {name_or_path}: a model folder, or one of {', '.join(GEOMETRIES)}."
+            f"{did_you_mean(name_or_path, GEOMETRIES)}"
+        )
+    return transformers.AutoConfig.from_pretrained(name_or_path)
+
+
+def github_lengths(num_documents: int, seq_len: int, seed: int = 0) -> np.ndarray:  # (num_documents,) int64
+    """Tokens per document, as on GitHub at sequences of 4096; for another `seq_len` scaled with it."""
+    rng = np.random.default_rng(seed)
+    mean = _MEAN_TOKENS * seq_len / _PUBLISHED_SEQ_LEN
+    lengths = rng.lognormal(np.log(mean) - _LOG_SPREAD**2 / 2, _LOG_SPREAD, num_documents)
+    return np.clip(lengths, 5, None).astype(np.int64)
+
+
+def write_documents(data_dir: Path, num_documents: int, seq_len: int, vocab_size: int) -> None:
+    """Random tokens in documents of GitHub's lengths: the sets `forget` and `retain` of the domain `github`."""
+    for seed, name in enumerate(("forget", "retain")):
+        rng = np.random.default_rng(seed)
+        with CorpusWriter(corpus_path(data_dir, "github", name), vocab_size) as writer:
+            for length in github_lengths(num_documents, seq_len, seed):
+                writer.add(rng.integers(2, vocab_size, length))
+
+
+def matmul_parameters(config: Any) -> int:
+    """Parameters that take part in a matrix product."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return matrices - (0 if tied else model.get_input_embeddings().weight.numel())
+
+
+def training_flops(config: Any, matrices: int, lengths: np.ndarray) -> float:
+    """FLOPs of forward and backward over sequences of these lengths; a third of them is the forward."""
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    lengths = lengths.astype(np.float64)
+    return float(6 * matrices * lengths.sum() + 6 * config.num_hidden_layers * width * (lengths**2).sum())
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name; None for one that is not listed."""
+    return next((peak for part, peak in _PEAKS.items() if part in device_name), None)

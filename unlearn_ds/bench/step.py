@@ -1,0 +1,204 @@
+"""Time, throughput and memory of whole updates, ours beside the published way, on random weights of a known model's shape.
+
+`unlearn-ds bench step --model yi-6b --method gradient_ascent --seq_len 4096 --baseline`: documents have the lengths of the
+GitHub set; every figure counts real tokens only. Each way runs in processes of its own, so that its peak is its own.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unlearn_ds.bench.geometry import (
+    GEOMETRIES,
+    matmul_parameters,
+    model_config,
+    peak_flops,
+    training_flops,
+    write_documents,
+)
+from unlearn_ds.bench.record import quantiles, version, write_json
+from unlearn_ds.config import RunConfig
+from unlearn_ds.memory import num_parameters
+from unlearn_ds.objectives import OBJECTIVES
+from unlearn_ds.options import OptionError
+from unlearn_ds.processes import default_num_ranks, run_ranks
+
+_METHODS = [name for name, objective in OBJECTIVES.items() if not objective.needs_sampled_targets]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bench step`."""
+    parser.add_argument("--model", default="tiny", help=f"{', '.join(GEOMETRIES)}, or a folder with a config.json")
+    parser.add_argument("--method", nargs="+", default=["gradient_ascent"], choices=_METHODS)
+    parser.add_argument("--reference", nargs="+", default=["live"], choices=["live", "cache"])
+    parser.add_argument("--seq_len", type=int, default=4096)
+    parser.add_argument("--global_batch_size", type=int, default=16, help="sequences per update")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=1, help="packed rows in one forward")
+    parser.add_argument("--num_ranks", type=int, help="default: one per GPU, else one per core")
+    parser.add_argument("--warmup_steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--baseline", action="store_true", help="the published way too, on the same sequences")
+    parser.add_argument("--fp32", action="store_true", help="fp32 parameters; the default without a GPU")
+    parser.add_argument(
+        "--activation_checkpointing", default="none", help="none, full, a number or offloaded, for both ways"
+    )
+    parser.add_argument("--attn", default="auto")
+    parser.add_argument("--torch_compile", action="store_true")
+    parser.add_argument("--loss_workspace_mib", type=float, default=1024)
+    parser.add_argument("--deepspeed", default="zero3")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--keep_logs", type=Path, help="folder for the ranks' output")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run every case, print a table, write the JSON."""
+    config = model_config(args.model, args.seq_len)
+    num_ranks = args.num_ranks or default_num_ranks(torch.cuda.device_count() or 2)
+    if args.global_batch_size % (2 * num_ranks):
+        raise OptionError(f"--global_batch_size {args.global_batch_size}: a multiple of twice the {num_ranks} ranks")
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        data_dir = Path(scratch) / "data"
+        # One forget sequence a document at least: enough for every update, the profiled one included, within one epoch.
+        num_documents = args.global_batch_size * (args.warmup_steps + args.steps + 2)
+        write_documents(data_dir, num_documents, args.seq_len, config.vocab_size)
+        for method in args.method:
+            for impl, reference in _cases(args, method):
+                logs = args.keep_logs or Path(scratch)
+                measured = run_case(args, method, impl, reference, num_ranks, data_dir, Path(scratch), logs)
+                results.append(result_row(args, config, method, impl, reference, measured))
+                print(line(results[-1]), flush=True)
+    for method in args.method:
+        print_ratios([row for row in results if row["name"] == method])
+    if args.json:
+        versions = {name: version(name) for name in ("deepspeed", "transformers")}
+        write_json(args.json, results, versions=versions, convention=(__doc__ or "").strip())
+    return 0
+
+
+def _cases(args: argparse.Namespace, method: str) -> list[tuple[str, str]]:
+    references = args.reference if OBJECTIVES[method].needs_reference else ["live"]
+    baseline = [("baseline", "live")] if args.baseline else []
+    return [*(("ours", reference) for reference in references), *baseline]
+
+
+def run_case(
+    args: argparse.Namespace,
+    method: str,
+    impl: str,
+    reference: str,
+    num_ranks: int,
+    data_dir: Path,
+    scratch: Path,
+    logs: Path,
+) -> dict[str, Any]:
+    """Start the ranks of one case and return what they measured."""
+    bf16 = torch.cuda.is_available() and not args.fp32
+    run = {
+        "unlearn_method": method,
+        "output_dir": str(scratch / "run"),
+        "model_name_or_path" if method == "retrain" else "target_model_name_or_path": args.model,
+        "data_dir": str(data_dir),
+        "seq_len": args.seq_len,
+        "global_batch_size": args.global_batch_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "max_steps": args.warmup_steps + args.steps + 1,
+        "bf16": bf16,
+        "attn": args.attn,
+        "activation_checkpointing": args.activation_checkpointing,
+        "torch_compile": args.torch_compile,
+        "reference": reference,
+        "loss_workspace_mib": args.loss_workspace_mib,
+        "deepspeed": args.deepspeed,
+        "completely_random": method == "random_label",
+    }
+    RunConfig(**run)  # an option that cannot be is refused here, before any rank starts
+    output = scratch / "measured.json"
+    case = {
+        "model": args.model,
+        "impl": impl,
+        "run": run,
+        "warmup_steps": args.warmup_steps,
+        "steps": args.steps,
+        "output": str(output),
+    }
+    log = logs / f"{method}-{impl}-{reference}.log"
+    run_ranks("unlearn_ds.bench.step_worker", [json.dumps(case)], num_ranks, log)
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def result_row(
+    args: argparse.Namespace, config: Any, method: str, impl: str, reference: str, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """One line of the results: medians over the updates, figures over all ranks unless they say otherwise."""
+    matrices = matmul_parameters(config)
+    seconds = np.array(measured["step_s"])
+    tokens = np.array([sum(lengths) for lengths in measured["lengths"]])
+    flops = np.array([training_flops(config, matrices, np.array(lengths)) for lengths in measured["lengths"]])
+    kl_flops = [training_flops(config, matrices, np.array(lengths)) / 3 for lengths in measured["kl_lengths"]]
+    runs_reference = OBJECTIVES[method].needs_reference and reference == "live"
+    rate = tokens / seconds
+    rows = np.array(measured["rows"]) if impl == "ours" else np.full(len(seconds), args.global_batch_size)
+    row = {
+        "name": method,
+        "impl": impl,
+        "reference": reference if OBJECTIVES[method].needs_reference else None,
+        "shape": {
+            "model": args.model,
+            "parameters": num_parameters(config),
+            "vocab_size": config.vocab_size,
+            "seq_len": args.seq_len,
+            "global_batch_size": args.global_batch_size,
+            "ranks": measured["world_size"],
+            "dtype": "bf16" if measured["device"] != "cpu" and not args.fp32 else "fp32",
+            "activation_checkpointing": args.activation_checkpointing,
+            "attention": measured["attention"],
+        },
+        "steps": len(seconds),
+        **quantiles([second * 1e3 for second in seconds]),
+        "tokens_per_s": round(float(np.median(rate)), 1),
+        "tokens_per_s_p20_p80": [round(float(np.quantile(rate, q)), 1) for q in (0.2, 0.8)],
+        "padding": round(float(1 - tokens.sum() / (rows.sum() * args.seq_len)), 4),
+        "peak_mem_bytes": measured["memory"]["peak"],
+        "memory_bytes": measured["memory"],
+        "training_flops_per_step": float(np.median(flops)),
+        "reference_flops_per_step": float(np.median(kl_flops)) if runs_reference else 0.0,
+        "breakdown_s": {name: round(value, 4) for name, value in measured["parts_s"].items()},
+    }
+    if measured["device"] != "cpu":
+        achieved = float(np.median(flops / seconds)) / measured["world_size"]
+        row["tflops_per_gpu"] = round(achieved / 1e12, 1)
+        peak = peak_flops(measured["device"])
+        row["mfu"] = round(achieved / peak, 4) if peak else None
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A result on one line."""
+    name = row["name"] + (f" ({row['reference']})" if row["reference"] else "")
+    mfu = (
+        f"  {row['tflops_per_gpu']:.0f} TFLOP/s a GPU" + (f", MFU {row['mfu']:.1%}" if row["mfu"] else "")
+        if "mfu" in row
+        else ""
+    )
+    return (
+        f"{name:<36}{row['impl']:<10}{row['median_ms'] / 1e3:8.3f} s a step ({row['p20_ms'] / 1e3:.3f}-"
+        f"{row['p80_ms'] / 1e3:.3f}) {row['tokens_per_s']:10,.0f} tokens/s  padding {row['padding']:.1%}  "
+        f"peak {row['peak_mem_bytes'] / 2**30:.2f} GiB a rank{mfu}"
+    )
+
+
+def print_ratios(rows: list[dict[str, Any]]) -> None:
+    """Ours over the baseline, where both ran."""
+    baseline = next((row for row in rows if row["impl"] == "baseline"), None)
+    for row in rows:
+        if baseline is not None and row is not baseline:
+            print(
+                f"{row['name']}: {row['tokens_per_s'] / baseline['tokens_per_s']:.2f}x the tokens/s, "
+                f"{row['peak_mem_bytes'] / baseline['peak_mem_bytes']:.2f}x the peak memory of the baseline"
+            )

@@ -1,0 +1,237 @@
+"""One rank of `bench step`: builds a model of random weights, takes updates one way, and rank 0 writes what it measured.
+
+Argument: a JSON object of the fields of `StepCase`.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from unlearn_ds import attention, distributed, weights
+from unlearn_ds.bench.baseline import PublishedStep, padded_batches
+from unlearn_ds.bench.geometry import model_config
+from unlearn_ds.bench.record import resident
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.loader import Loader
+from unlearn_ds.data.plan import Plan
+from unlearn_ds.ds_config import inference_config, load_ds_file, training_config
+from unlearn_ds.engine import FrozenEngine, TrainingEngine, make_optimizer
+from unlearn_ds.hidden_cache import open_or_fill
+from unlearn_ds.layers import decoder_layer_classes, wrap_layers
+from unlearn_ds.loss_head import HeadOptions, PackedCausalLM, attach
+from unlearn_ds.model import ZeroInit, logit_shape, model_size
+from unlearn_ds.objectives import KL
+from unlearn_ds.profile import breakdown
+from unlearn_ds.reference import CachedReference, LiveReference, NoReference, Reference
+from unlearn_ds.run_data import make_plan, make_sources, open_run_corpora
+from unlearn_ds.train import accumulate, frozen_garbage
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """What one run of ranks measures."""
+
+    model: str
+    impl: str  # "ours" or "baseline"
+    run: dict[str, Any]  # fields of RunConfig
+    warmup_steps: int
+    steps: int
+    output: str
+
+
+def main(case: StepCase) -> None:
+    """Every rank calls this; rank 0 writes `case.output`."""
+    config = RunConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in case.run.items()})
+    device = distributed.init_distributed(config.num_threads)
+    shape = model_config(case.model, config.seq_len)
+    shape._attn_implementation = attention.choose_attention(config.attn, device.type, attention.caps_scores(shape))[0]
+    corpora = open_run_corpora(config, shape.vocab_size, None)
+    plan = make_plan(config, make_sources(config, corpora, shape.vocab_size, ()), distributed.world_size())
+    marks = {"imports": memory_now(device)}
+    take_steps = _ours if case.impl == "ours" else _baseline
+    measured = take_steps(config, shape, plan, device, marks)
+    times, parts = run_timed(measured, case.warmup_steps, case.steps, device, marks)
+    everyone = distributed.gather_objects({"marks": marks, "times": times})
+    if distributed.is_main():
+        result = {
+            "world_size": distributed.world_size(),
+            "step_s": [max(rank["times"][i] for rank in everyone) for i in range(case.steps)],
+            "memory": {name: max(rank["marks"][name] for rank in everyone) for name in marks},
+            "lengths": [plan.step(case.warmup_steps + i).length.tolist() for i in range(case.steps)],
+            "kl_lengths": [_kl_lengths(plan, case.warmup_steps + i) for i in range(case.steps)],
+            "rows": [plan.step(case.warmup_steps + i).num_rows for i in range(case.steps)],
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "attention": shape._attn_implementation,
+            "parts_s": parts,
+        }
+        Path(case.output).write_text(json.dumps(result), encoding="utf-8")
+    distributed.shut_down()
+
+
+def _kl_lengths(plan: Plan, index: int) -> list[int]:
+    step = plan.step(index)
+    return [int(n) for n, k in zip(step.length, step.source) if plan.sources[k].loss == KL]
+
+
+def memory_now(device: torch.device) -> int:
+    """Bytes in use: allocated on the GPU, resident on the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident("VmRSS")
+
+
+def run_timed(
+    one_update: Any, warmup_steps: int, steps: int, device: torch.device, marks: dict[str, int]
+) -> tuple[list[float], dict[str, float]]:
+    """(seconds of each update after the warm-up, where the time of one more went); the peak memory goes into `marks`."""
+    times = []
+    with frozen_garbage():
+        for index in range(warmup_steps + steps + 1):
+            if index == warmup_steps:
+                _reset_peak(device)
+            if index == warmup_steps + steps:
+                marks["peak"] = _peak(device)
+                profiler = torch.profiler.profile()
+                profiler.start()
+            distributed.barrier()
+            started = time.perf_counter()
+            wait_s = one_update(index)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+        profiler.stop()
+    return times[warmup_steps:-1], breakdown(profiler.events(), times[-1], wait_s)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
+def random_sharded(shape: Any, dtype: torch.dtype, ds_config: dict[str, Any]) -> nn.Module:
+    """A sharded causal LM, every rank's slices drawn by itself: the same at every call."""
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(shape))
+    zero_init = ZeroInit(ds_config)
+    set_hf_deepspeed_config(zero_init)
+    try:
+        model = weights.build_sharded(model_class, shape, dtype)
+    finally:
+        unset_hf_deepspeed_config()
+    for index, parameter in enumerate(model.parameters()):
+        _draw(parameter.ds_tensor, len(parameter.ds_shape), index)
+    return model
+
+
+def _draw(values: torch.Tensor, num_dimensions: int, seed: int) -> None:
+    with torch.no_grad():
+        if num_dimensions > 1:
+            values.normal_(0, 0.02, generator=torch.Generator(values.device).manual_seed(seed))
+        else:
+            values.fill_(1.0)
+
+
+def _training_ds_config(config: RunConfig, shape: Any) -> dict[str, Any]:
+    return training_config(
+        load_ds_file(config.deepspeed),
+        bf16=config.bf16,
+        max_grad_norm=config.max_grad_norm,
+        micro_batch_size=config.per_device_train_batch_size,
+        world_size=distributed.world_size(),
+        size=model_size(shape),
+    )
+
+
+def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks: dict[str, int]) -> Any:
+    attention.register()
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    head = HeadOptions(logit_shape(shape), int(config.loss_workspace_mib * 2**20))
+
+    def packed(ds_config: dict[str, Any]) -> PackedCausalLM:
+        model = random_sharded(shape, dtype, ds_config)
+        attach(model.get_output_embeddings(), head)
+        return PackedCausalLM(model)
+
+    ds_config = _training_ds_config(config, shape)
+    model = packed(ds_config)
+    wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
+    if config.leaf_modules:
+        ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
+    marks["model"] = memory_now(device)
+    engine = TrainingEngine(model.train(), config, ds_config, plan.num_steps)
+    marks["engine"] = memory_now(device)
+    reference: Reference = NoReference()
+    if config.reference == "cache":
+        sequences = next(source.sequences for source in plan.sources if source.loss == KL)
+        reference = CachedReference(
+            open_or_fill(sequences, engine, "random", dtype, rows_per_batch=1, overwrite=False, progress=False)
+        )
+    elif config.objective.needs_reference:
+        frozen_config = inference_config(load_ds_file(config.deepspeed), bf16=config.bf16, size=model_size(shape))
+        reference = LiveReference(FrozenEngine(packed(frozen_config), frozen_config))
+    marks["reference"] = memory_now(device)
+    run = SimpleNamespace(engine=engine, reference=reference)
+    loader = Loader(plan, distributed.rank(), device, 0, reference.hidden_cache)
+    loader.__enter__()
+    steps = iter(loader)
+
+    def one_update(index: int) -> float:
+        step = next(steps)
+        accumulate(run, step)
+        engine.update()
+        if index == plan.num_steps - 1:
+            loader.__exit__(None, None, None)
+        return step.wait_s
+
+    return one_update
+
+
+def _baseline(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks: dict[str, int]) -> Any:
+    shape._attn_implementation = "sdpa"
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    ds_config = _training_ds_config(config, shape)
+    model = random_sharded(shape, dtype, ds_config)
+    wrap_layers(model, config.activation_checkpointing, False)
+    marks["model"] = memory_now(device)
+    model.train()
+    optimizer = make_optimizer(config, model, offloaded="offload_optimizer" in ds_config["zero_optimization"])
+    reference = None
+    if config.objective.needs_reference:
+        with torch.device("meta"):
+            reference = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        buffers = dict(model.named_buffers())
+        reference = reference.to_empty(device=device).eval().requires_grad_(False)
+        for name, buffer in reference.named_buffers():
+            buffer.copy_(buffers[name])
+        for index, parameter in enumerate(reference.parameters()):
+            _draw(parameter, parameter.dim(), index)
+    step = PublishedStep(model, reference, optimizer, ds_config)
+    marks["engine"] = memory_now(device)
+    marks["reference"] = memory_now(device)
+
+    def one_update(index: int) -> float:
+        batches = padded_batches(plan, index, distributed.rank(), distributed.world_size(), device)
+        num_sequences = plan.step(index).num_sequences
+        assert num_sequences == math.prod((len(batches), distributed.world_size())), "ranks hold unequally many rows"
+        step.update(batches, num_sequences, distributed.world_size())
+        return 0.0
+
+    return one_update
+
+
+if __name__ == "__main__":
+    main(StepCase(**json.loads(sys.argv[1])))
