@@ -93,14 +93,14 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             if guard.stopped:
                 break
             profiler.before(step.index + 1)
-            started = time.perf_counter()
+            started, waited_s = time.perf_counter(), step.wait_s
             learning_rate = engine.learning_rate
             sums = accumulate(run, step)
             result = engine.update()
             done = step.index + 1
-            profiler.after(done, time.perf_counter() - started + step.wait_s, step.wait_s)
+            profiler.after(done, time.perf_counter() - started + waited_s, step.wait_s)
             if done % config.logging_steps == 0 or done == plan.num_steps or not result.applied:
-                elapsed = time.perf_counter() - started + step.wait_s
+                elapsed = time.perf_counter() - started + waited_s
                 metrics.write(metrics_row(run, step, sums, result, learning_rate, elapsed))
             metrics.advance()
             skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1

@@ -28,7 +28,11 @@ from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError
 from unlearn_ds.processes import default_num_ranks, run_ranks
 
-_METHODS = [name for name, objective in OBJECTIVES.items() if not objective.needs_sampled_targets]
+_METHODS = [
+    name
+    for name, objective in OBJECTIVES.items()
+    if not objective.needs_sampled_targets and objective.sequence_loss is None
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
