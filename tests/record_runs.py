@@ -41,11 +41,11 @@ def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:
                 planned = run.plan.step(k)
                 result |= {f"source/{k}": planned.source, f"sequence/{k}": planned.sequence}
                 for name, parameter in parameters(run):
-                    result[f"weight/{k}/{name}"] = safe_get_full_fp32_param(parameter).numpy().copy()
+                    result[f"weight/{k}/{name}"] = safe_get_full_fp32_param(parameter).cpu().numpy().copy()
             sums = accumulate(run, step)
             if k in DETAILED:
                 for name, parameter in parameters(run):
-                    result[f"grad/{k}/{name}"] = safe_get_full_grad(parameter).numpy().copy()
+                    result[f"grad/{k}/{name}"] = safe_get_full_grad(parameter).cpu().numpy().copy()
             run.engine.update()
             losses.append(reduce_losses(run.plan, step, sums)["loss"])
             if len(losses) == num_updates:

@@ -1,0 +1,268 @@
+"""The loss ops as the benchmarks run them: ours, plain PyTorch, torch's own, and every installed peer, on the same inputs.
+
+Every entry turns inputs into a scalar whose backward is timed with it. Peers that cannot weight tokens are asked for what they
+can do, an unweighted sum or mean, and marked. Legend: N rows, D hidden size, V vocabulary.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sequence_loss, linear_token_stats
+
+
+class Inputs(NamedTuple):
+    """Leaves and constants of one shape."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (N,)
+    token_weight: Tensor  # (N,) fp32, signed
+    ref_hidden: Tensor  # (N, D)
+    rows: Tensor  # those whose token_weight is not 0
+    workspace_bytes: int
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.hidden, self.weight]
+
+
+Loss = Callable[[Inputs], Tensor]
+
+
+class Contestant(NamedTuple):
+    """One way to compute an op."""
+
+    loss: Loss
+    weighting: str = "tokens"  # or what it does instead: "sum", "mean"
+    package: str | None = None  # must be installed
+    cuda_only: bool = False
+
+
+def make_inputs(
+    shape: tuple[int, int, int],  # N, D, V
+    workspace_bytes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    zero_share: float = 0.0,
+) -> Inputs:
+    """Random numbers with logits of a real model's size (peak about 20); `zero_share` of the rows have weight 0."""
+    num_rows, hidden_size, vocab_size = shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
+
+    hidden = normal(num_rows, hidden_size, scale=2.0)
+    token_weight = torch.randn(num_rows, generator=generator, device=device)
+    token_weight[torch.randperm(num_rows, generator=generator, device=device)[: int(num_rows * zero_share)]] = 0
+    return Inputs(
+        hidden.requires_grad_(),
+        normal(vocab_size, hidden_size, scale=2.3 / hidden_size**0.5).requires_grad_(),
+        torch.randint(vocab_size, (num_rows,), generator=generator, device=device),
+        token_weight,
+        hidden.detach() + normal(num_rows, hidden_size, scale=0.05),
+        token_weight.nonzero()[:, 0],
+        workspace_bytes,
+    )
+
+
+def _ours_cross_entropy(x: Inputs, impl: str | None = None) -> Tensor:
+    return linear_cross_entropy(
+        x.hidden,
+        x.weight,
+        x.targets[x.rows],
+        x.token_weight[x.rows],
+        rows=None if len(x.rows) == len(x.hidden) else x.rows,
+        workspace_bytes=x.workspace_bytes,
+        impl=impl,
+    )[0]
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:  # (N, V) in fp32, or fp64 for fp64
+    z = F.linear(hidden, weight)
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _naive_cross_entropy(x: Inputs) -> Tensor:
+    logits = _logits(x.hidden, x.weight)
+    return (x.token_weight * F.cross_entropy(logits, x.targets, reduction="none")).sum()
+
+
+def _torch_linear_ce(x: Inputs) -> Tensor:
+    options = nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="sum", options=options)
+
+
+def _torch_linear_ce_none(x: Inputs) -> Tensor:
+    options = nn.LinearCrossEntropyOptions()
+    losses = F.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", options=options)
+    return (x.token_weight * losses).sum()
+
+
+def _liger(x: Inputs) -> Tensor:
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    return module.LigerFusedLinearCrossEntropyLoss(reduction="sum")(x.weight, x.hidden, x.targets)
+
+
+def _quack(x: Inputs) -> Tensor:
+    module = importlib.import_module("quack.linear_cross_entropy")
+    return module.chunked_linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="sum")
+
+
+def _cut_cross_entropy(x: Inputs) -> Tensor:
+    module = importlib.import_module("cut_cross_entropy")
+    # Without its filter: that drops most of the gradient where the softmax is flat, which is where ascent goes.
+    losses = module.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", filter_eps=None)
+    return (x.token_weight * losses).sum()
+
+
+def _ours_kl(x: Inputs, impl: str | None = None) -> Tensor:
+    options = {"workspace_bytes": x.workspace_bytes, "impl": impl}
+    return linear_kl(x.hidden, x.weight, x.ref_hidden, x.weight, x.token_weight, **options)[0]
+
+
+def _naive_kl(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        log_ref = _logits(x.ref_hidden, x.weight).log_softmax(-1)
+    log_p = _logits(x.hidden, x.weight).log_softmax(-1)
+    return (x.token_weight * F.kl_div(log_p, log_ref, reduction="none", log_target=True).sum(-1)).sum()
+
+
+def _liger_jsd(x: Inputs) -> Tensor:
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
+    return module.LigerFusedLinearJSD(jsd_beta=0.0)(x.hidden, x.weight, x.ref_hidden, x.weight.detach(), None)
+
+
+_NUM_SEQUENCES, _BETA = 4, 0.1
+
+
+def _sequences(x: Inputs) -> tuple[list[int], Tensor]:
+    """Bounds of equal sequences, and NLLs of a reference close to the student's."""
+    bounds = [len(x.hidden) * i // _NUM_SEQUENCES for i in range(_NUM_SEQUENCES + 1)]
+    lengths = torch.tensor(bounds, dtype=torch.float64).diff()
+    return bounds, (12.0 * lengths).to(x.hidden.device, non_blocking=True)
+
+
+def _ours_npo(x: Inputs, impl: str | None = None) -> Tensor:
+    bounds, reference = _sequences(x)
+    one = torch.ones(_NUM_SEQUENCES, device=x.hidden.device)
+    options = {"bounds": bounds, "beta": _BETA / len(x.hidden), "workspace_bytes": x.workspace_bytes, "impl": impl}
+    return linear_sequence_loss(x.hidden, x.weight, x.targets, one, one, reference, **options)[0]
+
+
+def _naive_npo(x: Inputs) -> Tensor:
+    bounds, reference = _sequences(x)
+    nll = F.cross_entropy(_logits(x.hidden, x.weight), x.targets, reduction="none")
+    sums = torch.stack([part.sum(dtype=torch.float64) for part in nll.split(torch.tensor(bounds).diff().tolist())])
+    beta = _BETA / len(x.hidden)
+    return (-2 / beta * F.logsigmoid(beta * (sums - reference))).sum()
+
+
+@cache
+def _compiled(loss: Loss) -> Loss:
+    return torch.compile(loss)
+
+
+def _ours_stats(x: Inputs, impl: str | None = None) -> Tensor:
+    options = {"workspace_bytes": x.workspace_bytes, "impl": impl}
+    stats = linear_token_stats(x.hidden, x.weight, x.targets, **options)
+    return torch.stack([stats.log_prob, stats.correct.to(stats.log_prob.dtype), stats.sum_p_logp, stats.sum_p_logp2])
+
+
+@torch.no_grad()
+def _naive_stats(x: Inputs) -> Tensor:
+    log_p = _logits(x.hidden, x.weight).log_softmax(-1)
+    p = log_p.exp()
+    target = log_p.gather(1, x.targets[:, None])[:, 0]
+    correct = (log_p.argmax(-1) == x.targets).to(log_p.dtype)
+    return torch.stack([target, correct, (p * log_p).sum(-1), (p * log_p.square()).sum(-1)])
+
+
+def _both(ours: Callable[..., Tensor]) -> dict[str, Contestant]:
+    """Our implementations: what runs by default, and on CUDA `chunked` beside it."""
+    return {"ours": Contestant(ours), "ours_chunked": Contestant(lambda x: ours(x, "chunked"), cuda_only=True)}
+
+
+_CROSS_ENTROPY = {
+    **_both(_ours_cross_entropy),
+    "naive": Contestant(_naive_cross_entropy),
+    "compiled": Contestant(lambda x: _compiled(_naive_cross_entropy)(x), cuda_only=True),
+    "torch_linear_ce": Contestant(_torch_linear_ce, "sum"),
+    "torch_linear_ce_none": Contestant(_torch_linear_ce_none),
+    "liger": Contestant(_liger, "sum", "liger_kernel", cuda_only=True),
+    "quack": Contestant(_quack, "sum", "quack", cuda_only=True),
+    "cut_cross_entropy": Contestant(_cut_cross_entropy, package="cut_cross_entropy", cuda_only=True),
+}
+OPS: dict[str, dict[str, Contestant]] = {
+    "cross_entropy": _CROSS_ENTROPY,
+    "cross_entropy_half": _CROSS_ENTROPY,  # half of the rows have weight 0
+    "kl": {
+        **_both(_ours_kl),
+        "naive": Contestant(_naive_kl),
+        "compiled": Contestant(lambda x: _compiled(_naive_kl)(x), cuda_only=True),
+        "liger_jsd": Contestant(_liger_jsd, "mean", "liger_kernel", cuda_only=True),
+    },
+    "npo": {**_both(_ours_npo), "naive": Contestant(_naive_npo)},
+    "token_stats": {**_both(_ours_stats), "naive": Contestant(_naive_stats)},
+}
+NUM_PRODUCTS = {"cross_entropy": 3, "cross_entropy_half": 3, "kl": 4, "npo": 3, "token_stats": 1}
+ZERO_SHARE = {"cross_entropy_half": 0.5}
+
+
+def available(op: str, device: str) -> dict[str, Contestant]:
+    """Those that can run here."""
+    return {
+        name: contestant
+        for name, contestant in OPS[op].items()
+        if (device != "cpu" or not contestant.cuda_only)
+        and (contestant.package is None or importlib.util.find_spec(contestant.package) is not None)
+    }
+
+
+def outcome(op: str, loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Forward and backward: dX and dW, or, for the op without gradient, its statistics."""
+    value = loss(inputs)
+    return (value,) if op == "token_stats" else torch.autograd.grad(value, inputs.leaves)
+
+
+def products(inputs: Inputs, count: int) -> None:
+    """The bare matrix products of a loss: logits, dX, dW, and for KL the reference's logits."""
+    x, weight = inputs.hidden.detach(), inputs.weight.detach()
+    z = x @ weight.T
+    if count == 4:
+        torch.mm(inputs.ref_hidden, weight.T, out=z)
+    if count >= 3:
+        z @ weight
+        z.T @ x
+
+
+def errors(op: str, inputs: Inputs, contestants: dict[str, Contestant]) -> dict[str, float]:
+    """Worst relative error in norm of each contestant's gradients (or statistics) against fp64."""
+    exact = inputs._replace(
+        hidden=inputs.hidden.detach().double().requires_grad_(),
+        weight=inputs.weight.detach().double().requires_grad_(),
+        ref_hidden=inputs.ref_hidden.double(),
+    )
+    weights = {
+        "tokens": inputs.token_weight,
+        "sum": torch.ones_like(inputs.token_weight),
+        "mean": torch.full_like(inputs.token_weight, 1 / len(inputs.hidden)),
+    }
+    truth = {
+        weighting: outcome(op, contestants["naive"].loss, exact._replace(token_weight=weights[weighting]))
+        for weighting in {contestant.weighting for contestant in contestants.values()}
+    }
+    return {
+        name: max(
+            ((got.double() - expected).norm() / expected.norm()).item()
+            for got, expected in zip(outcome(op, contestant.loss, inputs), truth[contestant.weighting])
+        )
+        for name, contestant in contestants.items()
+    }

@@ -1,0 +1,216 @@
+"""The loss kernels against every installed peer and the bare matrix products, on a GPU or on CPU.
+
+Per op and shape: forward and backward, interleaved in one process, with cold caches and with warm ones; the products alone
+beside them, so that every time is also a share of that floor; peak memory beside inputs; the error against fp64 on the same
+inputs, cut to 256 rows. An op whose error is out of bounds is not timed. Peers that cannot weight tokens run unweighted.
+"""
+
+import argparse
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unlearn_ds.bench.contestants import (
+    NUM_PRODUCTS,
+    OPS,
+    ZERO_SHARE,
+    Contestant,
+    available,
+    errors,
+    make_inputs,
+    outcome,
+    products,
+)
+from unlearn_ds.bench.loss import DTYPES, TOLERANCE, Shape, show
+from unlearn_ds.bench.record import Run, quantiles, time_interleaved, version, write_json
+from unlearn_ds.options import OptionError
+
+# N, D, V of the models the kernels are for: Llama-2, Yi-6B, Llama-3, Qwen, Gemma
+GPU_SHAPES = (
+    (8192, 4096, 32000),
+    (16384, 4096, 64000),
+    (16384, 4096, 128256),
+    (8192, 4096, 151936),
+    (8192, 3072, 256000),
+)
+CPU_SHAPES = ((512, 256, 8000),)
+CHECKED_ROWS = 256
+_FLUSH_BYTES = 256 << 20  # larger than any L2
+PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
+
+
+def time_on_gpu(runs: dict[str, Run], repeats: int, cold: bool) -> dict[str, dict[str, float]]:
+    """Median and percentiles from the device's own clock; `cold` overwrites its caches before every run."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+    for round_index in range(repeats + 2):
+        for name, run in runs.items():
+            if flush is not None:
+                flush.zero_()
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            pair[0].record()
+            run()
+            pair[1].record()
+            if round_index >= 2:
+                events[name].append(pair)
+    torch.cuda.synchronize()
+    return {name: quantiles([start.elapsed_time(stop) for start, stop in pairs]) for name, pairs in events.items()}
+
+
+def gpu_memory(run: Run) -> int:
+    """Bytes that a run adds to what is allocated, at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del kept
+    return peak - before
+
+
+def gpu_clocks() -> dict[str, str]:
+    """Clock, power and temperature as nvidia-smi reports them now."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return (
+        dict(zip(fields.split(","), map(str.strip, answer.stdout.splitlines()[0].split(",")))) if answer.stdout else {}
+    )
+
+
+def check(op: str, shape: Shape, workspace_bytes: int, dtype: torch.dtype, device: str) -> tuple[dict, dict, dict]:
+    """(contestants that are right, error of each, reason for each that is left out)."""
+    contestants = available(op, device)
+    cut = (min(CHECKED_ROWS, shape[0]), *shape[1:])
+    inputs = make_inputs(cut, workspace_bytes, dtype, device, ZERO_SHARE.get(op, 0.0))
+    found: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    ours = {name: c for name, c in contestants.items() if c.package is None}
+    found |= errors(op, inputs, ours)
+    for name in contestants.keys() - ours.keys():
+        try:
+            found[name] = errors(op, inputs, {"naive": ours["naive"], name: contestants[name]})[name]
+        except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+            refused[name] = f"fails: {type(error).__name__}: {str(error)[:200]}"
+    allowed = found["naive"] + TOLERANCE[dtype]
+    refused |= {
+        name: f"error {found[name]:.2g} against fp64, naive {found['naive']:.2g}"
+        for name in found
+        if not found[name] <= allowed
+    }
+    right: dict[str, Contestant] = {name: c for name, c in contestants.items() if name not in refused}
+    return right, found, refused
+
+
+def bench(
+    op: str, shape: Shape, workspace_bytes: int, dtype: torch.dtype, device: str, repeats: int
+) -> list[dict[str, Any]]:
+    """One result per contestant of an op at a shape, and the bare products."""
+    right, found, refused = check(op, shape, workspace_bytes, dtype, device)
+    inputs = make_inputs(shape, workspace_bytes, dtype, device, ZERO_SHARE.get(op, 0.0))
+    runs: dict[str, Run] = {name: partial(outcome, op, c.loss, inputs) for name, c in right.items()}
+    runs["products"] = partial(products, inputs, NUM_PRODUCTS[op])
+    memory = {}
+    if device == "cuda":
+        memory = {name: gpu_memory(run) for name, run in runs.items() if name != "products"}
+        cold, hot = (time_on_gpu(runs, repeats, cold) for cold in (True, False))
+    else:
+        cold, hot = time_interleaved(runs, repeats), {}
+    common = {
+        "name": op,
+        "shape": dict(zip("NDV", shape)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        **(gpu_clocks() if device == "cuda" else {}),
+    }
+    results = []
+    for name in runs:
+        row = common | {"impl": name} | cold[name]
+        row["percent_of_products"] = round(100 * cold["products"]["median_ms"] / row["median_ms"], 1)
+        if hot:
+            row["hot_median_ms"] = hot[name]["median_ms"]
+        if name in memory:
+            row["peak_mem_bytes"] = memory[name]
+        if name in right:
+            row |= {"error": found[name], "weighting": right[name].weighting}
+        results.append(row)
+    return results + [common | {"impl": name, "refused": reason} for name, reason in sorted(refused.items())]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars per op and shape: each contestant's time over that of the bare products."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in results:
+        if "median_ms" in row and row["impl"] != "products":
+            groups.setdefault(f"{row['name']}\n{' '.join(f'{k}={v}' for k, v in row['shape'].items())}", []).append(row)
+    figure, axes = pyplot.subplots(len(groups), 1, figsize=(8, 1.8 * len(groups) + 0.5), squeeze=False)
+    for axis, (title, rows) in zip(axes[:, 0], groups.items()):
+        times = [100 / row["percent_of_products"] for row in rows]
+        colors = ["tab:blue" if row["impl"].startswith("ours") else "tab:gray" for row in rows]
+        axis.barh([row["impl"] for row in rows], times, color=colors)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("time / time of the bare matrix products", fontsize=7)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse_shape(text: str) -> Shape:
+    """`N,D,V`."""
+    try:
+        rows, hidden_size, vocab_size = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected N,D,V such as 16384,4096,64000") from error
+    return rows, hidden_size, vocab_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `unlearn-ds bench kernels`."""
+    parser.add_argument("--json", metavar="FILE", help="write the results here, and a plot beside them (.png)")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on CPU")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="N,D,V", help="default: real models' on a GPU")
+    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), help="default: all")
+    parser.add_argument("--repeats", type=int, default=10, help="timed rounds (default: 10)")
+    parser.add_argument("--workspace_mib", type=int, default=1024, help="what ours may use for logits (default: 1024)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run, print a table per shape, write the JSON and the plot."""
+    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda: there is no CUDA device; --device cpu runs the same ops as `chunked`")
+    dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
+    peers = {peer: version(peer) for peer in PEERS}
+    missing = [peer for peer, found in peers.items() if found is None]
+    if missing:
+        print(f"not installed, so not compared: {', '.join(missing)}")
+    results = []
+    for shape in args.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
+        rows = [
+            row for op in args.ops for row in bench(op, shape, args.workspace_mib << 20, dtype, device, args.repeats)
+        ]
+        results += rows
+        print(f"N={shape[0]} D={shape[1]} V={shape[2]} {str(dtype).removeprefix('torch.')} on {device}")
+        print(show(rows), flush=True)
+    if args.json:
+        write_json(args.json, results, peers=peers)
+        plot(results, Path(args.json).with_suffix(".png"))
+    return 1 if any("refused" in row and row["impl"].startswith("ours") for row in results) else 0
