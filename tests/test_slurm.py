@@ -1,17 +1,21 @@
 """The batch scripts as shipped, on a real SLURM of two nodes: the same result as one process, whatever the queue does."""
 
+import json
 import sys
 import time
 
 import pytest
+import yaml
 
 from tests.cluster import largest_difference, make_tiny_run, metrics, require, weights
 from tests.ranks import ROOT
 from tests.slurm import Slurm, missing_programs
 from unlearn_ds.checkpoint import complete_checkpoints
 from unlearn_ds.processes import rank_environment
+from unlearn_ds.sweep import SweepConfig, carry_out, read_grid
 
 TRAIN = "launch/slurm/train.sbatch"
+SWEEP = "launch/slurm/sweep.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 
 
@@ -39,7 +43,7 @@ def submit(slurm: Slurm, folder, script: str, options: tuple[str, ...], argument
         "PYTHON": sys.executable,
         "MASTER_ADDR": "127.0.0.1",
     }
-    output = ("--output", f"{folder}/slurm-%j.out")
+    output = ("--output", f"{folder}/slurm-%A_%a.out")
     done = slurm.run(
         "sbatch",
         "--parsable",
@@ -65,7 +69,7 @@ def wait_until(slurm: Slurm, job_id: str, condition, what: str, timeout_s: float
 
 
 def output(folder) -> str:
-    logs = [*folder.glob("slurm-*.out"), *folder.glob("logs/*.log")]
+    logs = [*folder.glob("slurm-*.out"), *folder.glob("logs/*/*.log")]
     return "".join(f"\n--- {log.name}\n{log.read_text()}" for log in sorted(logs))
 
 
@@ -105,3 +109,34 @@ def test_a_user_error_ends_the_job_with_its_message(slurm, tiny, tmp_path):
     job = submit(slurm, tmp_path, TRAIN, TWO_NODES, tiny.arguments(tmp_path / "run", learning_rate=-1))
     assert slurm.wait_for_job(job, "FAILED")["ExitCode"] == "2:0"
     assert "--learning_rate -1.0: must not be negative" in output(tmp_path)
+
+
+def test_a_sweep_of_four_with_one_cancelled_and_submitted_again(slurm, tiny, tmp_path):
+    words = tiny.arguments(tmp_path, do_eval=True, save_total_limit=1)
+    base = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+    for name in ("unlearn_method", "learning_rate", "output_dir"):
+        del base[name]
+    grid = tmp_path / "grid.yaml"
+    points = {"unlearn_method": ["gradient_ascent", "ascent_plus_descent"], "learning_rate": [1e-3, 1e-4]}
+    grid.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "runs"), "base": base, "grid": points}))
+    elements = read_grid(grid)
+    array = ("--array=0-3", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
+
+    job = submit(slurm, tmp_path, SWEEP, array, [str(grid)])
+    wait_until(slurm, f"{job}_1", lambda: len(metrics(elements[1].run_dir)) >= 5, "the first updates of run 1")
+    slurm.run("scancel", f"{job}_1")
+    slurm.wait_for_job(f"{job}_1", "CANCELLED")
+    for index in (0, 2, 3):
+        slurm.wait_for_job(f"{job}_{index}", "COMPLETED", timeout_s=240)
+    assert [element.state for element in elements] == ["done", "part", "done", "done"]
+
+    job = submit(slurm, tmp_path, SWEEP, array, [str(grid)])
+    for index in range(4):
+        slurm.wait_for_job(f"{job}_{index}", "COMPLETED", timeout_s=240)
+    assert [element.state for element in elements] == ["done"] * 4
+    assert output(tmp_path).count("is done already") == 3
+    assert "resumed after" in output(tmp_path)
+    assert len(metrics(elements[1].run_dir)) == tiny.num_steps
+    carry_out(SweepConfig(str(grid), collect=True))
+    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    assert set(report["models"]) == {element.label for element in elements}

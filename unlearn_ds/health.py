@@ -38,19 +38,23 @@ def rank_facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 def compare_ranks(facts: dict[str, str]) -> None:
     """Raise `HealthError` on every rank, naming ranks, hosts and facts, unless all hold the same. Every rank calls this."""
-    everyone = distributed.gather_objects((socket.gethostname(), facts))
-    complaints = []
-    for name in facts:
-        values = [known.get(name, "nothing") for _, known in everyone]
+    if found := differences(distributed.gather_objects((socket.gethostname(), facts))):
+        raise HealthError("the ranks do not fit together: " + "; ".join(found))
+
+
+def differences(everyone: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """What sets single ranks apart from most; `everyone` holds (host, facts) by rank."""
+    found = []
+    for name in everyone[0][1]:
+        values = [facts.get(name, "nothing") for _, facts in everyone]
         usual = Counter(values).most_common(1)[0][0]
         odd = [rank for rank, value in enumerate(values) if value != usual]
-        complaints += [
+        found += [
             f"rank {rank} on {everyone[rank][0]} has {name} {values[rank]}, the others have {usual}" for rank in odd[:4]
         ]
         if len(odd) > 4:
-            complaints.append(f"and {len(odd) - 4} more ranks differ in {name}")
-    if complaints:
-        raise HealthError("the ranks do not fit together: " + "; ".join(complaints))
+            found.append(f"and {len(odd) - 4} more ranks differ in {name}")
+    return found
 
 
 def time_all_reduce(device: torch.device) -> str | None:
