@@ -225,12 +225,12 @@ def advice(estimator: Estimator, nodes: int) -> list[str]:
     changes.append(("--deepspeed zero3_offload", {"zero": offload}))
     found = [words for words, change in changes if estimator.fits(estimator.memory(nodes, **change))]
     together: dict[str, Any] = {}
-    named = []
+    named: dict[str, str] = {}
     for words, change in changes[:-1]:
         together |= change
-        named.append(words)
-        if len(named) > 1 and estimator.fits(estimator.memory(nodes, **together)):
-            found.append(" ".join(named))
+        named[words.split()[0]] = words
+        if not found and estimator.fits(estimator.memory(nodes, **together)):
+            found.append(" ".join(named.values()))
             break
     more = next((n for n in (nodes * 2**i for i in range(1, 8)) if estimator.fits(estimator.memory(n))), None)
     if more:
