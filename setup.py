@@ -46,6 +46,7 @@ setup(
         "test": [
             "pytest>=8",
             "hypothesis>=6",
+            "megatron-core>=0.16",
             "ruff>=0.12",
             "scikit-learn>=1.5",
             "wandb>=0.19",

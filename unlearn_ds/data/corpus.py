@@ -6,6 +6,7 @@ are: without a manifest, what only the manifest knows (tokenizer, largest id) is
 
 import hashlib
 import json
+import mmap
 import os
 from array import array
 from functools import cached_property
@@ -53,11 +54,13 @@ class Corpus:
         index = read_index(with_suffix(self.path, ".idx"), bin_path.stat().st_size)
         self._lengths = index.lengths
         self.document_starts = index.document_starts  # (documents + 1,) int64, in tokens
+        self.document_lengths = index.document_lengths  # (documents,) tokens
         self.num_documents = len(self.document_starts) - 1
         self.num_tokens = int(self.document_starts[-1])
         if self.num_tokens == 0:
             raise CorpusError(f"{self.path}.idx: an empty corpus: {self.num_documents} documents without a token")
-        self.tokens = np.asarray(np.memmap(bin_path, dtype=index.dtype, mode="r"))  # (num_tokens,); slices faster
+        self._map = np.memmap(bin_path, dtype=index.dtype, mode="r")
+        self.tokens = np.asarray(self._map)  # (num_tokens,); a plain array is sliced faster
         self.manifest = self._read_manifest()
 
     def _read_manifest(self) -> dict[str, Any] | None:
@@ -81,6 +84,11 @@ class Corpus:
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, as a view."""
         return self.tokens[self.document_starts[number] : self.document_starts[number + 1]]
+
+    def release_pages(self) -> None:
+        """Let go of the pages read so far: they stay in the machine's cache, but no longer count as this process's memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -35,6 +35,7 @@ _WINDOW = 16384  # sequences of an evaluation that are packed together
 _CHUNK = 8  # micro-batches handed over at once
 _CHUNKS_AHEAD = 2
 _POLL_S = 0.1
+_RELEASE_SEQUENCES = 1024  # each may map 64 KiB beside its own tokens
 
 
 class Step:
@@ -86,6 +87,7 @@ class Loader:
         self.device = device
         self.start_step = start_step
         self._hidden_cache = hidden_cache
+        self._num_read = 0
         self._layout = plan_layout(plan, fixed_shapes=device.type == "cuda")
         self._ready: queue.Queue = queue.Queue(maxsize=_CHUNKS_AHEAD)
         self._stop = threading.Event()
@@ -131,6 +133,14 @@ class Loader:
                 continue
         return False
 
+    def _release(self, planned: StepPlan) -> None:
+        """Keep what is mapped of a large corpus from growing to all of it."""
+        self._num_read += planned.num_sequences // self.plan.world_size
+        if self._num_read >= _RELEASE_SEQUENCES:
+            self._num_read = 0
+            for source in self.plan.sources:
+                source.sequences.release_pages()
+
     def _prefetch(self) -> None:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
@@ -138,6 +148,7 @@ class Loader:
                 planned = self.plan.step(index)
                 if not self._put(planned):
                     return
+                self._release(planned)
                 builder = StepBuilder(self.plan, planned, self._layout, self._hidden_cache)
                 for first in range(0, planned.num_micro_steps, _CHUNK):
                     last = min(first + _CHUNK, planned.num_micro_steps)

@@ -24,6 +24,7 @@ _DTYPES = {
     7: (np.uint32,),  # f32 to Megatron
     8: (np.uint16, np.uint64),
 }
+_BLOCK = 1 << 15
 _CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 
 
@@ -38,6 +39,7 @@ class Index:
     dtype: np.dtype
     lengths: np.ndarray  # (S,) int32, tokens per sequence
     document_starts: np.ndarray  # (documents + 1,) int64, in tokens
+    document_lengths: np.ndarray  # (documents,) int32, or int64 where a document has several sequences
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -93,9 +95,12 @@ def read_index(path: Path, bin_size: int) -> Index:
     starts = np.zeros(num_sequences + 1, dtype=np.int64)
     np.cumsum(lengths, out=starts[1:])
     dtype = _find_dtype(path, code, int(starts[-1]), bin_size)
-    if not np.array_equal(pointers, starts[:-1] * dtype.itemsize):
-        raise CorpusError(f"{path}: its byte pointers do not follow from its lengths: damaged")
-    return Index(dtype, lengths, _document_starts(path, entries, starts))
+    for block in range(0, num_sequences, _BLOCK):  # small enough to stay in the processor's cache
+        end = min(block + _BLOCK, num_sequences)
+        if not np.array_equal(pointers[block:end], starts[block:end] * dtype.itemsize):
+            raise CorpusError(f"{path}: its byte pointers do not follow from its lengths: damaged")
+    documents = _document_starts(path, entries, starts)
+    return Index(dtype, lengths, documents, lengths if documents is starts else np.diff(documents))
 
 
 def _find_dtype(path: Path, code: int, num_tokens: int, bin_size: int) -> np.dtype:
@@ -113,6 +118,6 @@ def _document_starts(path: Path, entries: np.ndarray, sequence_starts: np.ndarra
     num_sequences = len(sequence_starts) - 1
     if len(entries) <= 1:  # nobody marked the ends of documents: every sequence is one
         return sequence_starts
-    if entries[0] != 0 or entries[-1] != num_sequences or (np.diff(entries) < 0).any():
+    if entries[0] != 0 or entries[-1] != num_sequences or (entries[1:] < entries[:-1]).any():
         raise CorpusError(f"{path}: document starts must rise from 0 to {num_sequences}: damaged")
     return sequence_starts if len(entries) == num_sequences + 1 else sequence_starts[entries]

@@ -31,7 +31,9 @@ class SequenceIndex:
         else:
             parts = [c.document_starts[:-1] + base for c, base in zip(corpora, self._bases)]
             self._starts = np.concatenate([*parts, self._bases[-1:]])
-        lengths = np.diff(self._starts)
+        lengths = (
+            np.concatenate([c.document_lengths for c in corpora]) if len(corpora) > 1 else corpora[0].document_lengths
+        )
         counts = (lengths + (seq_len - MIN_TOKENS)) // seq_len
         self._first = np.zeros(len(counts) + 1, dtype=np.int64)  # (documents + 1,) number of each document's first
         np.cumsum(counts, out=self._first[1:])
@@ -79,6 +81,11 @@ class SequenceIndex:
         which = int(np.searchsorted(self._bases, start, side="right")) - 1
         start -= int(self._bases[which])
         return self.corpora[which].tokens[start : start + length]
+
+    def release_pages(self) -> None:
+        """Let go of the pages of the corpora that were read so far."""
+        for corpus in self.corpora:
+            corpus.release_pages()
 
     def tokens(self, sequence: int) -> np.ndarray:
         """The tokens of one sequence, as a view."""

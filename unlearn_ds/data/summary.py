@@ -22,7 +22,7 @@ _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 def summarise(corpus: Corpus, seq_len: int) -> dict[str, Any]:
     """Counts and fill of rows of `seq_len` tokens; packing is measured on up to 100 updates of 480 sequences."""
     sequences = SequenceIndex([corpus], seq_len)
-    lengths = np.diff(corpus.document_starts)
+    lengths = corpus.document_lengths
     sample = np.random.default_rng(0).permutation(len(sequences))[: _PACKED_TOGETHER * _NUM_UPDATES]
     sampled = sequences.lengths(sample)
     num_rows = sum(
@@ -61,7 +61,7 @@ def save_histogram(path: Path, corpora: Mapping[str, Corpus], seq_len: int) -> N
     """A picture of the document lengths of several corpora, one panel each."""
     figure = Figure(figsize=(7, 1.6 * len(corpora) + 0.6), layout="constrained")
     panels = figure.subplots(len(corpora), 1, sharex=True, squeeze=False)[:, 0]
-    every = {name: np.maximum(1, np.diff(corpus.document_starts)) for name, corpus in corpora.items()}
+    every = {name: np.maximum(1, corpus.document_lengths) for name, corpus in corpora.items()}
     longest = max(int(lengths.max()) for lengths in every.values())
     bins = np.geomspace(1, longest + 1, 60)
     for panel, (name, lengths) in zip(panels, every.items()):

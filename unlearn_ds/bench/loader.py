@@ -1,0 +1,351 @@
+"""The token loader against every installed peer and a plain copy; opening 10^9 tokens; preparing against the bare tokenizer.
+
+    unlearn-ds bench loader --json loader.json                       rows and opening, about three minutes
+    unlearn-ds bench loader --parts prepare --prepare_mb 1024        a gigabyte of text
+
+Parts: `rows`, steady-state packed rows of 4096 tokens from one process, all competitors in turn over the same tokens; `open`,
+time to the first micro-batch at step 0 and in the middle of an epoch; `prepare`, against `encode_batch` on the same cores.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unlearn_ds.bench.loader_peers import PEERS, Rows
+from unlearn_ds.bench.record import quantiles, time_interleaved, version, write_json
+from unlearn_ds.data.corpus import Corpus, CorpusWriter
+from unlearn_ds.data.labels import TrueTargets
+from unlearn_ds.data.loader import Loader
+from unlearn_ds.data.megatron import index_bytes
+from unlearn_ds.data.plan import Plan, Source
+from unlearn_ds.data.sequences import SequenceIndex
+
+SEQ_LEN = 4096
+_VOCAB_SIZE = 64_000
+_BYTES_PER_TOKEN = 3
+_SIGMA = 1.0  # of the logarithm of a document's length: the longest of 2 000 is some 20 times the mean
+DISTRIBUTIONS = {"github": 7_000, "arxiv": 44_000}  # mean bytes of a document in the published sets
+PARTS = ("rows", "open", "prepare")
+
+
+def document_lengths(name: str, num_tokens: int, seed: int = 0) -> np.ndarray:
+    """Long-tailed lengths with the published mean, of `num_tokens` together."""
+    mean = DISTRIBUTIONS[name] / _BYTES_PER_TOKEN
+    rng = np.random.default_rng(seed)
+    lengths = rng.lognormal(np.log(mean) - _SIGMA**2 / 2, _SIGMA, max(8, int(num_tokens / mean))).astype(np.int64)
+    return np.maximum(lengths, 5)
+
+
+def write_random_corpus(path: Path, name: str, num_tokens: int) -> Corpus:
+    """Random tokens in documents of these lengths."""
+    rng = np.random.default_rng(1)
+    with CorpusWriter(path, _VOCAB_SIZE) as writer:
+        for length in document_lengths(name, num_tokens).tolist():
+            writer.add(rng.integers(0, _VOCAB_SIZE, length))
+    return Corpus(path)
+
+
+def make_plan(corpus: Corpus, world_size: int = 1, rows: int = 1) -> Plan:
+    """Ascent plus descent with the published 480 sequences an update, without end."""
+    sequences = SequenceIndex([corpus], SEQ_LEN)
+    sources = [
+        Source("forget", "cross_entropy", -1.0, sequences, TrueTargets()),
+        Source("retain", "cross_entropy", 1.0, sequences, TrueTargets()),
+    ]
+    return Plan(
+        sources,
+        global_batch_size=480,
+        seq_len=SEQ_LEN,
+        micro_batch_size=rows,
+        world_size=world_size,
+        seed=0,
+        num_epochs=1e6,
+    )
+
+
+def our_rows(loader: Loader) -> Rows:
+    """Real tokens in each micro-batch of one row."""
+    for step in loader:
+        for batch in step.micro_batches:
+            yield batch.rows.input_ids.shape[1]
+
+
+def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows of steady state: every competitor gives `num_rows` in turn."""
+    results = []
+    for name in DISTRIBUTIONS:
+        where = folder / name
+        corpus = write_random_corpus(where / "corpus", name, num_tokens)
+        plan = make_plan(corpus)
+        first = plan.step(0)
+        with Loader(plan, 0, torch.device("cpu")) as loader:
+            competitors: dict[str, Rows] = {"ours": our_rows(loader)}
+            for peer, (make, packages, _) in PEERS.items():
+                if all(version(package) for package in packages):
+                    competitors[peer] = make(corpus, where, SEQ_LEN)
+                else:
+                    print(f"{peer}: not installed, left out", file=sys.stderr)
+            fill = {peer: np.mean(list(islice(rows, num_rows))) / SEQ_LEN for peer, rows in competitors.items()}
+            fill["ours"] = first.num_tokens / (first.num_rows * SEQ_LEN)
+            gc.collect()
+            runs = {peer: lambda rows=rows: sum(islice(rows, num_rows)) for peer, rows in competitors.items()}
+            times = time_interleaved(runs, repeats)
+        for peer, measured in times.items():
+            per_row_us = measured["median_ms"] * 1e3 / num_rows
+            results.append(
+                {
+                    "name": f"rows_{name}",
+                    "impl": peer,
+                    "shape": [num_rows, SEQ_LEN],
+                    **measured,
+                    "us_per_row": round(per_row_us, 2),
+                    "rows_per_s": round(1e6 / per_row_us),
+                    "tokens_per_s": round(1e6 / per_row_us * SEQ_LEN * float(fill[peer])),
+                    "fill": round(float(fill[peer]), 4),
+                    "relative_to_plain_copy": round(times["plain_copy"]["median_ms"] / measured["median_ms"], 3),
+                    "does_not": PEERS[peer][2] if peer in PEERS else "",
+                }
+            )
+    return results
+
+
+def write_sparse_corpus(path: Path, num_documents: int, num_tokens: int) -> None:
+    """A real index over a file of zeros that takes no room on disk."""
+    lengths = np.full(num_documents, num_tokens // num_documents, dtype=np.int32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".idx").write_bytes(index_bytes(lengths, np.dtype(np.uint16)))
+    with path.with_suffix(".bin").open("wb") as file:
+        file.truncate(2 * int(lengths.sum(dtype=np.int64)))
+
+
+_OPEN = """
+import json, resource, sys, time
+import torch
+from unlearn_ds.bench import loader as bench
+from unlearn_ds.data.corpus import Corpus
+from unlearn_ds.data.loader import Loader
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def first_batch(where):
+    started = time.perf_counter()
+    plan = bench.make_plan(Corpus(sys.argv[1]), world_size=int(sys.argv[2]))
+    start = int(plan.steps_per_epoch * where)
+    with Loader(plan, 0, torch.device("cpu"), start) as loader:
+        step = next(iter(loader))
+        next(iter(step.micro_batches))
+        return (time.perf_counter() - started) * 1e3
+times = {"first_ms": first_batch(0.0), "resume_ms": first_batch(0.5)}
+plan = bench.make_plan(Corpus(sys.argv[1]), world_size=int(sys.argv[2]))
+started = time.perf_counter()
+plan.fingerprint
+times["fingerprint_ms"] = (time.perf_counter() - started) * 1e3
+with Loader(plan, 0, torch.device("cpu")) as loader:
+    for index, step in enumerate(loader):
+        sum(batch.rows.input_ids.numel() for batch in step.micro_batches)
+        if index == 50:
+            break
+times["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(json.dumps(times))
+"""
+
+
+def bench_open(folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """Fresh processes: opening, planning and the first micro-batch, at step 0 and in the middle of an epoch."""
+    sizes = {"1e7": (10**4, 10**7), "1e9": (10**6, 10**9)}
+    for name, (num_documents, num_tokens) in sizes.items():
+        write_sparse_corpus(folder / name / "corpus", num_documents, num_tokens)
+    measured: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for _ in range(repeats):
+        for name in sizes:
+            for world_size in (1, 64):
+                command = [sys.executable, "-c", _OPEN, str(folder / name / "corpus"), str(world_size)]
+                finished = subprocess.run(command, capture_output=True, text=True, check=True)
+                measured.setdefault((name, world_size), []).append(json.loads(finished.stdout))
+    return [
+        {
+            "name": "open",
+            "impl": "ours",
+            "shape": list(sizes[name]),
+            "world_size": world_size,
+            **{
+                f"{what}_{key}": value
+                for what in ("first", "resume", "fingerprint")
+                for key, value in quantiles([time[f"{what}_ms"] for time in times]).items()
+            },
+            "peak_mem_bytes": int(max(time["peak_mib"] for time in times) * 2**20),
+        }
+        for (name, world_size), times in measured.items()
+    ]
+
+
+def write_text(path: Path, megabytes: int) -> int:
+    """A jsonl of the standard library's sources, each copy with other identifiers; returns the characters of text."""
+    import sysconfig
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = [
+        p for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts and 500 < p.stat().st_size < 1 << 20
+    ]
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sources]
+    written, copy = 0, 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < megabytes << 20:
+            for text in texts:
+                varied = text.replace("self", f"self_{copy}").replace("return", f"return {copy} or")
+                file.write(json.dumps({"text": varied}) + "\n")
+                written += len(varied)
+                if written >= megabytes << 20:
+                    break
+            copy += 1
+    return written
+
+
+_BARE = """
+import json, sys, time
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1])
+started, tokens, batch = time.perf_counter(), 0, []
+spent = 0.0
+def encode(batch):
+    global tokens, spent
+    begun = time.perf_counter()
+    tokens += sum(len(encoding) for encoding in tokenizer.encode_batch(batch))
+    spent += time.perf_counter() - begun
+with open(sys.argv[2], encoding="utf-8") as file:
+    for line in file:
+        batch.append(json.loads(line)["text"])
+        if len(batch) == 256:
+            encode(batch)
+            batch = []
+encode(batch)
+print(json.dumps({"encode_s": spent, "whole_s": time.perf_counter() - started, "tokens": tokens}))
+"""
+_PREPARE = """
+import json, resource, sys, time
+from unlearn_ds.data.prepare import PrepareConfig, prepare
+if __name__ == "__main__":
+    options = {"data_dir": sys.argv[3], "num_proc": int(sys.argv[4]), "disable_tqdm": True}
+    config = PrepareConfig(sys.argv[1], forget=(sys.argv[2],), **options)
+    started = time.perf_counter()
+    corpus = prepare(config)["forget"]
+    whole = time.perf_counter() - started
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps({"whole_s": whole, "tokens": corpus.num_tokens, "peak_mib": [peak / 1024 for peak in peaks]}))
+"""
+
+
+def train_tokenizer(folder: Path, text: Path) -> None:
+    """A byte-level BPE of 32 000 tokens, trained on the first 2 000 documents."""
+    from unlearn_ds.demo_data import write_tokenizer
+
+    head = folder / "head.jsonl"
+    with text.open(encoding="utf-8") as file:
+        head.write_text("".join(islice(file, 2000)), encoding="utf-8")
+    write_tokenizer(folder / "tokenizer", [head], 32_000)
+
+
+def bench_prepare(folder: Path, sizes_mb: list[int], cores: int) -> list[dict[str, Any]]:
+    """The command against `encode_batch` alone; one run each, as both take long."""
+    results = []
+    for megabytes in sizes_mb:
+        text = folder / f"text_{megabytes}.jsonl"
+        num_chars = write_text(text, megabytes)
+        if not (folder / "tokenizer").exists():
+            train_tokenizer(folder, text)
+        environment = os.environ | {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true"}
+        tokenizer = folder / "tokenizer"
+        data = folder / f"data_{megabytes}"
+        commands = {
+            "encode_batch": [_BARE, str(tokenizer / "tokenizer.json"), str(text)],
+            "ours": [_PREPARE, str(tokenizer), str(text), str(data), str(cores)],
+        }
+        rows = {}
+        for impl, (script, *arguments) in commands.items():
+            path = folder / f"{impl}.py"  # a file: worker processes import the main module again
+            path.write_text(script, encoding="utf-8")
+            command = [sys.executable, str(path), *arguments]
+            finished = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            rows[impl] = json.loads(finished.stdout.splitlines()[-1])
+        assert rows["ours"]["tokens"] == rows["encode_batch"]["tokens"], "prepare made other tokens than the tokenizer"
+        for impl, row in rows.items():
+            seconds = row.get("encode_s", row["whole_s"])
+            results.append(
+                {
+                    "name": "prepare",
+                    "impl": impl,
+                    "shape": [megabytes, row["tokens"]],
+                    "median_ms": round(seconds * 1e3, 1),
+                    "mb_per_s": round(num_chars / 1e6 / seconds, 2),
+                    "tokens_per_s": round(row["tokens"] / seconds),
+                    "relative_to_encode_batch": round(rows["encode_batch"]["encode_s"] / seconds, 3),
+                    "peak_mem_bytes": [int(mib * 2**20) for mib in row.get("peak_mib", [])],
+                    "cores": cores,
+                }
+            )
+    return results
+
+
+def show(results: list[dict[str, Any]]) -> str:
+    """A table for the terminal."""
+    lines = []
+    for row in results:
+        head = f"{row['name']:<14}{row['impl']:<20}"
+        if row["name"].startswith("rows"):
+            lines.append(
+                f"{head}{row['us_per_row']:>10.1f} us a row{row['rows_per_s']:>10,} rows/s{row['tokens_per_s'] / 1e6:>9.1f} M "
+                f"tokens/s  rows {row['fill']:.1%} full  {row['relative_to_plain_copy']:.2f} x plain copy"
+                + (f"  ({row['does_not']})" if row["does_not"] else "")
+            )
+        elif row["name"] == "open":
+            lines.append(
+                f"{head}{row['shape'][1]:.0e} tokens, {row['world_size']} ranks: first {row['first_median_ms']:.0f} ms, resume "
+                f"{row['resume_median_ms']:.0f} ms, fingerprint {row['fingerprint_median_ms']:.0f} ms, peak "
+                f"+{row['peak_mem_bytes'] / 2**20:.0f} MiB"
+            )
+        else:
+            peaks = " and ".join(f"{peak / 2**20:.0f}" for peak in row["peak_mem_bytes"])
+            lines.append(
+                f"{head}{row['shape'][0]} MB: {row['mb_per_s']} MB/s, {row['tokens_per_s']:,} tokens/s, "
+                f"{row['relative_to_encode_batch']:.2f} x encode_batch" + (f", peak {peaks} MiB" if peaks else "")
+            )
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `unlearn-ds bench loader`."""
+    parser.add_argument("--json", metavar="FILE", help="write the results here")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rows", "open"], help="what to measure")
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens of the corpora for rows (default: 2e7)")
+    parser.add_argument("--rows", type=int, default=1000, help="rows of one timed round (default: 1000)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--prepare_mb", type=int, nargs="+", default=[64], help="text for prepare, in MB (default: 64)")
+    parser.add_argument("--folder", help="where the files go (default: a temporary folder, deleted)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run, print the table, write the JSON."""
+    torch.set_num_threads(1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        if "rows" in args.parts:
+            results += bench_rows(folder, args.tokens, args.rows, args.repeats)
+        if "open" in args.parts:
+            results += bench_open(folder, args.repeats)
+        if "prepare" in args.parts:
+            results += bench_prepare(folder, args.prepare_mb, cores)
+    print(show(results))
+    if args.json:
+        packages = ("numpy", *(package for _, names, _ in PEERS.values() for package in names), "tokenizers")
+        write_json(args.json, results, versions={package: version(package) for package in packages})
+    return 0
