@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 
 from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.packing import pack_rows
+from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
 
 _PACKED_TOGETHER = 480  # sequences of one update in the published runs
 _NUM_UPDATES = 100
+_DRAWN_ROWS = 120
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
 
@@ -57,6 +59,47 @@ def format_summary(summaries: Mapping[str, Mapping[str, Any]], seq_len: int) -> 
     return "\n".join(lines)
 
 
+def save_step_picture(path: Path, plan: Plan, step: StepPlan) -> None:
+    """The rows of an update, rank by rank and micro-step by micro-step: each bar a sequence, coloured by its source."""
+    colours = ("#e15759", "#4e79a7", "#59a14f")
+    placed = [
+        (f"rank {rank}, micro-step {m + 1}" if slot == 0 else "", row)
+        for rank, micro_steps in enumerate(step.dealt)
+        for m, rows in enumerate(micro_steps)
+        for slot, row in enumerate(rows or [None])
+    ][:_DRAWN_ROWS]
+    figure = Figure(figsize=(9, 0.16 * len(placed) + 1.4), layout="constrained")
+    panel = figure.subplots()
+    for y, (_, row) in enumerate(placed):
+        left = 0
+        for i in step.rows[row] if row is not None else ():
+            colour = colours[step.source[i] % len(colours)]
+            panel.barh(y, step.length[i], left=left, height=0.9, color=colour, edgecolor="white", linewidth=0.5)
+            left += int(step.length[i])
+    for k, source in enumerate(plan.sources):
+        panel.barh(
+            0, 0, color=colours[k % len(colours)], label=f"{source.role} ({source.loss}, factor {source.factor:+g})"
+        )
+    panel.set_yticks(range(len(placed)), [label for label, _ in placed], fontsize=6)
+    panel.set_xlim(0, step.seq_len)
+    panel.invert_yaxis()
+    panel.set_xlabel("tokens of a row")
+    shown = f", the first {len(placed)} shown" if step.num_rows > len(placed) else ""
+    panel.set_title(
+        f"update {step.index + 1}: {step.num_sequences} sequences in {step.num_rows} rows{shown}",
+        fontsize=9,
+        loc="left",
+    )
+    figure.legend(loc="outside lower center", ncols=len(plan.sources), fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=120)
+    partial.replace(path)
+
+
 def save_histogram(path: Path, corpora: Mapping[str, Corpus], seq_len: int) -> None:
     """A picture of the document lengths of several corpora, one panel each."""
     figure = Figure(figsize=(7, 1.6 * len(corpora) + 0.6), layout="constrained")
@@ -72,6 +115,4 @@ def save_histogram(path: Path, corpora: Mapping[str, Corpus], seq_len: int) -> N
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xscale("log")
     panels[-1].set_xlabel(f"tokens of a document (line: seq_len {seq_len})")
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=120)
-    partial.replace(path)
+    _save(figure, path)
