@@ -45,6 +45,21 @@ class ForkedRun:
             time.sleep(0.05)
         return [self.server.codes[pid] for pid in self.pids]
 
+    def wait_as_a_launcher(self, patience_s: float = 5.0) -> list[int]:
+        """As launchers do: once a rank has failed, the others are killed if they do not end by themselves.
+
+        Only while ranks still look for each other can one be unaware of another's death.
+        """
+        deadline = None
+        while not self.ended():
+            if deadline is None and any(pid in self.server.codes for pid in self.pids):
+                deadline = time.monotonic() + patience_s
+            if deadline is not None and time.monotonic() > deadline:
+                for rank in range(len(self.pids)):
+                    self.kill(rank)
+            time.sleep(0.02)
+        return [self.server.codes[pid] for pid in self.pids]
+
     def ended(self) -> bool:
         """Whether all ranks have ended."""
         self.server.poll()

@@ -98,7 +98,7 @@ def test_twenty_random_kills_of_one_rank(tiny, tmp_path):
         else:
             time.sleep(rng.random() * 1.5)
         run.kill(rng.randrange(2))
-        codes = run.wait()
+        codes = run.wait_as_a_launcher()
         assert -signal.SIGKILL in codes, f"finished before the kill: {codes}"
         kills += 1
     resume(tiny, out, resume=False, auto_resume=True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -91,13 +91,21 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
 
     quiet_libraries()
     wait_for_extension_locks()
-    deepspeed.init_distributed(
-        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S), auto_mpi_discovery=False, verbose=False
-    )
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    if device.type == "cpu":
+        # Before DeepSpeed sets up its shared memory, in which a rank would wait for a dead one for ever.
+        if not dist.is_initialized():
+            dist.init_process_group(deepspeed.get_accelerator().communication_backend_name(), timeout=timeout)
+        _start_lifeline()
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    _start_lifeline()
+    return device
+
+
+def _start_lifeline() -> None:
     global _lifeline
     if _lifeline is None and dist.get_world_size() > 1:
         _lifeline = Lifeline.start()
-    return device
 
 
 def lifeline() -> Lifeline | None:
@@ -156,6 +164,17 @@ def guarded(prog: str, body: Callable[[], Any]) -> int:
     finally:
         shut_down(failure, unexpected)
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`, the last thing that a rank does.
+
+    Without Python's own finalisation: threads of libraries that still run then can abort it (std::terminate), and a run that
+    is finished would end with an error.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:

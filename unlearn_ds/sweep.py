@@ -254,4 +254,4 @@ def collect(elements: list[Element], config: SweepConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

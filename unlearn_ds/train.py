@@ -202,4 +202,4 @@ def reduce_losses(plan: Plan, step: Step, sums: Tensor) -> dict[str, float | Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -116,4 +116,4 @@ def _default_output(model: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())
