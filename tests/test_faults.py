@@ -268,19 +268,6 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(out)
 
 
-def test_a_rank_that_says_nothing_is_lost(tiny, tmp_path):
-    """As when a host loses power: no process ends, no connection closes."""
-    run = start_and_reach(tiny, tmp_path / "run", 5)
-    run.kill(1, signal.SIGSTOP)
-    stopped = time.monotonic()
-    wait_for(lambda: "no sign of it for" in run.output(), "the silence", run, TO_THE_MESSAGE_S)
-    assert time.monotonic() - stopped < TO_THE_MESSAGE_S
-    run.kill(1)
-    assert run.wait() == [EXIT_PEER_LOST, -signal.SIGKILL]
-    resume(tiny, tmp_path / "run")
-    tiny.assert_same_as_uninterrupted(tmp_path / "run")
-
-
 def test_clock_jumps_do_nothing(tiny, tmp_path):
     """The wall clock of both ranks leaps a day ahead, then a year back, in mid-run."""
     shim, offset = tmp_path / "clock.so", tmp_path / "offset"
