@@ -232,3 +232,20 @@ def test_evaluation_sees_every_token_once(sets: dict, world_size: int, rows_per_
         for t in range(1, len(sequences.tokens(i)))
     ]
     assert sorted(found) == sorted(expected)
+
+
+def test_a_buffer_is_used_again_only_when_nobody_holds_a_view(sets: dict) -> None:
+    plan = make_plan(sets, num_epochs=20.0)
+    kept, copies, addresses = [], [], set()
+    with Loader(plan, 0, CPU) as loader:
+        for step in loader:
+            for m, batch in enumerate(step.micro_batches):
+                addresses.add(batch.rows.input_ids.data_ptr())
+                if m == step.index % 3:
+                    held = [batch.rows.input_ids, batch.ce_targets[1:], batch.ce_weights, batch.kl_rows, batch.ref_rows]
+                    kept.append(held)
+                    copies.append([tensor.clone() for tensor in held])
+    total = sum(plan.step(i).num_micro_steps for i in range(plan.num_steps))
+    assert len(addresses) < 0.8 * total, "buffers are used again"
+    for held, copied in zip(kept, copies):
+        assert all(torch.equal(a, b) for a, b in zip(held, copied)), "a tensor that is still held was overwritten"

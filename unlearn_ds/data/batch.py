@@ -4,6 +4,8 @@ Legend: T tokens of a micro-batch, S segments (sequences, and padding where ther
 K positions with KL. The target of position t of a sequence is its token t + 1; the last position has none.
 """
 
+import sys
+from collections import deque
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -20,6 +22,9 @@ Batch = TypeVar("Batch")
 
 # Few different shapes: on a CPU oneDNN compiles a kernel per shape of a bf16 product and keeps it (0.5 MB and more each).
 _TOKENS_MULTIPLE = 128
+_BUFFER_MULTIPLE = 4096
+_MOST_BUFFERS = 512  # of one size
+_REFERENCES_OF_A_FREE_BUFFER = 3  # the pool's, the local variable's and getrefcount's own
 _FILLER = [(np.zeros(2, dtype=np.int64), 2)]  # the shortest sequence with a target
 
 
@@ -87,6 +92,29 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch)})
 
 
+class _Buffers:
+    """Arrays that are used again once nobody holds a view of them: fresh memory would be mapped in page by page, every time."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[type, int], deque[np.ndarray]] = {}
+
+    def empty(self, size: int, dtype: type) -> np.ndarray:  # (size,)
+        """Like `np.empty`."""
+        capacity = -(-size // _BUFFER_MULTIPLE) * _BUFFER_MULTIPLE
+        pool = self._pools.get((dtype, capacity))
+        if pool is None:
+            pool = self._pools[dtype, capacity] = deque()
+        if pool:
+            buffer = pool[0]  # the one handed out longest ago
+            if sys.getrefcount(buffer) == _REFERENCES_OF_A_FREE_BUFFER:
+                pool.rotate(-1)
+                return buffer[:size]
+        buffer = np.empty(capacity, dtype=dtype)
+        if len(pool) < _MOST_BUFFERS:
+            pool.append(buffer)
+        return buffer[:size]
+
+
 class Layout:
     """How sequences are laid out: tight or each padded to `seq_len`, then padding up to a round number of tokens.
 
@@ -100,6 +128,7 @@ class Layout:
         self._fixed = fixed
         self._pad_each = pad_each
         self._counter = np.arange(0)
+        self.empty = _Buffers().empty
 
     def count(self, size: int) -> np.ndarray:
         """0, 1, 2, ... at least up to `size`."""
@@ -128,8 +157,7 @@ class Layout:
         """Copy sequences (tokens, length) into place; also returns the tokens (T,) as an array, and where sequences start."""
         starts, boundaries = self.place([length for _, length in sequences])
         size = boundaries[-1]
-        ids, positions = np.empty((1, size), dtype=np.int64), np.empty((1, size), dtype=np.int64)
-        flat, flat_positions = ids[0], positions[0]
+        flat, flat_positions = self.empty(size, np.int64), self.empty(size, np.int64)
         if size > sum(length for _, length in sequences):
             flat.fill(0)
         for (tokens, length), start in zip(sequences, starts):
@@ -142,11 +170,15 @@ class Layout:
             longest = max(longest, length)
             low = high
         cu_seqlens = torch.from_numpy(np.array(boundaries, dtype=np.int32))
-        return PackedRows(torch.from_numpy(ids), torch.from_numpy(positions), cu_seqlens, longest), flat, starts
+        return (
+            PackedRows(torch.from_numpy(flat[None]), torch.from_numpy(flat_positions[None]), cu_seqlens, longest),
+            flat,
+            starts,
+        )
 
     def target_rows(self, starts: list[int], lengths: list[int]) -> np.ndarray:  # (sum of lengths - number,) int64
         """Positions that have a target: all but the last of each sequence."""
-        rows = np.empty(sum(lengths) - len(lengths), dtype=np.int64)
+        rows = self.empty(sum(lengths) - len(lengths), np.int64)
         counter = self.count(starts[-1] + lengths[-1] if starts else 0)
         at = 0
         for start, length in zip(starts, lengths):
@@ -212,9 +244,9 @@ class StepBuilder:
     def _cross_entropy(self, tokens: np.ndarray, starts: list[int], chosen: list[int]) -> tuple[Tensor, ...]:
         """Rows, targets, weights and is-forget of the sequences `chosen` that start at `starts`; filler if there are none."""
         size = sum(self._length[i] for i in chosen) - len(chosen) or 1
-        make = np.empty if chosen else np.zeros
-        rows, targets = make(size, dtype=np.int64), make(size, dtype=np.int64)
-        weights, is_forget = make(size, dtype=np.float32), make(size, dtype=np.bool_)
+        make = self._layout.empty if chosen else np.zeros
+        rows, targets = make(size, np.int64), make(size, np.int64)
+        weights, is_forget = make(size, np.float32), make(size, np.bool_)
         counter = self._layout.count(len(tokens))
         at = 0
         for i, start in zip(chosen, starts):

@@ -32,7 +32,7 @@ from unlearn_ds.data.sequences import SequenceIndex
 __all__ = ["EvaluationBatch", "Loader", "MicroBatch", "PackedRows", "Step", "evaluation_batches"]
 
 _WINDOW = 16384  # sequences of an evaluation that are packed together
-_CHUNK = 8  # micro-batches handed over at once
+_CHUNK_ROWS = 8  # handed over at once
 _CHUNKS_AHEAD = 2
 _POLL_S = 0.1
 _RELEASE_SEQUENCES = 1024  # each may map 64 KiB beside its own tokens
@@ -142,6 +142,7 @@ class Loader:
                 source.sequences.release_pages()
 
     def _prefetch(self) -> None:
+        size = max(1, _CHUNK_ROWS // self.plan.micro_batch_size)  # micro-batches
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
             for index in range(self.start_step, self.plan.num_steps):
@@ -150,8 +151,8 @@ class Loader:
                     return
                 self._release(planned)
                 builder = StepBuilder(self.plan, planned, self._layout, self._hidden_cache)
-                for first in range(0, planned.num_micro_steps, _CHUNK):
-                    last = min(first + _CHUNK, planned.num_micro_steps)
+                for first in range(0, planned.num_micro_steps, size):
+                    last = min(first + size, planned.num_micro_steps)
                     chunk = [builder.build(self.rank, m) for m in range(first, last)]
                     if stream is not None:
                         with torch.cuda.stream(stream):
