@@ -241,3 +241,32 @@ def test_errors(config: PrepareConfig, inputs: Path, tmp_path: Path, capsys: pyt
     with pytest.raises(CorpusError, match="a corpus without sequences: no document has 5 tokens"):
         prepare(replace(config, forget=(str(jsonl(tmp_path / "short.jsonl", ["a", "b"])),)))
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".idx", ".bin", ".partial")], "nothing is half-written"
+
+
+def test_a_document_of_1e8_characters(inputs: Path, tmp_path: Path) -> None:
+    """Prepared in bounded memory: far less than the 10 GB that the tokenizer alone would take for it in one piece."""
+    words = ("the quick brown fox jumps over the lazy dog\n" * 24_000)[: 1 << 20]
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        file.write('{"text": "')
+        for _ in range(10**8 // len(words) + 1):
+            file.write(json.dumps(words)[1:-1])
+        file.write('"}\n')
+    script = (
+        "import resource, sys\n"
+        "from unlearn_ds.data.prepare import main\n"
+        "code = main(sys.argv[1:])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "sys.exit(code)\n"
+    )
+    options = ["--tokenizer_name_or_path", str(inputs / "tokenizer"), "--forget", str(path), "--disable_tqdm"]
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *options, "--data_dir", str(tmp_path / "data"), "--num_proc", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) < 3 << 20, "KiB"
+    corpus = Corpus(tmp_path / "data" / "github" / "forget")
+    assert corpus.num_documents == 1
+    assert corpus.num_tokens > 10**7

@@ -119,9 +119,9 @@ def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> li
     return results
 
 
-def write_sparse_corpus(path: Path, num_documents: int, num_tokens: int) -> None:
+def write_sparse_corpus(path: Path, lengths: np.ndarray) -> None:  # (documents,) tokens
     """A real index over a file of zeros that takes no room on disk."""
-    lengths = np.full(num_documents, num_tokens // num_documents, dtype=np.int32)
+    lengths = lengths.astype(np.int32)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".idx").write_bytes(index_bytes(lengths, np.dtype(np.uint16)))
     with path.with_suffix(".bin").open("wb") as file:
@@ -162,7 +162,7 @@ def bench_open(folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Fresh processes: opening, planning and the first micro-batch, at step 0 and in the middle of an epoch."""
     sizes = {"1e7": (10**4, 10**7), "1e9": (10**6, 10**9)}
     for name, (num_documents, num_tokens) in sizes.items():
-        write_sparse_corpus(folder / name / "corpus", num_documents, num_tokens)
+        write_sparse_corpus(folder / name / "corpus", np.full(num_documents, num_tokens // num_documents))
     measured: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in range(repeats):
         for name in sizes:
