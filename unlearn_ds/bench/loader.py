@@ -23,6 +23,7 @@ import torch
 
 from unlearn_ds.bench.loader_peers import PEERS, Rows
 from unlearn_ds.bench.record import quantiles, time_interleaved, version, write_json
+from unlearn_ds.data.batch import StepBuilder, plan_layout
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
 from unlearn_ds.data.labels import TrueTargets
 from unlearn_ds.data.loader import Loader
@@ -80,6 +81,16 @@ def our_rows(loader: Loader) -> Rows:
             yield batch.rows.input_ids.shape[1]
 
 
+def our_rows_inline(plan: Plan) -> Rows:
+    """The same without the prefetch thread: made when asked for, as the peers make theirs."""
+    layout = plan_layout(plan, fixed_shapes=False)
+    for index in range(plan.num_steps):
+        step = plan.step(index)
+        builder = StepBuilder(plan, step, layout)
+        for micro_step in range(step.num_micro_steps):
+            yield builder.build(0, micro_step).rows.input_ids.shape[1]
+
+
 def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> list[dict[str, Any]]:
     """Rows of steady state: every competitor gives `num_rows` in turn."""
     results = []
@@ -89,14 +100,14 @@ def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> li
         plan = make_plan(corpus)
         first = plan.step(0)
         with Loader(plan, 0, torch.device("cpu")) as loader:
-            competitors: dict[str, Rows] = {"ours": our_rows(loader)}
+            competitors: dict[str, Rows] = {"ours": our_rows(loader), "ours_inline": our_rows_inline(plan)}
             for peer, (make, packages, _) in PEERS.items():
                 if all(version(package) for package in packages):
                     competitors[peer] = make(corpus, where, SEQ_LEN)
                 else:
                     print(f"{peer}: not installed, left out", file=sys.stderr)
             fill = {peer: np.mean(list(islice(rows, num_rows))) / SEQ_LEN for peer, rows in competitors.items()}
-            fill["ours"] = first.num_tokens / (first.num_rows * SEQ_LEN)
+            fill["ours"] = fill["ours_inline"] = first.num_tokens / (first.num_rows * SEQ_LEN)
             gc.collect()
             runs = {peer: lambda rows=rows: sum(islice(rows, num_rows)) for peer, rows in competitors.items()}
             times = time_interleaved(runs, repeats)

@@ -7,6 +7,7 @@ K positions with KL. The target of position t of a sequence is its token t + 1; 
 import sys
 from collections import deque
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -131,7 +132,7 @@ class Layout:
         self.empty = _Buffers().empty
 
     def count(self, size: int) -> np.ndarray:
-        """0, 1, 2, ... at least up to `size`."""
+        """0, 1, 2, ... at least up to `size`. Micro-batches hold views of it: never to be written to."""
         if size > len(self._counter):
             self._counter = np.arange(2 * size)
         return self._counter
@@ -157,21 +158,21 @@ class Layout:
         """Copy sequences (tokens, length) into place; also returns the tokens (T,) as an array, and where sequences start."""
         starts, boundaries = self.place([length for _, length in sequences])
         size = boundaries[-1]
-        flat, flat_positions = self.empty(size, np.int64), self.empty(size, np.int64)
+        flat = self.empty(size, np.int64)
         if size > sum(length for _, length in sequences):
             flat.fill(0)
         for (tokens, length), start in zip(sequences, starts):
             flat[start : start + length] = tokens
         counter = self.count(size)
-        longest = low = 0
-        for high in boundaries[1:]:
-            length = high - low
-            flat_positions[low:high] = counter[:length]
-            longest = max(longest, length)
-            low = high
+        longest = max(high - low for low, high in pairwise(boundaries))
+        positions = counter[:size]
+        if longest < size:
+            positions = self.empty(size, np.int64)
+            for low, high in pairwise(boundaries):
+                positions[low:high] = counter[: high - low]
         cu_seqlens = torch.from_numpy(np.array(boundaries, dtype=np.int32))
         return (
-            PackedRows(torch.from_numpy(flat[None]), torch.from_numpy(flat_positions[None]), cu_seqlens, longest),
+            PackedRows(torch.from_numpy(flat[None]), torch.from_numpy(positions[None]), cu_seqlens, longest),
             flat,
             starts,
         )
@@ -245,9 +246,15 @@ class StepBuilder:
         """Rows, targets, weights and is-forget of the sequences `chosen` that start at `starts`; filler if there are none."""
         size = sum(self._length[i] for i in chosen) - len(chosen) or 1
         make = self._layout.empty if chosen else np.zeros
-        rows, targets = make(size, np.int64), make(size, np.int64)
         weights, is_forget = make(size, np.float32), make(size, np.bool_)
         counter = self._layout.count(len(tokens))
+        if len(chosen) == 1 and self._is_true[self._source[chosen[0]]]:  # nothing to put together: views will do
+            start = starts[0]
+            weights.fill(self._weight[chosen[0]])
+            is_forget.fill(self._is_forget[self._source[chosen[0]]])
+            arrays = (counter[start : start + size], tokens[start + 1 : start + 1 + size], weights, is_forget)
+            return tuple(torch.from_numpy(array) for array in arrays)
+        rows, targets = make(size, np.int64), make(size, np.int64)
         at = 0
         for i, start in zip(chosen, starts):
             stop = start + self._length[i] - 1  # the last position has no target
