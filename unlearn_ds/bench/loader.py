@@ -10,11 +10,14 @@ time to the first micro-batch at step 0 and in the middle of an epoch; `prepare`
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 
 from unlearn_ds.bench.loader_peers import PEERS, Rows
-from unlearn_ds.bench.record import quantiles, time_interleaved, version, write_json
+from unlearn_ds.bench.record import quantiles, version, write_json
 from unlearn_ds.data.batch import StepBuilder, plan_layout
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
 from unlearn_ds.data.labels import TrueTargets
@@ -91,26 +94,49 @@ def our_rows_inline(plan: Plan) -> Rows:
             yield builder.build(0, micro_step).rows.input_ids.shape[1]
 
 
+def _serve(connection: Connection, name: str, path: Path, num_rows: int) -> None:
+    """A competitor in a process of its own: some libraries leave threads running, which would slow the others down."""
+    torch.set_num_threads(1)
+    corpus = Corpus(path)
+    if name in PEERS:
+        rows = PEERS[name][0](corpus, path.parent, SEQ_LEN)
+    elif name == "ours_inline":
+        rows = our_rows_inline(make_plan(corpus))
+    else:
+        rows = our_rows(Loader(make_plan(corpus), 0, torch.device("cpu")).__enter__())  # ends with the process
+    connection.send(float(np.mean(list(islice(rows, num_rows)))))
+    gc.collect()
+    while connection.recv():
+        started = time.perf_counter()
+        sum(islice(rows, num_rows))
+        connection.send((time.perf_counter() - started) * 1e3)
+
+
 def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> list[dict[str, Any]]:
     """Rows of steady state: every competitor gives `num_rows` in turn."""
     results = []
+    names = ["ours", "ours_inline", *(n for n, (_, packages, _) in PEERS.items() if all(map(version, packages)))]
+    for left_out in sorted({*PEERS} - {*names}):
+        print(f"{left_out}: not installed, left out", file=sys.stderr)
+    context = multiprocessing.get_context("spawn")
     for name in DISTRIBUTIONS:
-        where = folder / name
-        corpus = write_random_corpus(where / "corpus", name, num_tokens)
-        plan = make_plan(corpus)
-        first = plan.step(0)
-        with Loader(plan, 0, torch.device("cpu")) as loader:
-            competitors: dict[str, Rows] = {"ours": our_rows(loader), "ours_inline": our_rows_inline(plan)}
-            for peer, (make, packages, _) in PEERS.items():
-                if all(version(package) for package in packages):
-                    competitors[peer] = make(corpus, where, SEQ_LEN)
-                else:
-                    print(f"{peer}: not installed, left out", file=sys.stderr)
-            fill = {peer: np.mean(list(islice(rows, num_rows))) / SEQ_LEN for peer, rows in competitors.items()}
-            fill["ours"] = fill["ours_inline"] = first.num_tokens / (first.num_rows * SEQ_LEN)
-            gc.collect()
-            runs = {peer: lambda rows=rows: sum(islice(rows, num_rows)) for peer, rows in competitors.items()}
-            times = time_interleaved(runs, repeats)
+        path = folder / name / "corpus"
+        first = make_plan(write_random_corpus(path, name, num_tokens)).step(0)
+        connections = {}
+        fill, rounds = {}, {}
+        for peer in names:
+            connections[peer], theirs = context.Pipe()
+            context.Process(target=_serve, args=(theirs, peer, path, num_rows), daemon=True).start()
+            fill[peer] = connections[peer].recv() / SEQ_LEN
+            rounds[peer] = []
+        fill["ours"] = fill["ours_inline"] = first.num_tokens / (first.num_rows * SEQ_LEN)
+        for _ in range(repeats):
+            for peer, connection in connections.items():
+                connection.send(True)
+                rounds[peer].append(connection.recv())
+        for connection in connections.values():
+            connection.send(False)
+        times = {peer: quantiles(values) for peer, values in rounds.items()}
         for peer, measured in times.items():
             per_row_us = measured["median_ms"] * 1e3 / num_rows
             results.append(
@@ -249,8 +275,8 @@ if __name__ == "__main__":
     started = time.perf_counter()
     corpus = prepare(config)["forget"]
     whole = time.perf_counter() - started
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"whole_s": whole, "tokens": corpus.num_tokens, "peak_mib": [peak / 1024 for peak in peaks]}))
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of the process that reads and writes
+    print(json.dumps({"whole_s": whole, "tokens": corpus.num_tokens, "peak_mib": peak_mib}))
 """
 
 
@@ -298,7 +324,7 @@ def bench_prepare(folder: Path, sizes_mb: list[int], cores: int) -> list[dict[st
                     "mb_per_s": round(num_chars / 1e6 / seconds, 2),
                     "tokens_per_s": round(row["tokens"] / seconds),
                     "relative_to_encode_batch": round(rows["encode_batch"]["encode_s"] / seconds, 3),
-                    "peak_mem_bytes": [int(mib * 2**20) for mib in row.get("peak_mib", [])],
+                    "peak_mem_bytes": int(row["peak_mib"] * 2**20) if "peak_mib" in row else None,
                     "cores": cores,
                 }
             )
@@ -323,10 +349,10 @@ def show(results: list[dict[str, Any]]) -> str:
                 f"+{row['peak_mem_bytes'] / 2**20:.0f} MiB"
             )
         else:
-            peaks = " and ".join(f"{peak / 2**20:.0f}" for peak in row["peak_mem_bytes"])
+            peak = f", peak {row['peak_mem_bytes'] / 2**20:.0f} MiB" if row["peak_mem_bytes"] else ""
             lines.append(
                 f"{head}{row['shape'][0]} MB: {row['mb_per_s']} MB/s, {row['tokens_per_s']:,} tokens/s, "
-                f"{row['relative_to_encode_batch']:.2f} x encode_batch" + (f", peak {peaks} MiB" if peaks else "")
+                f"{row['relative_to_encode_batch']:.2f} x encode_batch" + peak
             )
     return "\n".join(lines)
 
