@@ -1,10 +1,14 @@
 """The benchmarks of the loss: memory as promised, no time for what is wrong, files as other tools read them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from tests.support import ROOT
 from unlearn_ds import cli
 from unlearn_ds.bench import contestants
 from unlearn_ds.bench.kernels import bench as bench_kernels
@@ -64,3 +68,14 @@ def test_errors_say_what_is_wrong(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["bench", "kernels", "--shapes", "4,5"])
     assert "expected N,D,V such as" in capsys.readouterr().err
+
+
+def test_the_gpu_check_says_what_it_needs(tmp_path):
+    script = ROOT / "launch" / "gpu_check.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    for device, message in (("cuda", "torch sees no CUDA device"), ("tpu", "device 'tpu': cuda or cpu")):
+        command = ["bash", script, tmp_path / "out", device]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert finished.returncode == 2
+        assert message in finished.stderr
