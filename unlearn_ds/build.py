@@ -1,6 +1,5 @@
 """From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,19 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from unlearn_ds import checkpoint, distributed
-from unlearn_ds.activations import choose_checkpointing, fixed_bytes, layer_activations
 from unlearn_ds.checks import check_model
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import tokenizer_fingerprint
-from unlearn_ds.data.plan import Plan
+from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.ds_config import ModelSize, check_device, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.fit import check_memory, fit_checkpointing
 from unlearn_ds.health import compare_ranks, rank_facts
 from unlearn_ds.hidden_cache import open_or_fill
 from unlearn_ds.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.lora import LoraOptions, add_adapters, trainable_parameters
 from unlearn_ds.loss_head import HeadOptions
-from unlearn_ds.memory import available_bytes, num_parameters, require_memory, state_bytes
+from unlearn_ds.memory import num_parameters
 from unlearn_ds.model import (
     ModelOptions,
     load_config,
@@ -43,6 +42,7 @@ from unlearn_ds.run_data import (
     with_reference_nll,
     with_targets,
 )
+from unlearn_ds.run_folder import claim_run_dir, find_checkpoint
 from unlearn_ds.sequence_nll import reference_nll
 
 
@@ -67,6 +67,19 @@ class Run:
     start_step: int  # updates already done
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model to train, before its weights are loaded."""
+
+    options: ModelOptions
+    config: PreTrainedConfig
+    tokenizer: Any | None
+    fingerprint: str
+    head: HeadOptions
+    num_parameters: int
+    num_trainable: int
+
+
 def build_run(config: RunConfig) -> Run:
     """Open the data, load the model into ZeRO partitions, draw labels, restore a checkpoint. Every rank calls this.
 
@@ -75,12 +88,53 @@ def build_run(config: RunConfig) -> Run:
     ds_file = load_ds_file(config.deepspeed)
     device = distributed.init_distributed(config.num_threads)
     check_device(ds_file, device.type, config.deepspeed)
-    run_dir = config.run_dir
-    distributed.on_main(lambda: claim_run_dir(config, run_dir))
+    distributed.on_main(lambda: claim_run_dir(config, config.run_dir))
     torch.manual_seed(config.seed)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
 
+    subject = open_subject(config)
+    corpora = open_run_corpora(config, subject.config.vocab_size, subject.tokenizer)
+    if config.resume:
+        check_same_corpora(config.run_dir, corpora)
+    special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
+    sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
+    plan = make_plan(config, sources, distributed.world_size())
+    plan_id = f"{config.objective_name}-{plan.fingerprint}"
+    compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
+
+    ds_config = complete_ds_config(config, ds_file, model_size(subject.config))
+    check_memory(config, subject.num_parameters, subject.num_trainable, ds_config, device)
+    resumed_from = find_checkpoint(config, config.run_dir)
+    if resumed_from is not None:
+        checkpoint.prepare_resume(resumed_from, ds_config)
+    engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
+    # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
+    sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
+    plan = make_plan(config, sources, distributed.world_size())
+    reference = make_reference(config, subject, sources, engine, adapter, ds_file, device)
+    start_step = checkpoint.load(engine, resumed_from, plan_id) if resumed_from is not None else 0
+    return Run(
+        config=config,
+        run_dir=config.run_dir,
+        device=device,
+        model_config=subject.config,
+        tokenizer=subject.tokenizer,
+        model_fingerprint=subject.fingerprint,
+        num_parameters=subject.num_parameters,
+        num_trainable=subject.num_trainable,
+        corpora=corpora,
+        plan=plan,
+        plan_id=plan_id,
+        engine=engine,
+        reference=reference,
+        adapter=adapter,
+        start_step=start_step,
+    )
+
+
+def open_subject(config: RunConfig) -> Subject:
+    """Everything about the model that needs no weights."""
     options = ModelOptions(
         config.start_model,
         config.bf16,
@@ -90,91 +144,101 @@ def build_run(config: RunConfig) -> Run:
         config.loading,
     )
     model_config = load_config(options)
-    tokenizer = load_tokenizer(config)
-    corpora = open_run_corpora(config, model_config.vocab_size, tokenizer)
-    if config.resume:
-        check_same_corpora(run_dir, corpora)
-    special_ids = tuple(tokenizer.all_special_ids) if tokenizer is not None else ()
-    sources = make_sources(config, corpora, model_config.vocab_size, special_ids)
-    plan = make_plan(config, sources, distributed.world_size())
-    plan_id = f"{config.objective_name}-{plan.fingerprint}"
-    fingerprint = "random" if config.random_init else model_fingerprint(options.name_or_path)
-    compare_ranks(
-        rank_facts(device, options.dtype)
+    impl = None if config.loss_impl == "auto" else config.loss_impl
+    parameters = num_parameters(model_config)
+    return Subject(
+        options=options,
+        config=model_config,
+        tokenizer=load_tokenizer(config),
+        fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
+        head=HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl),
+        num_parameters=parameters,
+        num_trainable=trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters,
+    )
+
+
+def facts_of_rank(
+    config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]], plan_id: str, device: torch.device
+) -> dict[str, str]:
+    """What must be the same on every rank before any of them trains."""
+    tokenizer = subject.tokenizer
+    return (
+        rank_facts(device, subject.options.dtype)
         | {f"--{name}": str(value) for name, value in asdict(config).items()}
-        | {"model": fingerprint, "plan": plan_id}
+        | {"model": subject.fingerprint, "plan": plan_id}
         | {f"corpus {c.name}": c.corpus.fingerprint for term in corpora for c in term}
         | {"tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none"}
     )
 
-    size = model_size(model_config)
-    ds_config = complete_ds_config(config, ds_file, size)
-    parameters = num_parameters(model_config)
-    trainable = trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters
-    check_memory(config, parameters, trainable, ds_config, device)
-    resumed_from = find_checkpoint(config, run_dir)
-    if resumed_from is not None:
-        checkpoint.prepare_resume(resumed_from, ds_config)
-    impl = None if config.loss_impl == "auto" else config.loss_impl
-    head = HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl)
-    model = load_model(options, model_config, ds_config, head, device)
+
+def build_engine(
+    config: RunConfig, subject: Subject, ds_config: dict[str, Any], num_steps: int, device: torch.device
+) -> tuple[TrainingEngine, Any | None]:
+    """The model in ZeRO partitions with its optimizer, checked; and peft's configuration of its adapters, with LoRA."""
+    model = load_model(subject.options, subject.config, ds_config, subject.head, device)
     adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
-    checkpointing = fit_checkpointing(config, model_config, ds_config, parameters, trainable, device)
+    checkpointing = fit_checkpointing(
+        config, subject.config, ds_config, subject.num_parameters, subject.num_trainable, device
+    )
     wrap_layers(model.model, checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
     model.train()
-    engine = TrainingEngine(model, config, ds_config, plan.num_steps)
-    check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
+    engine = TrainingEngine(model, config, ds_config, num_steps)
+    options = subject.options
+    check_model(engine.ask, subject.config.vocab_size, options.dtype, device, options.name_or_path)
+    return engine, adapter
 
+
+def ask_original(
+    config: RunConfig,
+    subject: Subject,
+    sources: list[Source],
+    forget: NamedCorpus,
+    engine: TrainingEngine,
+    device: torch.device,
+) -> list[Source]:
+    """The sources with what the original model says of the forget set: sampled labels, or each sequence's NLL."""
+    given = (config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
     if config.objective.needs_sampled_targets:
-        # The engine still holds the original weights: labels are drawn before any checkpoint is loaded.
-        targets = sampled_targets(config, corpora[0][0], sources[0].sequences, engine.ask, fingerprint, device)
-        plan = make_plan(config, with_targets(config, sources, targets), distributed.world_size())
+        sources = with_targets(config, sources, sampled_targets(*given))
     form = config.sequence_loss
     if form is not None and form.needs_reference_nll:
-        nll = reference_nll(config, corpora[0][0], sources[0].sequences, engine.ask, fingerprint, device)
-        plan = make_plan(config, with_reference_nll(sources, nll), distributed.world_size())
-    reference: Reference = NoReference()
+        sources = with_reference_nll(sources, reference_nll(*given))
+    return sources
+
+
+def make_reference(
+    config: RunConfig,
+    subject: Subject,
+    sources: list[Source],
+    engine: TrainingEngine,
+    adapter: Any | None,
+    ds_file: dict[str, Any],
+    device: torch.device,
+) -> Reference:
+    """The frozen original model as the objective needs it: not at all, from a cache, as adapters off, or as an engine."""
     if config.reference == "cache":
         sequences = next(source.sequences for source in sources if source.loss == KL)
-        reference = CachedReference(
+        return CachedReference(
             open_or_fill(
                 sequences,
                 engine,
-                fingerprint,
-                options.dtype,
+                subject.fingerprint,
+                subject.options.dtype,
                 rows_per_batch=config.per_device_eval_batch_size,
                 overwrite=config.overwrite_cache,
                 progress=not config.disable_tqdm,
             )
         )
-    elif config.objective.needs_reference and adapter is not None:
-        reference = AdapterReference(engine)
-    elif config.objective.needs_reference:
-        frozen_config = inference_config(
-            ds_file, bf16=config.bf16, size=size, ranks_per_node=distributed.ranks_per_node()
-        )
-        frozen = load_model(options, model_config, frozen_config, head, device)
-        reference = LiveReference(FrozenEngine(frozen, frozen_config))
-    start_step = checkpoint.load(engine, resumed_from, plan_id) if resumed_from is not None else 0
-    return Run(
-        config,
-        run_dir,
-        device,
-        model_config,
-        tokenizer,
-        fingerprint,
-        parameters,
-        trainable,
-        corpora,
-        plan,
-        plan_id,
-        engine,
-        reference,
-        adapter,
-        start_step,
-    )
+    if not config.objective.needs_reference:
+        return NoReference()
+    if adapter is not None:
+        return AdapterReference(engine)
+    size = model_size(subject.config)
+    frozen_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=distributed.ranks_per_node())
+    frozen = load_model(subject.options, subject.config, frozen_config, subject.head, device)
+    return LiveReference(FrozenEngine(frozen, frozen_config))
 
 
 def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSize) -> dict[str, Any]:
@@ -193,104 +257,6 @@ def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSi
 def lora_options(config: RunConfig) -> LoraOptions:
     """The adapters that the run asks for."""
     return LoraOptions(config.lora_r, config.lora_alpha, config.lora_target)
-
-
-def check_memory(
-    config: RunConfig, parameters: int, trainable: int, ds_config: dict[str, Any], device: torch.device
-) -> None:
-    """Refuse, on all ranks alike, a model whose state alone is larger than the memory of a rank."""
-    require_memory(
-        state_components(config, parameters, trainable, ds_config["zero_optimization"]), least_available(device)
-    )
-
-
-def state_components(
-    config: RunConfig, parameters: int, trainable: int, zero: dict[str, Any]
-) -> dict[str, tuple[int, str]]:
-    """What the run's state takes of a rank's memory."""
-    return state_bytes(
-        parameters,
-        zero,
-        bf16=config.bf16,
-        reference=config.objective.needs_reference and config.reference == "live" and not config.lora_r,
-        world_size=distributed.world_size(),
-        trainable=trainable,
-    )
-
-
-def least_available(device: torch.device) -> dict[str, int]:
-    """Free memory of the rank that has least."""
-    shares = distributed.gather_objects(available_bytes(device, distributed.ranks_per_node()))
-    return {place: min(share[place] for share in shares) for place in ("device", "host")}
-
-
-def fit_checkpointing(
-    config: RunConfig,
-    model_config: PreTrainedConfig,
-    ds_config: dict[str, Any],
-    parameters: int,
-    trainable: int,
-    device: torch.device,
-) -> str:
-    """The run's activation checkpointing; `auto` becomes the fastest one that fits beside the state. Every rank calls this."""
-    if config.activation_checkpointing != "auto":
-        return config.activation_checkpointing
-    components = state_components(config, parameters, trainable, ds_config["zero_optimization"])
-    # The parameters are there already; what else the state takes is still to come.
-    to_come = sum(size for name, (size, place) in components.items() if place == "device" and name != "parameters")
-    free = least_available(device)["device"] - to_come
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    tokens = config.per_device_train_batch_size * config.seq_len
-    workspace = int(config.loss_workspace_mib * 2**20)
-    choice, needed = choose_checkpointing(
-        layer_activations(model_config, dtype),
-        model_config.num_hidden_layers,
-        tokens,
-        free,
-        fixed_bytes(model_config, dtype, workspace, model_size(model_config).layer),
-    )
-    distributed.say(
-        f"--activation_checkpointing auto: {choice}; a micro-step of {tokens} tokens then takes about {needed / 2**30:.2f} "
-        f"GiB beside the state, of {free / 2**30:.2f} free"
-    )
-    return choice
-
-
-def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
-    """Create the output folder, or refuse one that an earlier run left full."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise OptionError(f"--output_dir {run_dir}: is a file")
-    if config.resume or config.auto_resume:
-        if config.resume and not checkpoint.complete_checkpoints(run_dir):
-            raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}")
-        checkpoint.remove_remains(run_dir)
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        if not config.overwrite_output_dir:
-            raise OptionError(
-                f"--output_dir {run_dir} is not empty: --overwrite_output_dir clears it, --resume goes on from its newest "
-                "checkpoint"
-            )
-        if not (run_dir / "run.json").exists():
-            raise OptionError(
-                f"--overwrite_output_dir: {run_dir} holds no run.json, so it is not an earlier run's: not cleared"
-            )
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-
-
-def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint that the run goes on from, if it resumes. Every rank calls this.
-
-    Raises `CheckpointError` rather than start afresh over checkpoints of which none is intact.
-    """
-    if not (config.resume or config.auto_resume):
-        return None
-    found = checkpoint.newest_intact(run_dir)
-    if found is None and distributed.on_main(lambda: checkpoint.complete_checkpoints(run_dir)):
-        raise checkpoint.CheckpointError(
-            f"every checkpoint in {checkpoint.folder(run_dir)} is damaged: start afresh with --overwrite_output_dir"
-        )
-    return found
 
 
 def load_tokenizer(config: RunConfig) -> Any | None:

@@ -1,0 +1,45 @@
+"""The folder of a run: claimed when it starts, and the checkpoint there that it goes on from."""
+
+import shutil
+from pathlib import Path
+
+from unlearn_ds import checkpoint, distributed
+from unlearn_ds.config import RunConfig
+from unlearn_ds.options import OptionError
+
+
+def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
+    """Create the output folder, or refuse one that an earlier run left full."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise OptionError(f"--output_dir {run_dir}: is a file")
+    if config.resume or config.auto_resume:
+        if config.resume and not checkpoint.complete_checkpoints(run_dir):
+            raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}")
+        checkpoint.remove_remains(run_dir)
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        if not config.overwrite_output_dir:
+            raise OptionError(
+                f"--output_dir {run_dir} is not empty: --overwrite_output_dir clears it, --resume goes on from its newest "
+                "checkpoint"
+            )
+        if not (run_dir / "run.json").exists():
+            raise OptionError(
+                f"--overwrite_output_dir: {run_dir} holds no run.json, so it is not an earlier run's: not cleared"
+            )
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from, if it resumes. Every rank calls this.
+
+    Raises `CheckpointError` rather than start afresh over checkpoints of which none is intact.
+    """
+    if not (config.resume or config.auto_resume):
+        return None
+    found = checkpoint.newest_intact(run_dir)
+    if found is None and distributed.on_main(lambda: checkpoint.complete_checkpoints(run_dir)):
+        raise checkpoint.CheckpointError(
+            f"every checkpoint in {checkpoint.folder(run_dir)} is damaged: start afresh with --overwrite_output_dir"
+        )
+    return found
