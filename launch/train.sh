@@ -13,7 +13,7 @@
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export PYTHONPATH="$HERE/..${PYTHONPATH:+:$PYTHONPATH}"
-if ! "${PYTHON:-python}" -c "import unlearn_ds, deepspeed.version" 2>/dev/null; then
+if ! "${PYTHON:-python}" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("unlearn_ds") and u.find_spec("deepspeed")))'; then
     source "$HERE/environment.sh"
     PYTHON=python
 fi

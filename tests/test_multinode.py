@@ -1,4 +1,4 @@
-"""launch/multinode.sh with a hostfile, as documented, on two hosts with their own addresses, names and ssh servers."""
+"""launch/multinode.sh on two hosts with their own addresses, names and ssh servers, as documented; launch/train.sh on one."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.hosts import Hosts, missing_programs
 from tests.ranks import ROOT
 from tests.slurm import end_with_parent
 from unlearn_ds.checkpoint import complete_checkpoints
-from unlearn_ds.processes import LAUNCHER_VARIABLES
+from unlearn_ds.processes import LAUNCHER_VARIABLES, rank_environment
 from unlearn_ds.signals import EXIT_RESUMABLE
 
 
@@ -91,6 +91,21 @@ def test_two_hosts_a_signal_a_cut_network_and_the_end(hosts, tiny, tmp_path):
     run = MultinodeRun(hosts, tmp_path, arguments)
     assert run.process.wait(180) == 0, run.output()
     assert "device        cpu x 2" in run.output()
+    tiny.assert_same_as_uninterrupted(out)
+
+
+def test_the_script_for_one_machine_passes_signals_on(tiny, tmp_path):
+    out = tmp_path / "run"
+    script = ["bash", str(ROOT / "launch" / "train.sh"), *tiny.arguments(out, save_steps=0)]
+    environment = rank_environment(NUM_GPUS="2", PYTHON=sys.executable, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(script, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent)
+    deadline = time.monotonic() + 120
+    while len(metrics(out)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_RESUMABLE, (tmp_path / "log").read_text()
+    tiny.server.run(tiny.arguments(out, resume=True, save_steps=0))
     tiny.assert_same_as_uninterrupted(out)
 
 
