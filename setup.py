@@ -45,6 +45,7 @@ setup(
         "bench": ["liger-kernel", "quack-kernels", "cut-cross-entropy"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "megatron-core>=0.16",
             "ruff>=0.12",
