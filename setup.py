@@ -42,6 +42,7 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "wandb": ["wandb>=0.19"],
         "lora": ["peft>=0.18"],
+        "tasks": ["lm-eval>=0.4.9"],
         "bench": ["liger-kernel", "quack-kernels", "cut-cross-entropy"],
         "test": [
             "pytest>=8",
@@ -50,6 +51,7 @@ setup(
             "megatron-core>=0.16",
             "ruff>=0.12",
             "scikit-learn>=1.5",
+            "lm-eval>=0.4.9",
             "wandb>=0.19",
             "peft>=0.18",
         ],

@@ -7,7 +7,7 @@ from scipy.stats import ks_2samp
 from tests.evaluation_support import random_table, random_tables
 from unlearn_ds.evaluation.options import Thresholds
 from unlearn_ds.evaluation.summary import evaluate_tables
-from unlearn_ds.evaluation.verdict import choose_yardstick, compare_ppl, document_changes, judge
+from unlearn_ds.evaluation.verdict import Comparison, compare_ppl, document_changes, judge
 from unlearn_ds.options import OptionError
 
 
@@ -31,8 +31,7 @@ def retrained():
 
 
 def verdict_of(tables, original=None, retrained=None, **limits):
-    yardstick = choose_yardstick(tables, original, retrained, 0.5)
-    return judge(tables, evaluate_tables(tables), yardstick, original, Thresholds(**limits))
+    return judge(tables, evaluate_tables(tables), Comparison(original, retrained, Thresholds(**limits)))
 
 
 def test_ks_and_ratios_equal_scipy_and_numpy(original, retrained):

@@ -10,7 +10,7 @@ from torch import nn
 
 from unlearn_ds import __version__, distributed
 from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
-from unlearn_ds.evaluation.summary import show
+from unlearn_ds.evaluation.card import evaluation_section
 from unlearn_ds.lora import adapter_state, merged_state
 
 _GATHER_AT_ONCE = 64
@@ -86,15 +86,5 @@ def model_card(options: dict[str, Any], forgotten: list[dict[str, Any]], evaluat
         "|---|---|",
         *(f"| {name} | `{value}` |" for name, value in sorted(options.items()) if value not in (None, "", False)),
         "",
-        "## Evaluation",
-        "",
     ]
-    if not evaluation:
-        return "\n".join([*lines, "Not evaluated: run `unlearn-ds evaluate`.", ""])
-    lines += ["| set | perplexity | accuracy % | sequences |", "|---|---|---|---|"]
-    for name, measured in evaluation["sets"].items():
-        lines.append(f"| {name} | {show(measured['ppl'])} | {measured['acc']:.2f} | {measured['num_sequences']} |")
-    lines.append("")
-    if "min_k_40" in evaluation.get("mia", {}):
-        lines.append(f"Membership inference (Min-40% Prob): AUC {show(evaluation['mia']['min_k_40']['auc'], '.3f')}.")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines) + "\n" + evaluation_section(evaluation)

@@ -9,13 +9,13 @@ import math
 from unlearn_ds import distributed
 from unlearn_ds.build import Run
 from unlearn_ds.conditions import SETS, Condition, parse_condition, parse_share
-from unlearn_ds.evaluation.attacks import MAIN_ATTACK, attack_scores, measure_attack
+from unlearn_ds.evaluation.attacks import main_auc
 from unlearn_ds.evaluation.collect import collect_tables, open_sets
 from unlearn_ds.evaluation.summary import perplexity
 from unlearn_ds.evaluation.table import Table
 from unlearn_ds.metrics import MetricsWriter, read_metrics
 from unlearn_ds.options import OptionError
-from unlearn_ds.snapshot import Snapshot
+from unlearn_ds.snapshot import Snapshot, trainable
 
 PREFIX = "eval_"  # of these metrics in metrics.jsonl
 Metrics = dict[str, float | None]
@@ -27,10 +27,7 @@ def metrics_of(tables: dict[str, Table]) -> Metrics:
     for name, table in tables.items():
         result[f"{name}_ppl"] = perplexity(-table["log_prob"].mean())
         result[f"{name}_acc"] = 100 * float(table["accuracy"].mean())
-    if "forget" in tables and "approximate" in tables:
-        scores = attack_scores(tables["forget"], tables["approximate"])[MAIN_ATTACK]
-        result["mia_auc"] = measure_attack(scores, None)["auc"]
-    return result
+    return result | {"mia_auc": main_auc(tables)}
 
 
 def distance(now: Metrics, start: Metrics, utility: str | None, allowed: float) -> float:
@@ -140,14 +137,14 @@ class Guard:
         return False, None
 
     def _keep(self, step: int, now: Metrics, too_far: bool) -> None:
-        model = self._run.engine.engine.module
+        weights = trainable(self._run.engine.engine.module)
         self._measured_step = step
         if self._increase is not None and not too_far:
-            self._last_good = Snapshot(model, step)
+            self._last_good = Snapshot(weights, step)
         if self._run.config.load_best:
             here = distance(now, self._start, self._utility, self._allowed)
             if here < self._best_distance or self._best is None:
-                self._best, self._best_distance = Snapshot(model, step), here
+                self._best, self._best_distance = Snapshot(weights, step), here
 
     def finish(self) -> None:
         """Bring back the state that is to be evaluated and exported."""

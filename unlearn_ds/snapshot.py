@@ -1,4 +1,6 @@
-"""A copy of the weights that a run can go back to: each rank keeps its own shard of the trainable parameters on the host."""
+"""A copy of weights that can be gone back to: each rank keeps its own shard on the host."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,11 @@ def _stores(parameter: nn.Parameter) -> list[Tensor]:
     return stores
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 class Snapshot:
     """The weights as they were when it was made.
 
@@ -20,9 +27,9 @@ class Snapshot:
     trained further.
     """
 
-    def __init__(self, model: nn.Module, step: int) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], step: int = 0) -> None:
         self.step = step  # updates done
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = list(parameters)
         self._copies = [[store.to("cpu", copy=True) for store in _stores(p)] for p in self._parameters]
 
     @torch.no_grad()

@@ -119,3 +119,10 @@ def roc_curve(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
         reached = len(values) - np.searchsorted(np.sort(values), thresholds, "left")
         curves.append(np.concatenate([[0.0], reached / len(values)]))
     return curves[0], curves[1]
+
+
+def main_auc(tables: dict[str, Table]) -> float | None:
+    """AUC of the main attack; None without both sets or with scores that are not finite."""
+    if "forget" not in tables or "approximate" not in tables:
+        return None
+    return measure_attack(attack_scores(tables["forget"], tables["approximate"])[MAIN_ATTACK], None)["auc"]

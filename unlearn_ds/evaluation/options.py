@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from unlearn_ds.options import OptionError, check_choices
+from unlearn_ds.options import OptionError, check_choices, did_you_mean
+
+QUANTIZATIONS = ("int8", "int4")
+_POSITIVE = (
+    "seq_len per_device_eval_batch_size loss_workspace_mib relearn_learning_rate relearn_batch_size generate_tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,29 @@ class EvaluateConfig(Thresholds):
     """rows of seq_len tokens in one forward of a rank"""
     max_sequences: int | None = None
     """measure at most this many sequences of each corpus (a seeded sample)"""
+    quantize: tuple[str, ...] = ()
+    """also measure with the decoder's weights rounded to int8 and/or int4"""
+    relearn: int = 0
+    """also fine-tune a copy this many updates on half of the forget documents, and measure the other half"""
+    relearn_learning_rate: float = 2e-5
+    """peak learning rate of that"""
+    relearn_batch_size: int = 16
+    """sequences per update of that"""
+    generate: int = 0
+    """also let the model continue this many forget sequences from their first half, and compare by ROUGE-L"""
+    generate_tokens: int = 64
+    """longest continuation, in tokens"""
+    tasks: tuple[str, ...] = ()
+    """instead of the corpora, run these tasks of lm-eval, such as mmlu arc_challenge gsm8k (needs
+    `pip install unlearn-ds[tasks]`; one process)"""
+    tasks_path: str | None = None
+    """folder with lm-eval tasks of your own"""
+    tasks_limit: int | None = None
+    """questions per task (default: all)"""
+    allow_generated_code: bool = False
+    """let tasks such as humaneval run the code that the model writes"""
     seed: int = 42
-    """seed of that sample and of bootstrap intervals"""
+    """seed of that sample, of bootstrap intervals and of relearning's data order"""
     deepspeed: str = "zero3"
     """a file of DeepSpeed options, or one of those shipped"""
     bf16: bool = True
@@ -71,9 +97,19 @@ class EvaluateConfig(Thresholds):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
-        for name in ("seq_len", "per_device_eval_batch_size", "loss_workspace_mib"):
+        for name in _POSITIVE.split():
             if getattr(self, name) <= 0:
                 raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("relearn", "generate"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"--{name} {getattr(self, name)}: must not be negative")
+        for word in self.quantize:
+            if word not in QUANTIZATIONS:
+                raise OptionError(
+                    f"--quantize {word}: choose from {', '.join(QUANTIZATIONS)}.{did_you_mean(word, QUANTIZATIONS)}"
+                )
+        if self.tasks_limit is not None and self.tasks_limit < 1:
+            raise OptionError(f"--tasks_limit {self.tasks_limit}: at least 1")
         if self.max_sequences is not None and self.max_sequences < 2:
             raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")
 

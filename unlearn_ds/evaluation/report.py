@@ -3,19 +3,18 @@
 Everything is computed from the tables that `unlearn-ds evaluate` left in each folder: no model is loaded.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.evaluation.attacks import MAIN_ATTACK
+from unlearn_ds.evaluation.folder import evaluated_tables, read_json, read_robustness, write_json, write_text
 from unlearn_ds.evaluation.options import ReportConfig, Thresholds
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
 from unlearn_ds.evaluation.summary import DEFAULT_SEED, evaluate_tables
-from unlearn_ds.evaluation.table import Table, read_tables
-from unlearn_ds.evaluation.verdict import choose_yardstick, document_changes, judge
+from unlearn_ds.evaluation.table import Table
+from unlearn_ds.evaluation.verdict import Comparison, document_changes, judge
 from unlearn_ds.metrics import read_metrics
 from unlearn_ds.options import OptionError, did_you_mean, parse
 
@@ -32,7 +31,7 @@ class Model:
     evaluation: dict[str, Any]  # what evaluate wrote: the model's name, its options
     run: dict[str, Any]  # run.json, empty for a model that was not trained here
     metrics: list[dict[str, Any]]
-    robustness: dict[str, Any]  # relearn.json, quantize.json and tasks.json, where they exist
+    robustness: dict[str, Any]  # generation.json, quantize.json, relearn.json and tasks.json, where they exist
     measured: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)
@@ -100,58 +99,34 @@ def write_report(
             for name, model in loaded.items()
         },
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write(output_dir / "report.json", json.dumps(report, indent=2, allow_nan=False))
-    _write(output_dir / "report.md", render_markdown(report))
-    _write(output_dir / "report.html", render_page(title, report, loaded))
+    write_json(output_dir / "report.json", report)
+    write_text(output_dir / "report.md", render_markdown(report))
+    write_text(output_dir / "report.html", render_page(title, report, loaded))
     return report
 
 
 def load_model_folder(name: str, folder: Path) -> Model:
     """Read one model's evaluation. Raises `OptionError` if there is none."""
-    if not folder.is_dir():
-        raise OptionError(f"no such folder: {folder}")
-    tables = read_tables(folder / "tables")
-    if not (folder / "evaluation.json").exists() or not tables:
-        raise OptionError(
-            f"{folder} holds no evaluation (evaluation.json and tables/): make it with `unlearn-ds evaluate "
-            f"--model_name_or_path {folder / 'model'} --output_dir {folder} ...`, or train with --do_eval True"
-        )
-    robustness = {part: _read_json(folder / f"{part}.json") for part in ("relearn", "quantize", "tasks")}
     return Model(
         name=name,
         folder=folder,
-        tables=tables,
-        evaluation=_read_json(folder / "evaluation.json"),
-        run=_read_json(folder / "run.json"),
+        tables=evaluated_tables(folder),
+        evaluation=read_json(folder / "evaluation.json"),
+        run=read_json(folder / "run.json"),
         metrics=read_metrics(folder),
-        robustness={part: content for part, content in robustness.items() if content},
+        robustness=read_robustness(folder),
     )
 
 
 def _measure(
     models: dict[str, Model], original: str | None, retrained: str | None, thresholds: Thresholds, seed: int
 ) -> None:
-    """Fill in each model's measures and verdict; original and retrained come first, the others are held against them."""
+    """Fill in each model's measures and verdict, against the original and the retrained one."""
     before = models[original].tables if original else None
-    gold = models[retrained].tables if retrained else None
+    comparison = Comparison(before, models[retrained].tables if retrained else None, thresholds)
     for name, model in models.items():
         model.measured = evaluate_tables(model.tables, original=None if name == original else before, seed=seed)
-
-    def main_auc(name: str | None) -> float | None:
-        return models[name].measured["mia"].get(MAIN_ATTACK, {}).get("auc") if name else None
-
-    for name, model in models.items():
-        yardstick = choose_yardstick(model.tables, before, gold, main_auc(retrained))
-        model.verdict = judge(
-            model.tables,
-            model.measured,
-            yardstick,
-            before,
-            thresholds,
-            original_auc=main_auc(original),
-            seed=seed,
-        )
+        model.verdict = judge(model.tables, model.measured, comparison, seed=seed)
         if name not in (original, retrained) and before and "forget" in before and "forget" in model.tables:
             changes = document_changes(model.tables["forget"], before["forget"]) or []
             model.documents = {"least": changes[:_NUM_DOCUMENTS], "most": changes[::-1][:_NUM_DOCUMENTS]}
@@ -165,21 +140,6 @@ def _names(runs: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise OptionError(f"the same folder is given twice: {', '.join(runs)}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OptionError(f"{path} is damaged: {error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,18 @@ def extra_columns(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Columns that only some reports have: heading -> model -> text."""
     columns: dict[str, dict[str, str]] = {}
     for name, one in report["models"].items():
-        relearn, quantize = one["robustness"].get("relearn"), one["robustness"].get("quantize", {})
-        if relearn:
-            heading = f"forget ppl after relearning ({relearn['steps']} updates)"
-            columns.setdefault(heading, {})[name] = show(relearn["after"]["ppl"])
-        for bits, result in quantize.items():
-            columns.setdefault(f"forget ppl in {bits}", {})[name] = show(result["sets"]["forget"]["ppl"])
+        for bits, result in one["robustness"].get("quantize", {}).items():
+            columns.setdefault(f"forget ppl in {bits}", {})[name] = show(result["sets"].get("forget", {}).get("ppl"))
+        if relearn := one["robustness"].get("relearn"):
+            before, after = (show(relearn[when]["sets"]["forget"]["ppl"]) for when in ("before", "after"))
+            heading = f"relearned in {relearn['updates']} updates: forget ppl of the other half"
+            columns.setdefault(heading, {})[name] = f"{before} → {after}"
+        if generation := one["robustness"].get("generation"):
+            columns.setdefault("ROUGE-L", {})[name] = show(generation["rouge_l"], ".3f")
+        for task, scores in one["robustness"].get("tasks", {}).get("results", {}).items():
+            metric = next(iter(scores), None)
+            if metric is not None:
+                columns.setdefault(f"{task} {metric}", {})[name] = show(scores[metric], ".3f")
     return columns
 
 

@@ -6,13 +6,13 @@ The yardstick of utility is the original model on retain and general.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy.stats import ks_2samp
 
-from unlearn_ds.evaluation.attacks import MAIN_ATTACK
+from unlearn_ds.evaluation.attacks import MAIN_ATTACK, main_auc
 from unlearn_ds.evaluation.bootstrap import interval, resample_weights, weighted_means
 from unlearn_ds.evaluation.options import Thresholds
 from unlearn_ds.evaluation.summary import DEFAULT_SEED, number, perplexity, show
@@ -27,23 +27,27 @@ class Yardstick:
 
     name: str  # for the sentence: "the retrained model"
     table: Table
-    auc: float | None
+    auc: float
 
 
-def choose_yardstick(
-    own: dict[str, Table],
-    original: dict[str, Table] | None,
-    retrained: dict[str, Table] | None,
-    retrained_auc: float | None = None,
-) -> Yardstick | None:
-    """The best yardstick there is: retrained, else the original on approximate, else the model itself on approximate."""
-    if retrained is not None and "forget" in retrained:
-        return Yardstick("the retrained model", retrained["forget"], retrained_auc)
-    if original is not None and "approximate" in original:
-        return Yardstick("the original model on unseen documents", original["approximate"], 0.5)
-    if "approximate" in own:
-        return Yardstick("the same model on unseen documents", own["approximate"], 0.5)
-    return None
+@dataclass(frozen=True)
+class Comparison:
+    """What a model is held against: tables of other models, by set, and thresholds."""
+
+    original: dict[str, Table] | None = None
+    retrained: dict[str, Table] | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def yardstick(self, own: dict[str, Table]) -> Yardstick | None:
+        """The best there is: retrained, else the original on approximate, else the model itself on approximate."""
+        if self.retrained is not None and "forget" in self.retrained:
+            auc = main_auc(self.retrained)
+            return Yardstick("the retrained model", self.retrained["forget"], 0.5 if auc is None else auc)
+        if self.original is not None and "approximate" in self.original:
+            return Yardstick("the original model on unseen documents", self.original["approximate"], 0.5)
+        if "approximate" in own:
+            return Yardstick("the same model on unseen documents", own["approximate"], 0.5)
+        return None
 
 
 def compare_ppl(first: Table, second: Table, seed: int) -> tuple[float | None, list[float] | None]:
@@ -60,38 +64,25 @@ def compare_ppl(first: Table, second: Table, seed: int) -> tuple[float | None, l
 
 
 def judge(
-    tables: dict[str, Table],
-    measured: dict[str, Any],
-    yardstick: Yardstick | None,
-    original: dict[str, Table] | None = None,
-    thresholds: Thresholds | None = None,
-    *,
-    original_auc: float | None = None,
-    seed: int = DEFAULT_SEED,
+    tables: dict[str, Table], measured: dict[str, Any], comparison: Comparison, *, seed: int = DEFAULT_SEED
 ) -> dict[str, Any]:
     """The verdict on one model.
 
     measured: what `evaluate_tables` made of `tables`. Returns `forgotten` (forgotten, not forgotten, over-forgotten, broken,
     unknown), `kept` (kept, damaged, unknown), the numbers behind both and `sentence`.
     """
-    thresholds = thresholds or Thresholds()
-    forgetting = _forgetting(tables, measured, yardstick, original, thresholds, original_auc, seed)
-    utility = _utility(tables, original, thresholds, seed)
+    forgetting = _forgetting(tables, measured, comparison, seed)
+    utility = _utility(tables, comparison, seed)
     words = [one["kept"] for one in utility.values()]
     kept = "unknown" if not words else "damaged" if "damaged" in words else "kept"
-    verdict = {"kept": kept, **forgetting, "utility": utility, "thresholds": thresholds.limits()}
+    verdict = {"kept": kept, **forgetting, "utility": utility, "thresholds": comparison.thresholds.limits()}
     return verdict | {"sentence": _sentence(verdict, measured)}
 
 
 def _forgetting(
-    tables: dict[str, Table],
-    measured: dict[str, Any],
-    yardstick: Yardstick | None,
-    original: dict[str, Table] | None,
-    thresholds: Thresholds,
-    original_auc: float | None,
-    seed: int,
+    tables: dict[str, Table], measured: dict[str, Any], comparison: Comparison, seed: int
 ) -> dict[str, Any]:
+    yardstick, original, thresholds = comparison.yardstick(tables), comparison.original, comparison.thresholds
     if any(one["num_not_finite"] for one in measured["sets"].values()):
         return {"forgotten": "broken"}
     if yardstick is None or "forget" not in tables:
@@ -100,32 +91,28 @@ def _forgetting(
     ratio, ratio_interval = compare_ppl(forget, yardstick.table, seed)
     attack = measured["mia"].get(MAIN_ATTACK, {})
     auc, auc_interval = attack.get("auc"), attack.get("auc_interval")
-    target_auc = yardstick.auc if yardstick.auc is not None else 0.5
-    limit = 1 + thresholds.ppl_tolerance
-    gap = 0.0 if auc is None else auc - target_auc
+    ratio_limits = 1 / (1 + thresholds.ppl_tolerance), 1 + thresholds.ppl_tolerance
+    auc_limits = yardstick.auc - thresholds.auc_tolerance, yardstick.auc + thresholds.auc_tolerance
     ratio_or_inf = math.inf if ratio is None else ratio
-    if ratio_or_inf < 1 / limit or gap > thresholds.auc_tolerance:
+    if ratio_or_inf < ratio_limits[0] or (auc is not None and auc > auc_limits[1]):
         word = "not forgotten"
-    elif ratio_or_inf > limit or gap < -thresholds.auc_tolerance:
+    elif ratio_or_inf > ratio_limits[1] or (auc is not None and auc < auc_limits[0]):
         word = "over-forgotten"
     else:
         word = "forgotten"
-    edges = [ratio_interval and (ratio_interval, (1 / limit, limit))]
-    edges += [
-        auc_interval and (auc_interval, (target_auc - thresholds.auc_tolerance, target_auc + thresholds.auc_tolerance))
-    ]
+    edges = ((ratio_interval, ratio_limits), (auc_interval, auc_limits))
     test = ks_2samp(forget["log_prob"], yardstick.table["log_prob"])
     result = {
         "forgotten": word,
-        "certain": not any(_crosses(*edge) for edge in edges if edge),
+        "certain": not any(_crosses(bounds, limits) for bounds, limits in edges if bounds),
         "yardstick": yardstick.name,
         "target_ppl": perplexity(-yardstick.table["log_prob"].mean()),
         "target_acc": 100 * float(yardstick.table["accuracy"].mean()),
-        "target_auc": target_auc,
+        "target_auc": yardstick.auc,
         "ppl_ratio": ratio,
         "ppl_ratio_interval": ratio_interval,
-        "ks_statistic": float(test.statistic),
-        "ks_p_value": float(test.pvalue),
+        "ks_statistic": number(test.statistic),
+        "ks_p_value": number(test.pvalue),
         "auc": auc,
         "auc_interval": auc_interval,
         "advantage": attack.get("advantage"),
@@ -133,7 +120,7 @@ def _forgetting(
     if original is not None and "forget" in original:
         start = original["forget"]["log_prob"].mean()
         result["loss_way"] = _way(start, forget["log_prob"].mean(), yardstick.table["log_prob"].mean())
-        result["auc_way"] = _way(original_auc, auc, target_auc)
+        result["auc_way"] = _way(main_auc(original), auc, yardstick.auc)
     return result
 
 
@@ -150,15 +137,13 @@ def _way(start: float | None, here: float | None, target: float) -> float | None
     return number((here - start) / (target - start))
 
 
-def _utility(
-    tables: dict[str, Table], original: dict[str, Table] | None, thresholds: Thresholds, seed: int
-) -> dict[str, Any]:
-    result = {}
+def _utility(tables: dict[str, Table], comparison: Comparison, seed: int) -> dict[str, Any]:
+    original, result = comparison.original, {}
     for name in UTILITY_SETS:
         if original is None or name not in tables or name not in original:
             continue
         ratio, bounds = compare_ppl(tables[name], original[name], seed)
-        limit = 1 + thresholds.max_ppl_increase
+        limit = 1 + comparison.thresholds.max_ppl_increase
         result[name] = {
             "kept": "damaged" if ratio is None or not ratio <= limit else "kept",
             "certain": bounds is not None and not _crosses(bounds, (limit, limit)),
