@@ -9,7 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from tests.cluster import require
 from tests.evaluation_support import random_tables, save_evaluation, save_models
+from unlearn_ds.evaluation.plots import colours, draw_tradeoff, new_figure, to_svg
 from unlearn_ds.evaluation.report import main, write_report
 from unlearn_ds.options import OptionError
 
@@ -43,7 +45,7 @@ def report_dir(models, tmp_path_factory):
 def browse(page, folder, *flags):
     """Open a page in headless Chromium and return what it printed."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
-    assert browser is not None, "this test opens the report in a browser: apt-get install chromium"
+    require([] if browser else ["chromium"])
     command = [browser, *CHROMIUM, f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
@@ -129,6 +131,20 @@ def test_page_fits_its_window_and_the_plots_are_drawn(report_dir, tmp_path, widt
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[:2] == (1200, width)
     assert np.ptp(pixels[..., :3]) > 0.5
+
+
+@pytest.mark.parametrize("extreme", [45.0, 1e300])
+def test_tradeoff_axes_fit_the_points(extreme):
+    points = {"original": (30.0, 30.2), "retrained": (113.0, 32.2), "destroyed": (150.0, extreme)}
+    figure, (axes,) = new_figure()
+    draw_tradeoff(axes, points, colours(list(points)), target=113.0, limit=33.2)
+    to_svg(figure, "tradeoff", "")
+    for limits, values in ((axes.get_xlim(), (30.0, 150.0)), (axes.get_ylim(), (30.2, min(extreme, 100 * 32.2)))):
+        low, high, first, last = np.log10([*limits, *values])
+        assert low < first < last < high
+        assert last - first > 0.6 * (high - low)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert ("destroyed (further out)" in labels) == (extreme > 1e3)
 
 
 def test_command_compares_runs_and_prints_verdicts(models, tmp_path, capsys):

@@ -4,6 +4,7 @@ In a page they are inline SVG whose lines and letters take the page's own colour
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from unlearn_ds.evaluation.attacks import attack_scores, roc_curve, weighted_auc
 from unlearn_ds.evaluation.table import Table
@@ -38,6 +40,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+_FAR = 100  # times the median perplexity of the models: further out, a point stands at the edge of the plot
 _ROC_ATTACKS = ("min_k_20", "min_k_40", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib")
 
 
@@ -101,21 +104,37 @@ def draw_tradeoff(
 ) -> None:
     """Forget perplexity against retain perplexity, a point per model; the target is a vertical line.
 
-    limit: retain perplexity up to which a model counts as kept.
+    limit: retain perplexity up to which a model counts as kept. A model far beyond the others stands at the edge, or they would
+    all fall into one point.
     """
-    for i, (name, (forget, retain)) in enumerate(points.items()):
+    edges = _FAR * np.median(list(points.values()), axis=0)
+    shown = {name: np.minimum(point, edges) for name, point in points.items()}
+    for i, (name, point) in enumerate(shown.items()):
+        label = name if (point == points[name]).all() else f"{name} (further out)"
         marker = _MARKERS[i % len(_MARKERS)]
-        axes.plot(forget, retain, marker, color=ink[name], markersize=8, markeredgewidth=1.8, alpha=0.9, label=name)
+        axes.plot(*point, marker, color=ink[name], markersize=8, markeredgewidth=1.8, alpha=0.9, label=label)
     if target is not None:
         axes.axvline(target, color=_INK, linestyle="--", linewidth=1, alpha=0.7)
         axes.annotate(
             "target", (target, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points"
         )
-    if limit is not None:
-        axes.axhspan(0, limit, color="#59a14f", alpha=0.10, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel="perplexity on forget", ylabel="perplexity on retain")
-    axes.margins(x=0.1, y=0.12)
+    lines = ([] if target is None else [target]), ([] if limit is None else [limit])
+    for i, (axis, set_limits) in enumerate(((axes.xaxis, axes.set_xlim), (axes.yaxis, axes.set_ylim))):
+        set_limits(_log_limits([*(point[i] for point in shown.values()), *lines[i]]))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _position: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
+    if limit is not None:
+        axes.axhspan(axes.get_ylim()[0], limit, color="#59a14f", alpha=0.10, linewidth=0)
     axes.figure.legend(loc="outside lower center", ncols=3)
+
+
+def _log_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a logarithmic axis that all values lie on, with a margin of a tenth of it at each side."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    margin = max(0.1 * (high - low), 0.05)
+    return 10 ** (low - margin), 10 ** (high + margin)
 
 
 @matplotlib.rc_context(_STYLE)

@@ -5,36 +5,18 @@ Everything is computed from the tables that `unlearn-ds evaluate` left in each f
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.evaluation.folder import evaluated_tables, read_json, read_robustness, write_json, write_text
+from unlearn_ds.evaluation.folder import write_json, write_text
 from unlearn_ds.evaluation.options import ReportConfig, Thresholds
+from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
 from unlearn_ds.evaluation.summary import DEFAULT_SEED, evaluate_tables
-from unlearn_ds.evaluation.table import Table
 from unlearn_ds.evaluation.verdict import Comparison, document_changes, judge
-from unlearn_ds.metrics import read_metrics
 from unlearn_ds.options import OptionError, did_you_mean, parse
 
 _NUM_DOCUMENTS = 5  # shown at each end of the list of documents
-
-
-@dataclass
-class Model:
-    """What the folder of one model holds, and what was made of it."""
-
-    name: str
-    folder: Path
-    tables: dict[str, Table]
-    evaluation: dict[str, Any]  # what evaluate wrote: the model's name, its options
-    run: dict[str, Any]  # run.json, empty for a model that was not trained here
-    metrics: list[dict[str, Any]]
-    robustness: dict[str, Any]  # generation.json, quantize.json, relearn.json and tasks.json, where they exist
-    measured: dict[str, Any] = field(default_factory=dict)
-    verdict: dict[str, Any] = field(default_factory=dict)
-    documents: dict[str, Any] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,19 +85,6 @@ def write_report(
     write_text(output_dir / "report.md", render_markdown(report))
     write_text(output_dir / "report.html", render_page(title, report, loaded))
     return report
-
-
-def load_model_folder(name: str, folder: Path) -> Model:
-    """Read one model's evaluation. Raises `OptionError` if there is none."""
-    return Model(
-        name=name,
-        folder=folder,
-        tables=evaluated_tables(folder),
-        evaluation=read_json(folder / "evaluation.json"),
-        run=read_json(folder / "run.json"),
-        metrics=read_metrics(folder),
-        robustness=read_robustness(folder),
-    )
 
 
 def _measure(

@@ -2,7 +2,7 @@
 
 import json
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -10,16 +10,14 @@ import numpy as np
 from unlearn_ds import __version__
 from unlearn_ds.evaluation import plots
 from unlearn_ds.evaluation.attacks import MAIN_ATTACK, attack_scores, roc_curve
+from unlearn_ds.evaluation.report_model import Model
 from unlearn_ds.evaluation.summary import show
-
-if TYPE_CHECKING:
-    from unlearn_ds.evaluation.report import Model
 
 SETS = ("forget", "approximate", "retain", "general")
 _ATTACK_NAMES = {"min_k_100": "LOSS (Min-100%)", "zlib": "zlib ratio", "reference": "gain over the original"}
 
 
-def render_page(title: str, report: dict[str, Any], models: dict[str, "Model"]) -> str:
+def render_page(title: str, report: dict[str, Any], models: dict[str, Model]) -> str:
     """The page as one string: styles and pictures inside, no script, nothing fetched."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -71,7 +69,7 @@ def extra_columns(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     return columns
 
 
-def run_facts(model: "Model") -> dict[str, Any]:
+def run_facts(model: Model) -> dict[str, Any]:
     """What was run: options that were set, versions, digests."""
     run = model.run
     options = {name: value for name, value in run.get("options", {}).items() if value not in (None, "", False, [])}
@@ -88,10 +86,11 @@ def run_facts(model: "Model") -> dict[str, Any]:
     }
 
 
-def draw_figures(report: dict[str, Any], models: dict[str, "Model"]) -> list[dict[str, str]]:
+def draw_figures(report: dict[str, Any], models: dict[str, Model]) -> list[dict[str, str]]:
     """The plots that the data allows: `id`, `title`, `text` and `svg` of each."""
     ink = plots.colours(list(models))
-    drawn = [_tradeoff(report, ink), _roc(models, ink), _losses(report, models, ink), *_curves(models, ink)]
+    unlearned = {name: model for name, model in models.items() if name not in (report["original"], report["retrained"])}
+    drawn = [_tradeoff(report, ink), _roc(models, ink), _losses(report, models, ink), *_curves(unlearned, ink)]
     return [figure for figure in drawn if figure is not None]
 
 
@@ -119,7 +118,7 @@ def _tradeoff(report: dict[str, Any], ink: dict[str, str]) -> dict[str, str] | N
     return _entry("tradeoff", "Forgetting against keeping", text, figure)
 
 
-def _roc(models: dict[str, "Model"], ink: dict[str, str]) -> dict[str, str] | None:
+def _roc(models: dict[str, Model], ink: dict[str, str]) -> dict[str, str] | None:
     curves = {}
     for name, model in models.items():
         if model.measured["mia"].get(MAIN_ATTACK, {}).get("auc") is not None:
@@ -136,7 +135,7 @@ def _roc(models: dict[str, "Model"], ink: dict[str, str]) -> dict[str, str] | No
     return _entry("roc", "Membership inference", text, figure)
 
 
-def _losses(report: dict[str, Any], models: dict[str, "Model"], ink: dict[str, str]) -> dict[str, str] | None:
+def _losses(report: dict[str, Any], models: dict[str, Model], ink: dict[str, str]) -> dict[str, str] | None:
     losses = {
         name: -model.tables["forget"]["log_prob"]
         for name, model in models.items()
@@ -157,7 +156,7 @@ def _losses(report: dict[str, Any], models: dict[str, "Model"], ink: dict[str, s
     return _entry("losses", "Losses of the forget set", text, figure)
 
 
-def _curves(models: dict[str, "Model"], ink: dict[str, str]) -> list[dict[str, str]]:
+def _curves(models: dict[str, Model], ink: dict[str, str]) -> list[dict[str, str]]:
     drawn = []
     for key, title, text in (
         (
