@@ -14,13 +14,14 @@ PROGRAM = """
 import time
 from unlearn_ds.signals import StopRequest
 stop = StopRequest()
-print("ready", flush=True)
 if {deferred}:
     with stop.deferred():
+        print("ready", flush=True)
         while not stop.name:
             time.sleep(0.01)
         print(stop.name, flush=True)
         time.sleep(30)
+print("ready", flush=True)
 time.sleep(30)
 """
 
