@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from unlearn_ds.extension_locks import wait_for_extension_locks
 from unlearn_ds.lifeline import Lifeline
 from unlearn_ds.signals import EXIT_RESUMABLE, StopRequested
 
@@ -86,8 +87,6 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(num_threads or max(1, cores // ranks_per_node()))
     import deepspeed
-
-    from unlearn_ds.health import wait_for_extension_locks
 
     quiet_libraries()
     wait_for_extension_locks()

@@ -1,0 +1,66 @@
+"""Lock files of torch's extension cache: waited for, or removed, and always named."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from unlearn_ds.extension_locks import wait_for_extension_locks
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    path = tmp_path / "deepspeed_shm_comm" / "lock"
+    path.parent.mkdir()
+    return path
+
+
+def test_a_lock_that_nobody_holds_is_removed_once_it_is_old(lock, capsys):
+    lock.touch()
+    started = time.monotonic()
+    wait_for_extension_locks(stale_s=1.0)
+    assert time.monotonic() - started >= 0.7
+    assert not lock.exists()
+    said = capsys.readouterr().out
+    assert f"waiting for {lock}: delete it if no other host builds" in said
+    assert f"{lock} was left by a process that died while building: removed" in said
+
+
+def test_a_lock_that_a_process_holds_is_waited_for(lock, capsys):
+    handle = os.open(lock, os.O_CREAT | os.O_EXCL)
+    os.utime(lock, (0, 0))
+
+    def release() -> None:
+        time.sleep(0.6)
+        os.close(handle)
+        lock.unlink()
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    wait_for_extension_locks(stale_s=0.1)
+    thread.join()
+    assert f"waiting for {lock}: a process is building" in capsys.readouterr().out
+
+
+def test_a_lock_from_the_future_is_not_waited_for(lock):
+    """The clock was set back after the lock was made."""
+    lock.touch()
+    os.utime(lock, (time.time() + 86400,) * 2)
+    wait_for_extension_locks(stale_s=300.0)
+    assert not lock.exists()
+
+
+def test_another_rank_of_the_host_leaves_removing_to_the_first(lock, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    lock.touch()
+    os.utime(lock, (0, 0))
+    thread = threading.Thread(target=wait_for_extension_locks, args=(0.1,))
+    thread.start()
+    time.sleep(0.5)
+    assert lock.exists()
+    lock.unlink()
+    thread.join(5)
+    assert not thread.is_alive()

@@ -1,0 +1,50 @@
+"""Lock files of torch's extension cache: one that a killed process left makes the next start wait for ever."""
+
+import os
+import time
+from pathlib import Path
+
+STALE_LOCK_S = 300.0  # building one of DeepSpeed's operators takes a minute or two
+
+
+def wait_for_extension_locks(stale_s: float = STALE_LOCK_S) -> None:
+    """Wait for builds of DeepSpeed's operators; take away locks that a killed process left.
+
+    torch waits for ever, and silently, for a file named `lock` in a build folder (torch 2.13, torch.utils.file_baton). The
+    process that builds keeps the file open. A lock that no process of this host holds and that is older than `stale_s` is
+    dead; a younger one may belong to another host with the same home folder, so we wait and say so.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a host looks after the host's locks
+    said = set()
+    while locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        for lock in locks:
+            try:
+                age = time.time() - lock.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            held = _is_open(lock)
+            if speaks and not held and not 0 <= age < stale_s:
+                print(f"unlearn-ds: {lock} was left by a process that died while building: removed", flush=True)
+                lock.unlink(missing_ok=True)
+            elif speaks and lock not in said:
+                said.add(lock)
+                reason = (
+                    "a process is building" if held else f"delete it if no other host builds, or wait {stale_s:.0f} s"
+                )
+                print(f"unlearn-ds: waiting for {lock}: {reason}", flush=True)
+        time.sleep(0.2)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this host that we may look at has the file open."""
+    target = str(path.resolve())
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            if any(os.readlink(entry) == target for entry in descriptors.iterdir()):
+                return True
+        except OSError:
+            continue
+    return False
