@@ -122,6 +122,9 @@ class TrainingEngine:
         was_training = self.engine.module.training
         self.engine.eval()
         answer = self.engine(rows, call, pick)
+        if pick is not None and hasattr(self.engine.optimizer, "empty_partition_cache"):
+            # The head was fetched ahead and not used: still in flight, DeepSpeed 0.19.8 refuses to gather it again.
+            self.engine.optimizer.empty_partition_cache()
         self.engine.train(was_training)
         return answer
 
