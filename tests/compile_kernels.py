@@ -1,14 +1,11 @@
 """Compile every variant of the Triton row kernels for a GPU that need not be there, and read what ptxas made of it.
 
-`python tests/compile_kernels.py 80 90` prints a JSON list, one entry a variant and architecture: registers, stack, spills,
-widths of its loads. A process a core, since most of the time goes to the compiler's own single thread.
+`python tests/compile_kernels.py 90` prints a JSON list, one entry a variant: registers, stack, spills, widths of its loads.
 Run without TRITON_INTERPRET: the interpreter's kernels cannot be compiled.
 """
 
 import itertools
 import json
-import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -74,31 +71,25 @@ def compile_one(kernel, pointers, flags, vocab_size, arch):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        listing = cuobjdump("--dump-resource-usage", "--dump-sass", cubin)
+        usage = cuobjdump("--dump-resource-usage", cubin)
+        sass = cuobjdump("--dump-sass", cubin)
     return {
-        "registers": int(re.search(r"REG:(\d+)", listing).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", listing).group(1)),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
-        "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128", listing)),
-        "loads": len(re.findall(r"\bLDG\b", listing)),
-        "wide_stores": len(re.findall(r"\bSTG\.[\w.]*(?:128|64)", listing)),
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128", sass)),
+        "loads": len(re.findall(r"\bLDG\b", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.[\w.]*(?:128|64)", sass)),
         "num_warps": chosen.num_warps,
     }
 
 
-def cuobjdump(*arguments):
+def cuobjdump(flag, cubin):
     """Run the copy that ships with triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def compile_variant(arch, index):
-    """A variant by its place in `variants()`: kernels do not travel between processes, numbers do."""
-    name, *rest = list(variants())[index]
-    return {"name": name, "arch": arch} | compile_one(*rest, arch)
+    return subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
-    jobs = list(itertools.product(map(int, sys.argv[1:]), range(len(list(variants())))))
-    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        print(json.dumps(pool.starmap(compile_variant, jobs, chunksize=1)))
+    arch = int(sys.argv[1])
+    print(json.dumps([{"name": name, "arch": arch} | compile_one(*rest, arch) for name, *rest in variants()]))
