@@ -119,6 +119,17 @@ def test_kl_of_equal_models_is_exactly_zero(dtype, impl):
     assert not any(tensor.any() for tensor in got.values())
 
 
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_a_tiny_kl_is_not_lost_in_rounding(impl):
+    case = make_case(40, 64, 257)
+    nudge = 1e-3 * torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+    case = case._replace(ref_hidden=case.hidden[case.rows] + nudge, ref_weight=case.weight)
+    truth = kl(case.cast(torch.float64), "reference")[1]
+    got = kl(case.cast(torch.float32, device_of(impl)), impl)[1]
+    assert truth.max() < 1e-4  # fp32 rounds a probability near 1 by 6e-8, and every log-probability by more
+    assert error(got.cpu(), truth) < 0.05
+
+
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("name", OPS)
 def test_loss_is_linear_in_the_token_weights(name, impl):
