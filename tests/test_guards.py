@@ -1,14 +1,17 @@
 """Guards of a run, by real runs: what is measured, when it stops, which weights it ends with, and on two ranks as on one."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support import launch, run_training, save_tiny_model, write_corpora
 from unlearn_ds.conditions import parse_condition, parse_share
 from unlearn_ds.config import RunConfig
-from unlearn_ds.guards import distance
+from unlearn_ds.guards import Guard, distance
 from unlearn_ds.options import OptionError
 
 STEPS = 6
@@ -113,6 +116,22 @@ def test_load_best_ends_with_the_state_nearest_to_a_good_verdict(setting, tmp_pa
     assert best < STEPS
     assert events == [f"the weights after update {best} are back: the nearest to a good verdict"]
     assert final(tmp_path / "run")["forget"]["ppl"] == pytest.approx(evaluations[best]["eval_forget_ppl"], rel=1e-6)
+
+
+def test_load_best_passes_over_what_went_too_far():
+    """The state nearest to forgetting is of no use if it was rejected for its damage."""
+    guard = object.__new__(Guard)
+    module = torch.nn.Linear(2, 2)
+    guard._run = SimpleNamespace(
+        config=SimpleNamespace(load_best=True), engine=SimpleNamespace(engine=SimpleNamespace(module=module))
+    )
+    guard._start = {"forget_ppl": 10.0, "approximate_ppl": 100.0, "retain_ppl": 10.0}
+    guard._increase, guard._allowed, guard._utility = 0.1, 0.1, "retain"
+    guard._best, guard._best_distance, guard._last_good = None, math.inf, None
+    guard._keep(1, {"forget_ppl": 20.0, "retain_ppl": 10.5}, too_far=False)
+    guard._keep(2, {"forget_ppl": 100.0, "retain_ppl": 12.0}, too_far=True)
+    assert guard._best.step == 1
+    assert guard._last_good.step == 1
 
 
 def test_two_ranks_measure_and_decide_as_one(setting, tmp_path):

@@ -141,7 +141,7 @@ class Guard:
         self._measured_step = step
         if self._increase is not None and not too_far:
             self._last_good = Snapshot(weights, step)
-        if self._run.config.load_best:
+        if self._run.config.load_best and not too_far:
             here = distance(now, self._start, self._utility, self._allowed)
             if here < self._best_distance or self._best is None:
                 self._best, self._best_distance = Snapshot(weights, step), here
