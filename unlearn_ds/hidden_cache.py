@@ -7,7 +7,6 @@ A folder `hidden-KEY/`: `part_R.bin` per writing rank (rows of D values, a seque
 Legend: K rows, D hidden size, V vocabulary.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlearn_ds import distributed
+from unlearn_ds.cache_key import cache_path
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
@@ -39,12 +39,6 @@ def cache_key(sequences: SequenceIndex, model_fingerprint: str, dtype: torch.dty
         "seq_len": sequences.seq_len,
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def cache_folder(sequences: SequenceIndex, key: dict[str, Any]) -> Path:
-    """Where hidden states with this key lie: beside the first corpus."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return sequences.corpora[0].path.with_name(f"hidden-{digest}")
 
 
 class HiddenCache:
@@ -114,7 +108,7 @@ def open_or_fill(
 ) -> HiddenCache:
     """Open the cache, or let `engine`, which must still hold the original weights, compute it. Every rank calls this."""
     key = cache_key(sequences, model_fingerprint, dtype)
-    folder = cache_folder(sequences, key)
+    folder = cache_path(sequences.corpora[0].path, "hidden", key)
     found = distributed.on_main(lambda: _read_manifest(folder))
     if overwrite or found is None:
         _fill(sequences, engine, folder, key, rows_per_batch, progress)

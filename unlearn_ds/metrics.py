@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from unlearn_ds import distributed
 from unlearn_ds.config import RunConfig
+from unlearn_ds.durable import replacing
 from unlearn_ds.options import OptionError
 
 METRICS_FILE = "metrics.jsonl"
@@ -45,9 +46,8 @@ class MetricsWriter:
         if not self._active:
             return
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
-        partial = run_dir / f".{METRICS_FILE}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(run_dir / METRICS_FILE)
+        with replacing(run_dir / METRICS_FILE) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         if config.report_to == "wandb":
             self._wandb = _start_wandb(config, run_dir)

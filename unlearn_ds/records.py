@@ -9,6 +9,7 @@ import torch
 from unlearn_ds import __version__, distributed
 from unlearn_ds.attention import caps_scores, choose_attention
 from unlearn_ds.build import Run
+from unlearn_ds.durable import replacing
 from unlearn_ds.memory import state_bytes
 from unlearn_ds.reference import LiveReference
 from unlearn_ds.run_data import NamedCorpus
@@ -49,9 +50,8 @@ def write_run_json(run: Run) -> None:
     }
 
     def write() -> None:
-        partial = run.run_dir / ".run.json.partial"
-        partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        partial.replace(run.run_dir / "run.json")
+        with replacing(run.run_dir / "run.json") as partial:
+            partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     distributed.on_main(write)
 

@@ -4,8 +4,6 @@ For the token at position t of a sequence the label is drawn from the original m
 top-p, the true token removed or not): with top_k = 1 and the truth removed it is the paper's adversarial sample.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,14 @@ import torch
 from tqdm import tqdm
 
 from unlearn_ds import distributed
+from unlearn_ds.cache_key import cache_path
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.labels import CachedTargets, LabelCache
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.engine import Ask
 from unlearn_ds.loss_head import SampleCall
-from unlearn_ds.run_data import NamedCorpus, set_path
+from unlearn_ds.run_data import NamedCorpus
 
 
 def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
@@ -38,12 +37,6 @@ def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) ->
     }
 
 
-def cache_path(config: RunConfig, key: dict[str, Any]) -> Path:
-    """Where labels with this key lie: beside the forget corpus, one file a key."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return set_path(config.data_dir, config.domain, "forget").with_name(f"labels-{digest}")
-
-
 def sampled_targets(
     config: RunConfig,
     corpus: NamedCorpus,
@@ -54,7 +47,7 @@ def sampled_targets(
 ) -> CachedTargets:
     """Open the cached labels, or have the original model (`ask`) draw them first. Every rank calls this."""
     key = cache_key(config, corpus, model_fingerprint)
-    path = cache_path(config, key)
+    path = cache_path(corpus.corpus.path, "labels", key)
     found = distributed.on_main(lambda: LabelCache.exists(path, key))
     if config.overwrite_cache or not found:
         _draw(config, corpus, sequences, ask, path, key, device)

@@ -3,7 +3,6 @@
 It is all that NPO needs of a reference: no second model takes part in training.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from unlearn_ds import distributed
+from unlearn_ds.cache_key import cache_path
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
@@ -47,8 +47,7 @@ def reference_nll(
     Raises `OptionError` if the cache is damaged.
     """
     key = cache_key(config, corpus, model_fingerprint)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    folder = corpus.corpus.path.with_name(f"nll-{digest}")
+    folder = cache_path(corpus.corpus.path, "nll", key)
     if config.overwrite_cache or not distributed.on_main((folder / _MANIFEST).exists):
         table = collect_table(
             "forget by the original model",

@@ -31,6 +31,7 @@ import yaml
 
 from unlearn_ds import distributed
 from unlearn_ds.config import RunConfig
+from unlearn_ds.durable import replacing
 from unlearn_ds.options import OptionError, did_you_mean, field_types, parse
 from unlearn_ds.processes import default_num_ranks, rank_command, rank_environment
 from unlearn_ds.signals import EXIT_RESUMABLE
@@ -197,9 +198,8 @@ def do(element: Element) -> None:
 
 
 def _mark(element: Element) -> None:
-    partial = element.run_dir / f".{MARKER}.partial"
-    partial.write_text(json.dumps(element.options, indent=1, default=str), encoding="utf-8")
-    partial.replace(element.run_dir / MARKER)
+    with replacing(element.run_dir / MARKER) as partial:
+        partial.write_text(json.dumps(element.options, indent=1, default=str), encoding="utf-8")
 
 
 def do_locally(elements: list[Element], num_ranks: int) -> None:

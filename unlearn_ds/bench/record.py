@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from unlearn_ds.durable import replacing
+
 Run = Callable[[], object]
 
 
@@ -119,8 +121,6 @@ def write_json(path: str | Path, results: list[dict[str, Any]], **more: Any) -> 
     """Write `{"machine": ..., "results": [...]}`, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(
-        json.dumps({"machine": machine(), **more, "results": results}, indent=2) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    content = {"machine": machine(), **more, "results": results}
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
 from unlearn_ds.data.summary import format_summary, save_histogram, summarise
 from unlearn_ds.data.tokenise import Encoder
+from unlearn_ds.durable import replacing
 from unlearn_ds.options import OptionError, check_choices, parse
 
 
@@ -194,9 +195,8 @@ def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
                 f"{name}: {found['exact']} exact and {found['near']} near copies of forget documents, {done}",
                 file=sys.stderr,
             )
-    partial = folder / ".summary.json.partial"
-    partial.write_text(json.dumps({"seq_len": config.seq_len, "sets": summaries}, indent=1), encoding="utf-8")
-    partial.replace(folder / "summary.json")
+    with replacing(folder / "summary.json") as partial:
+        partial.write_text(json.dumps({"seq_len": config.seq_len, "sets": summaries}, indent=1), encoding="utf-8")
     save_histogram(folder / "lengths.png", corpora, config.seq_len)
 
 

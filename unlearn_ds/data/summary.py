@@ -14,6 +14,7 @@ from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.packing import pack_rows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.durable import replacing
 
 _PACKED_TOGETHER = 480  # sequences of one update in the published runs
 _NUM_UPDATES = 100
@@ -95,9 +96,8 @@ def save_step_picture(path: Path, plan: Plan, step: StepPlan) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=120)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=120)
 
 
 def save_histogram(path: Path, corpora: Mapping[str, Corpus], seq_len: int) -> None:

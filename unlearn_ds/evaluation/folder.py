@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.durable import replacing
 from unlearn_ds.evaluation.table import Table, read_tables
 from unlearn_ds.options import OptionError
 
@@ -43,9 +44,8 @@ def read_robustness(folder: Path) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

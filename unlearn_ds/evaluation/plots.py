@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from unlearn_ds.durable import replacing
 from unlearn_ds.evaluation.attacks import attack_scores, roc_curve, weighted_auc
 from unlearn_ds.evaluation.table import Table
 
@@ -93,9 +94,8 @@ def save_roc(path: Path, tables: dict[str, Table]) -> None:
     figure, (axes,) = new_figure(5.0, 5.0)
     draw_roc(axes, curves, colours(list(scores)))
     axes.set_title("membership inference: forget against approximate")
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150, facecolor="white")
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, facecolor="white")
 
 
 @matplotlib.rc_context(_STYLE)

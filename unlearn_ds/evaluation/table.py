@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unlearn_ds.durable import replacing
+
 Table = dict[str, np.ndarray]
 
 K_PERCENT = (10, 20, 30, 40, 50, 60, 100)
@@ -113,9 +115,8 @@ def concat_tables(tables: Sequence[Table]) -> Table:
 def write_table(path: Path, table: Table) -> None:
     """Write parquet, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table({column: pa.array(values) for column, values in table.items()}), partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(pa.table({column: pa.array(values) for column, values in table.items()}), partial)
 
 
 def read_table(path: Path) -> Table:
