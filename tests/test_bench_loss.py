@@ -22,12 +22,7 @@ LIBRARY_BYTES = 8 << 20  # packing buffers of the matrix products
 def test_ours_stays_within_workspace_and_gradients_where_whole_logits_do_not(op):
     rows, size, vocab = shape = (2048, 128, 16000)
     workspace = 40 << 20
-
-    def peak(impl: str) -> int:
-        return peak_memory(prepare, op, impl, shape, workspace, torch.float32)
-
-    ours = min(peak("ours") for _ in range(2))  # what a busy machine adds to a resident set is no part of the op
-    naive = peak("naive")
+    ours, naive = (peak_memory(prepare, op, impl, shape, workspace, torch.float32) for impl in ("ours", "naive"))
     assert ours <= workspace + 4 * size * (rows + vocab) + LIBRARY_BYTES
     assert naive > 3 * 4 * rows * vocab
 

@@ -7,7 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,15 @@ def quantiles(times_ms: list[float]) -> dict[str, float]:
 
 
 def peak_memory(prepare: Callable[..., Run], *arguments: Any) -> int:
-    """Bytes that the run which `prepare(*arguments)` returns adds to a fresh process at its peak (resident set, Linux)."""
+    """Bytes that the run which `prepare(*arguments)` returns adds to a fresh process at its peak (resident set, Linux).
+
+    Blocks that the run frees go back to the system at once: left to itself, glibc keeps some, more on one day than on another.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(sender, prepare, arguments))
-    child.start()
+    with _environment(MALLOC_MMAP_THRESHOLD_="131072"):  # glibc's first value, which it otherwise raises as it goes
+        child.start()
     sender.close()
     try:
         return receiver.recv()
@@ -97,6 +102,21 @@ def peak_memory(prepare: Callable[..., Run], *arguments: Any) -> int:
         raise RuntimeError(f"{prepare.__name__}{arguments} ended with exit code {child.exitcode}") from error
     finally:
         child.join()
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _measure(sender: Any, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
