@@ -6,6 +6,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Tests kill processes, some while they hold the lock of an extension; all that could build one are on this machine.
+os.environ.setdefault("UNLEARN_DS_STALE_LOCK_S", "5")
 
 import torch
 

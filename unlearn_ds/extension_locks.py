@@ -7,26 +7,35 @@ from pathlib import Path
 STALE_LOCK_S = 300.0  # building one of DeepSpeed's operators takes a minute or two
 
 
-def wait_for_extension_locks(stale_s: float = STALE_LOCK_S) -> None:
+def wait_for_extension_locks(stale_s: float | None = None) -> None:
     """Wait for builds of DeepSpeed's operators; take away locks that a killed process left.
 
     torch waits for ever, and silently, for a file named `lock` in a build folder (torch 2.13, torch.utils.file_baton). The
     process that builds keeps the file open. A lock that no process of this host holds and that is older than `stale_s` is
-    dead; a younger one may belong to another host with the same home folder, so we wait and say so.
+    dead; a younger one may belong to another host with the same home folder, so we wait and say so. Where no other host builds
+    UNLEARN_DS_STALE_LOCK_S may be short (default 300 s).
     """
+    if stale_s is None:
+        stale_s = float(os.environ.get("UNLEARN_DS_STALE_LOCK_S", STALE_LOCK_S))
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a host looks after the host's locks
     said = set()
+    # Dead at the last look, by inode: whoever builds lets go of the file just before removing it.
+    suspects: set[tuple[Path, int]] = set()
     while locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         for lock in locks:
             try:
-                age = time.time() - lock.stat().st_mtime
+                status = lock.stat()
             except FileNotFoundError:
                 continue
+            age = time.time() - status.st_mtime
             held = _is_open(lock)
             if speaks and not held and not 0 <= age < stale_s:
+                if (lock, status.st_ino) not in suspects:
+                    suspects.add((lock, status.st_ino))
+                    continue
                 print(f"unlearn-ds: {lock} was left by a process that died while building: removed", flush=True)
                 lock.unlink(missing_ok=True)
             elif speaks and lock not in said:
