@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from unlearn_ds.extension_locks import wait_for_extension_locks
+from unlearn_ds.extension_cache import use_cache_of_this_environment, wait_for_extension_locks
 from unlearn_ds.lifeline import Lifeline
 from unlearn_ds.signals import EXIT_RESUMABLE, StopRequested
 
@@ -89,6 +89,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     import deepspeed
 
     quiet_libraries()
+    use_cache_of_this_environment(os.environ)
     wait_for_extension_locks()
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Lock files of torch's extension cache: waited for, or removed, and always named."""
+"""torch's extension cache: a folder for each environment; its locks are waited for, or removed, and always named."""
 
 import os
 import threading
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from unlearn_ds.extension_locks import wait_for_extension_locks
+from unlearn_ds.extension_cache import use_cache_of_this_environment, wait_for_extension_locks
 
 
 @pytest.fixture
@@ -64,3 +64,15 @@ def test_another_rank_of_the_host_leaves_removing_to_the_first(lock, monkeypatch
     lock.unlink()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_each_environment_has_its_own_folder_and_an_explicit_one_wins():
+    folders = []
+    for prefix in ("/envs/one", "/envs/two", "/envs/one"):
+        environ = {}
+        use_cache_of_this_environment(environ, prefix)
+        folders.append(environ["TORCH_EXTENSIONS_DIR"])
+    assert folders[0] == folders[2] != folders[1]
+    environ = {"TORCH_EXTENSIONS_DIR": "/scratch/operators"}
+    use_cache_of_this_environment(environ, "/envs/one")
+    assert environ == {"TORCH_EXTENSIONS_DIR": "/scratch/operators"}

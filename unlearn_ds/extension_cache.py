@@ -1,14 +1,30 @@
-"""Lock files of torch's extension cache: one that a killed process left makes the next start wait for ever."""
+"""torch's cache of compiled operators: one for each environment, and no wait for the lock of a process that is dead."""
 
+import hashlib
 import os
+import sys
 import time
 from pathlib import Path
 
 STALE_LOCK_S = 300.0  # building one of DeepSpeed's operators takes a minute or two
 
 
+def use_cache_of_this_environment(environ: dict[str, str], prefix: str = sys.prefix) -> None:
+    """Set TORCH_EXTENSIONS_DIR to a folder of this Python environment's own; an explicit setting wins.
+
+    torch keeps one folder a user, Python and CUDA version. The compiler's command line names the environment's include
+    folders, so that two environments with one folder rebuild DeepSpeed's operators under each other at every start.
+    """
+    if not environ.get("TORCH_EXTENSIONS_DIR"):
+        from torch.utils.cpp_extension import get_default_build_root
+
+        mark = hashlib.sha256(prefix.encode()).hexdigest()[:8]
+        version = f"py{sys.version_info.major}{sys.version_info.minor}"
+        environ["TORCH_EXTENSIONS_DIR"] = str(Path(get_default_build_root()) / f"unlearn_ds_{version}_{mark}")
+
+
 def wait_for_extension_locks(stale_s: float | None = None) -> None:
-    """Wait for builds of DeepSpeed's operators; take away locks that a killed process left.
+    """Wait for builds of DeepSpeed's operators in TORCH_EXTENSIONS_DIR; take away locks that a killed process left.
 
     torch waits for ever, and silently, for a file named `lock` in a build folder (torch 2.13, torch.utils.file_baton). The
     process that builds keeps the file open. A lock that no process of this host holds and that is older than `stale_s` is
@@ -17,14 +33,12 @@ def wait_for_extension_locks(stale_s: float | None = None) -> None:
     """
     if stale_s is None:
         stale_s = float(os.environ.get("UNLEARN_DS_STALE_LOCK_S", STALE_LOCK_S))
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a host looks after the host's locks
     said = set()
     # Dead at the last look, by inode: whoever builds lets go of the file just before removing it.
     suspects: set[tuple[Path, int]] = set()
-    while locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+    while locks := list(root.glob("*/lock")):
         for lock in locks:
             try:
                 status = lock.stat()
