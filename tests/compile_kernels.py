@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import triton
@@ -92,4 +93,9 @@ def cuobjdump(flag, cubin):
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
-    print(json.dumps([{"name": name, "arch": arch} | compile_one(*rest, arch) for name, *rest in variants()]))
+    results = []
+    for name, *rest in variants():
+        started = time.monotonic()
+        results.append({"name": name, "arch": arch} | compile_one(*rest, arch))
+        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+    print(json.dumps(results))
