@@ -227,6 +227,7 @@ def make_reference(
                 subject.fingerprint,
                 subject.options.dtype,
                 rows_per_batch=config.per_device_eval_batch_size,
+                cache_dir=config.cache_dir,
                 overwrite=config.overwrite_cache,
                 progress=not config.disable_tqdm,
             )

@@ -1,12 +1,30 @@
-"""The name of what is computed once and kept beside a corpus: a digest of everything that it depends on."""
+"""What is computed once and kept, beside a corpus or in --cache_dir: its name, a digest of all it depends on, and its place."""
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.options import OptionError
 
-def cache_path(corpus: Path, kind: str, key: dict[str, Any]) -> Path:
-    """Where the `kind` with this key lies: beside the files of `corpus`, one name a key."""
+
+def cache_path(corpus: Path, kind: str, key: dict[str, Any], cache_dir: str | None) -> Path:
+    """Where the `kind` with this key lies: in `cache_dir`, or beside the files of `corpus`; one name a key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return corpus.with_name(f"{kind}-{digest}")
+    folder = Path(cache_dir) if cache_dir else corpus.parent
+    return folder / f"{kind}-{digest}"
+
+
+def make_cache_folder(path: Path) -> None:
+    """Make the folder in which `path` will be written. Raises `OptionError` if nothing can be written there."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "it may not be written to"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise OptionError(
+            f"{folder} must hold {path.name}, which is computed once and kept: {reason}; choose another folder with --cache_dir"
+        )

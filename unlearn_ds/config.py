@@ -61,9 +61,10 @@ class RunConfig:
     """npo and simnpo: how soon the pull weakens (default: 0.1 for npo, 4.5 for simnpo)"""
     gamma: float | None = None
     """simnpo: margin (default: 0)"""
+    cache_dir: str | None = None
+    """where what the original model says (labels, losses, hidden states) is kept, once computed (default: beside the corpus)"""
     overwrite_cache: bool = False
-    """compute what the original model says (labels, losses, hidden states) again even if the cache beside the corpus
-    matches"""
+    """compute what the original model says again even if the cache matches"""
 
     num_train_epochs: float = 1.0
     """passes over the first corpus of the method"""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlearn_ds import distributed
-from unlearn_ds.cache_key import cache_path
+from unlearn_ds.cache_key import cache_path, make_cache_folder
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
@@ -103,12 +103,13 @@ def open_or_fill(
     dtype: torch.dtype,
     *,
     rows_per_batch: int,
+    cache_dir: str | None,
     overwrite: bool,
     progress: bool,
 ) -> HiddenCache:
     """Open the cache, or let `engine`, which must still hold the original weights, compute it. Every rank calls this."""
     key = cache_key(sequences, model_fingerprint, dtype)
-    folder = cache_path(sequences.corpora[0].path, "hidden", key)
+    folder = cache_path(sequences.corpora[0].path, "hidden", key, cache_dir)
     found = distributed.on_main(lambda: _read_manifest(folder))
     if overwrite or found is None:
         _fill(sequences, engine, folder, key, rows_per_batch, progress)
@@ -129,6 +130,7 @@ def _fill(
     partial = folder.with_name(f".{folder.name}.partial")
 
     def prepare() -> None:
+        make_cache_folder(folder)
         needed = (num_tokens + vocab_size) * hidden_size * _DTYPES[key["dtype"]].itemsize + 8 * num_tokens
         free = shutil.disk_usage(folder.parent).free
         if needed > free:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from unlearn_ds import distributed
-from unlearn_ds.cache_key import cache_path
+from unlearn_ds.cache_key import cache_path, make_cache_folder
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.labels import CachedTargets, LabelCache
 from unlearn_ds.data.loader import evaluation_batches
@@ -47,7 +47,7 @@ def sampled_targets(
 ) -> CachedTargets:
     """Open the cached labels, or have the original model (`ask`) draw them first. Every rank calls this."""
     key = cache_key(config, corpus, model_fingerprint)
-    path = cache_path(corpus.corpus.path, "labels", key)
+    path = cache_path(corpus.corpus.path, "labels", key, config.cache_dir)
     found = distributed.on_main(lambda: LabelCache.exists(path, key))
     if config.overwrite_cache or not found:
         _draw(config, corpus, sequences, ask, path, key, device)
@@ -64,6 +64,7 @@ def _draw(
     device: torch.device,
 ) -> None:
     top_k, top_p, rm_groundtruth = config.sampling
+    distributed.on_main(lambda: make_cache_folder(path))
     cache = LabelCache.create(path, corpus.corpus.num_tokens, corpus.corpus.tokens.dtype, key)
     distributed.barrier()
     batches = evaluation_batches(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from unlearn_ds import distributed
-from unlearn_ds.cache_key import cache_path
+from unlearn_ds.cache_key import cache_path, make_cache_folder
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
@@ -47,8 +47,9 @@ def reference_nll(
     Raises `OptionError` if the cache is damaged.
     """
     key = cache_key(config, corpus, model_fingerprint)
-    folder = cache_path(corpus.corpus.path, "nll", key)
+    folder = cache_path(corpus.corpus.path, "nll", key, config.cache_dir)
     if config.overwrite_cache or not distributed.on_main((folder / _MANIFEST).exists):
+        distributed.on_main(lambda: make_cache_folder(folder))
         table = collect_table(
             "forget by the original model",
             sequences,

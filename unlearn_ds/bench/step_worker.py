@@ -178,7 +178,9 @@ def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks
     if config.reference == "cache":
         sequences = next(source.sequences for source in plan.sources if source.loss == KL)
         reference = CachedReference(
-            open_or_fill(sequences, engine, "random", dtype, rows_per_batch=1, overwrite=False, progress=False)
+            open_or_fill(
+                sequences, engine, "random", dtype, rows_per_batch=1, cache_dir=None, overwrite=False, progress=False
+            )
         )
     elif config.objective.needs_reference:
         frozen_config = inference_config(load_ds_file(config.deepspeed), bf16=config.bf16, size=model_size(shape))
