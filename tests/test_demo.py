@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.support import launch
-from unlearn_ds.demo import TRAINING, UNLEARNING, DemoConfig, claim_folder
+from unlearn_ds.demo import GUARDS, TRAINING, UNLEARNING, DemoConfig, claim_folder
+from unlearn_ds.demo_robustness import RELEARN_UPDATES
 from unlearn_ds.options import OptionError
 
 
@@ -15,13 +16,17 @@ def test_every_model_is_in_the_report(tmp_path):
     finished = launch("unlearn_ds.cli", ["demo", *arguments], timeout_s=900)
     assert finished.returncode == 0, finished.stderr[-4000:]
     report = json.loads((folder / "report.json").read_text())
-    for name in [*TRAINING, *UNLEARNING]:
+    for name in [*TRAINING, *UNLEARNING, *GUARDS]:
         measured = report["models"][name]
         for set_name in ("forget", "approximate", "retain", "general"):
             assert measured["sets"][set_name]["ppl"] > 1
             assert 0 <= measured["sets"][set_name]["acc"] <= 100
         assert 0 <= measured["mia"]["min_k_40"]["auc"] <= 1
         assert f"| {name} |" in finished.stdout
+    for name in [*TRAINING, *UNLEARNING]:
+        robustness = report["models"][name]["robustness"]
+        assert robustness["quantize"]["int4"]["sets"]["forget"]["ppl"] > 1
+        assert robustness["relearn"]["updates"] == RELEARN_UPDATES
     page = (folder / "report.html").read_text()
     assert all(name in page for name in UNLEARNING)
     rows = [json.loads(line) for line in (folder / "ascent_plus_kl" / "metrics.jsonl").read_text().splitlines()]

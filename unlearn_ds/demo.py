@@ -1,7 +1,8 @@
 """`unlearn-ds demo`: the whole story on one machine, offline.
 
 Trains a small Llama on Python's own sources (`original`) and once more without the forget set (`retrained`, the yardstick that
-nobody can afford at scale), then unlearns the forget set from the original with all seven methods, measures the nine models and
+nobody can afford at scale), then unlearns the forget set from the original with all seven methods, and by an ascent that is far
+too fast, without a guard and with one. Measures all models, asks whether rounding or relearning brings the forget set back, and
 writes a table and a page. Every model is trained by the same engine that takes a 70B model: DeepSpeed ZeRO-3, on as many
 ranks as there are cores or GPUs, at most two.
 """
@@ -69,6 +70,11 @@ UNLEARNING = {
         "--unlearn_method ascent_plus_kl_divergence --general True --learning_rate 3e-4 --num_train_epochs 4"
     ),
 }
+_DESTROYING = "--unlearn_method gradient_ascent --learning_rate 4e-3 --num_train_epochs 3"
+GUARDS = {
+    "ascent_unguarded": _DESTROYING,
+    "ascent_guarded": f"{_DESTROYING} --eval_steps 1 --max_retain_ppl_increase 10% --stop_when 'forget_ppl>=approximate'",
+}
 _TRAINING_OPTIONS = "--random_init --learning_rate 5e-3 --warmup_ratio 0.03 --global_batch_size 8"
 _UNLEARNING_OPTIONS = "--global_batch_size 16"
 _PAIRED_OPTIONS = "--retain_ratio 2"  # of the methods that use retain data: two retain sequences per forget sequence
@@ -95,11 +101,13 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     claim_folder(root)
     num_ranks = config.num_ranks or default_num_ranks(at_most=2)
     start_model = make_data(root, config.seed)
-    names = [*TRAINING, *UNLEARNING]
+    names = [*TRAINING, *UNLEARNING, *GUARDS]
     bar = tqdm(names, unit="model", bar_format="{desc:<42}{bar}{n_fmt}/{total_fmt} models, {elapsed} < {remaining}")
     for name in bar:
         bar.set_description(f"{name} ({num_ranks} ranks, ZeRO-3)")
         run_ranks("unlearn_ds.train", run_arguments(config, root, name, start_model), num_ranks, root / f"{name}.log")
+    measured = [str(root), str(SEQ_LEN), str(config.seed), *TRAINING, *UNLEARNING]
+    run_ranks("unlearn_ds.demo_robustness", measured, 1, root / "robustness.log")
     report = write_report(root, {name: root / name for name in names}, original="original", retrained="retrained")
     print(f"\n{(root / 'report.md').read_text(encoding='utf-8')}")
     print(f"{root / 'report.html'} and {root / 'report.json'} written after {time.perf_counter() - started:.0f} s")
@@ -136,7 +144,7 @@ def run_arguments(config: DemoConfig, root: Path, name: str, start_model: Path) 
         model = start_model
     else:
         paired = _PAIRED_OPTIONS if "ascent_plus" in name else ""
-        options = f"{_UNLEARNING_OPTIONS} {paired} {UNLEARNING[name]}"
+        options = f"{_UNLEARNING_OPTIONS} {paired} {(UNLEARNING | GUARDS)[name]}"
         model = root / "original" / "model"
     common = {
         "--target_model_name_or_path": model,
