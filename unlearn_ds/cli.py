@@ -29,6 +29,10 @@ BENCHES = {
     ),
     "step": ("unlearn_ds.bench.step", "whole updates: tokens/s and memory, ours beside the published way"),
     "loader": ("unlearn_ds.bench.loader", "the token loader against every installed peer and a plain copy"),
+    "evaluation": (
+        "unlearn_ds.bench.evaluation",
+        "all measures in one pass against a pass per attack with whole logits, on CPU",
+    ),
 }
 
 
