@@ -1,7 +1,7 @@
 """Every measure from one pass without logits, against a pass per measure with whole logits: time and peak memory on CPU.
 
-    ours         one forward per sequence; perplexity, accuracy, LOSS, Min-K%, Min-K%++, zlib and the gain over a reference
-    per_attack   six passes, the usual way: a padded batch's whole logits, once for each of perplexity, LOSS, Min-K%, zlib and
+    one_pass     one forward per sequence; perplexity, accuracy, LOSS, Min-K%, Min-K%++, zlib and the gain over a reference
+    separate     six passes, the usual way: a padded batch's whole logits, once for each of perplexity, LOSS, Min-K%, zlib and
                  the gain over a reference, and twice for Min-K%++, whose means come from a forward of their own
 
 Both measure the same sequences of random tokens with the same random weights in fp32. Reference losses are at hand in both. The
@@ -28,12 +28,12 @@ from unlearn_ds.evaluation.collect import collect_tables, open_sets
 from unlearn_ds.evaluation.evaluate import load_subject
 from unlearn_ds.evaluation.options import EvaluateConfig
 
-IMPLS = ("ours", "per_attack")
+IMPLS = ("one_pass", "separate")
 _TOLERANCE = 1e-3  # nats, and standard deviations for Min-K%++; both sum in fp32
 _SETS = ("forget", "approximate")
 _K_PERCENT = 40
 _BATCH = 8  # sequences of a padded batch
-# measure of per_attack -> column of our table
+# measure of the separate passes -> column of our table
 _COLUMNS = {
     "ppl": "log_prob",
     "loss": "min_k_100",
@@ -85,23 +85,23 @@ def prepare(impl: str, folder: Path, seq_len: int, workspace_mib: float) -> Run:
     )
     subject = load_subject(config)
     sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer)
-    if impl == "ours":
-        run = partial(_ours, config, subject, sets)
+    if impl == "one_pass":
+        run = partial(_one_pass, config, subject, sets)
     else:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
-        run = partial(_per_attack, model, subject.tokenizer, sets)
+        run = partial(_separate, model, subject.tokenizer, sets)
         subject = None
     return run
 
 
-def _ours(config: EvaluateConfig, subject: Any, sets: dict[str, SequenceIndex]) -> dict[str, Scores]:
+def _one_pass(config: EvaluateConfig, subject: Any, sets: dict[str, SequenceIndex]) -> dict[str, Scores]:
     return collect_tables(sets, subject.engine.ask, subject.device, config, subject.tokenizer, progress=False)
 
 
 @torch.no_grad()
-def _per_attack(model: nn.Module, tokenizer: Any, sets: dict[str, SequenceIndex]) -> dict[str, Scores]:
+def _separate(model: nn.Module, tokenizer: Any, sets: dict[str, SequenceIndex]) -> dict[str, Scores]:
     """Measure -> one score per sequence, a pass each."""
     measures: dict[str, Callable[[nn.Module, Tensor, Tensor, list[np.ndarray]], list[float]]] = {
         "ppl": _mean_log_probs,
@@ -183,7 +183,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden_size", type=int, default=128, help="D (default: 128)")
     parser.add_argument("--sequences", type=int, default=16, help="of each of the two sets (default: 16)")
     parser.add_argument("--seq_len", type=int, default=512, help="longest sequence, in tokens (default: 512)")
-    parser.add_argument("--workspace_mib", type=float, default=128, help="what ours may use for logits (default: 128)")
+    parser.add_argument(
+        "--workspace_mib", type=float, default=128, help="what one_pass may use for logits (default: 128)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
@@ -211,8 +213,8 @@ def main(args: argparse.Namespace) -> int:
         | {"peak_mem_bytes": peaks[impl]}
         for impl in runs
     ]
-    faster = times["per_attack"]["median_ms"] / times["ours"]["median_ms"]
-    smaller = peaks["per_attack"] / peaks["ours"]
+    faster = times["separate"]["median_ms"] / times["one_pass"]["median_ms"]
+    smaller = peaks["separate"] / peaks["one_pass"]
     for row in results:
         print(
             f"{row['impl']:<12}{row['median_ms']:>10.0f} ms{row['peak_mem_bytes'] / 2**20:>10.0f} MiB beyond the model"
