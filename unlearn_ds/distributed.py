@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -99,7 +100,19 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
         _start_lifeline()
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     _start_lifeline()
+    if device.type == "cpu" and dist.get_world_size() > 1:
+        _unlink_shared_memory(os.environ)
     return device
+
+
+def _unlink_shared_memory(environ: dict[str, str]) -> None:
+    """Take the name off this rank's buffer of DeepSpeed's CPU collectives, 66 MiB, once all ranks have mapped it.
+
+    DeepSpeed 0.19.8 never does (csrc/cpu/comm/shm.cpp), so that every run would leave its buffers in memory for good.
+    """
+    name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(os.getuid(), **environ)
+    dist.barrier()
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _start_lifeline() -> None:
