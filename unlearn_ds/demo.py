@@ -102,12 +102,16 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     num_ranks = config.num_ranks or default_num_ranks(at_most=2)
     start_model = make_data(root, config.seed)
     names = [*TRAINING, *UNLEARNING, *GUARDS]
-    bar = tqdm(names, unit="model", bar_format="{desc:<42}{bar}{n_fmt}/{total_fmt} models, {elapsed} < {remaining}")
-    for name in bar:
-        bar.set_description(f"{name} ({num_ranks} ranks, ZeRO-3)")
-        run_ranks("unlearn_ds.train", run_arguments(config, root, name, start_model), num_ranks, root / f"{name}.log")
-    measured = [str(root), str(SEQ_LEN), str(config.seed), *TRAINING, *UNLEARNING]
-    run_ranks("unlearn_ds.demo_robustness", measured, 1, root / "robustness.log")
+    with tqdm(total=len(names) + 1, bar_format="{desc:<42}{bar}{n_fmt}/{total_fmt} steps, {elapsed}") as bar:
+        for name in names:
+            bar.set_description(f"{name} ({num_ranks} ranks, ZeRO-3)")
+            arguments = run_arguments(config, root, name, start_model)
+            run_ranks("unlearn_ds.train", arguments, num_ranks, root / f"{name}.log")
+            bar.update()
+        bar.set_description("rounding and relearning")
+        arguments = [str(root), str(SEQ_LEN), str(config.seed), *TRAINING, *UNLEARNING]
+        run_ranks("unlearn_ds.demo_robustness", arguments, 1, root / "robustness.log")
+        bar.update()
     report = write_report(root, {name: root / name for name in names}, original="original", retrained="retrained")
     print(f"\n{(root / 'report.md').read_text(encoding='utf-8')}")
     print(f"{root / 'report.html'} and {root / 'report.json'} written after {time.perf_counter() - started:.0f} s")

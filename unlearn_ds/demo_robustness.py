@@ -1,12 +1,21 @@
-"""The demo's hardest questions, for all its models in one process: does rounding or relearning bring the forget set back?"""
+"""The demo's hardest questions, for all its models in one process: does rounding or relearning bring the forget set back?
+
+What the runs measured stays as it is: this adds quantize.json and relearn.json to each model's folder.
+"""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from unlearn_ds import distributed
-from unlearn_ds.evaluation.evaluate import evaluate
+from unlearn_ds.evaluation.card import update_card
+from unlearn_ds.evaluation.collect import open_sets
+from unlearn_ds.evaluation.evaluate import load_subject
+from unlearn_ds.evaluation.folder import evaluated_tables
 from unlearn_ds.evaluation.options import EvaluateConfig
+from unlearn_ds.evaluation.quantize import measure_quantized
+from unlearn_ds.evaluation.relearn import measure_relearning
+from unlearn_ds.evaluation.verdict import Comparison
 
 RELEARN_UPDATES = 8
 _RELEARN_LEARNING_RATE = 1e-3  # the demo's model is small: the default rate is one for models of billions
@@ -19,23 +28,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(root: Path, seq_len: int, seed: int, names: Sequence[str]) -> None:
-    """Measure each model again, rounded to int4 and after relearning, and write the results into its folder."""
+    """Measure each model in int4 and after relearning, and write both into its folder."""
     for name in names:
-        evaluate(
-            EvaluateConfig(
-                model_name_or_path=str(root / name / "model"),
-                data_dir=str(root / "data"),
-                output_dir=str(root / name),
-                original_model=str(root / "original"),
-                retrained_model=str(root / "retrained"),
-                seq_len=seq_len,
-                per_device_eval_batch_size=16,
-                quantize=("int4",),
-                relearn=RELEARN_UPDATES,
-                relearn_learning_rate=_RELEARN_LEARNING_RATE,
-                seed=seed,
-            )
+        config = EvaluateConfig(
+            model_name_or_path=str(root / name / "model"),
+            data_dir=str(root / "data"),
+            seq_len=seq_len,
+            per_device_eval_batch_size=16,
+            quantize=("int4",),
+            relearn=RELEARN_UPDATES,
+            relearn_learning_rate=_RELEARN_LEARNING_RATE,
+            seed=seed,
         )
+        subject = load_subject(config)
+        sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer)
+        original, retrained = (evaluated_tables(root / yardstick) for yardstick in ("original", "retrained"))
+        measure_quantized(config, subject, sets, Comparison(original, retrained, config), root / name)
+        measure_relearning(config, root / name)
+        update_card(root / name)
 
 
 if __name__ == "__main__":
