@@ -197,7 +197,6 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, args.vocab_size, args.hidden_size, args.sequences, args.seq_len)
-        # First the peaks: the processes that measure them inherit no rendezvous of this one.
         peaks = {impl: peak_memory(prepare, impl, folder, args.seq_len, args.workspace_mib) for impl in IMPLS}
         runs = {impl: prepare(impl, folder, args.seq_len, args.workspace_mib) for impl in IMPLS}
         error = largest_error(*(run() for run in runs.values()))

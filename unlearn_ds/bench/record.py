@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from unlearn_ds.durable import replacing
+from unlearn_ds.processes import LAUNCHER_VARIABLES
 
 Run = Callable[[], object]
 
@@ -92,7 +93,9 @@ def peak_memory(prepare: Callable[..., Run], *arguments: Any) -> int:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(sender, prepare, arguments))
-    with _environment(MALLOC_MMAP_THRESHOLD_="131072"):  # glibc's first value, which it otherwise raises as it goes
+    # glibc's first threshold, which it otherwise raises as it goes; and no launcher's variables, this process's own rendezvous
+    # among them: the child must not wait there.
+    with _environment(MALLOC_MMAP_THRESHOLD_="131072", **dict.fromkeys(LAUNCHER_VARIABLES)):
         child.start()
     sender.close()
     try:
@@ -105,18 +108,22 @@ def peak_memory(prepare: Callable[..., Run], *arguments: Any) -> int:
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Variables for the processes that are started meanwhile."""
+def _environment(**variables: str | None) -> Iterator[None]:
+    """Variables for the processes that are started meanwhile; None for those that they must not see."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _set_environment(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _measure(sender: Any, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
