@@ -64,6 +64,21 @@ def test_a_killed_rank_brings_the_other_down(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(tmp_path / "run")
 
 
+def test_killed_ranks_leave_nothing_in_shared_memory(tiny, tmp_path):
+    """Buffers without a name are gone with the processes that have them mapped, however these end."""
+    out = tmp_path / "run"
+    # By this variable of the deepspeed launcher DeepSpeed knows that ranks can share memory.
+    run = tiny.server.start(tiny.arguments(out, save_steps=0), LOCAL_SIZE="2")
+    wait_for(lambda: metrics(out), "the first update", run)
+    for pid in run.pids:
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        buffers = [line for line in maps if "deepspeed_allreduce_buffer" in line]
+        assert len(buffers) >= 2, maps
+        assert all(line.endswith("(deleted)") for line in buffers), buffers
+    run.kill(0)
+    run.wait()
+
+
 def test_kill_before_in_and_after_a_checkpoint_write(tiny, tmp_path):
     out = tmp_path / "run"
     checkpoints = out / "checkpoints"

@@ -100,7 +100,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
         _start_lifeline()
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     _start_lifeline()
-    if device.type == "cpu" and dist.get_world_size() > 1:
+    if device.type == "cpu":
         _unlink_shared_memory(os.environ)
     return device
 
