@@ -88,13 +88,26 @@ def token_stats(
     for block in _blocks(z):
         log_p, _ = _finished(z[block], head, False)
         target = targets[block, None]
-        out.correct[block] = (log_p.argmax(-1, keepdim=True) == target)[:, 0]
+        out.correct[block] = _likeliest(log_p, target)
         torch.log_softmax(log_p, -1, out=log_p)
         out.log_prob[block] = log_p.gather(1, target)[:, 0]
         p = log_p.exp()
         p.mul_(log_p.clamp_(min=_FLOOR))
         out.sum_p_logp[block] = p.sum(-1)
         out.sum_p_logp2[block] = p.mul_(log_p).sum(-1)
+
+
+def _likeliest(
+    logits: Tensor,  # (c, V)
+    target: Tensor,  # (c, 1)
+) -> Tensor:  # (c,) bool
+    """Whether the target is the first of the largest logits. On CPU torch's argmax is 15 times as slow as its amax."""
+    if logits.device.type != "cpu":
+        return (logits.argmax(-1, keepdim=True) == target)[:, 0]
+    at_peak = (logits.gather(1, target) == logits.amax(-1, keepdim=True))[:, 0]
+    rows = at_peak.nonzero()[:, 0]
+    at_peak[rows] = logits[rows].argmax(-1) == target[rows, 0]
+    return at_peak
 
 
 def finish(

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearn_ds.bench.record import Run, peak_memory, time_interleaved, write_json
@@ -132,8 +131,8 @@ def _padded(sequences: SequenceIndex) -> Iterator[tuple[Tensor, Tensor, list[np.
 def _log_probs(model: nn.Module, ids: Tensor, mask: Tensor) -> list[Tensor]:
     """Per sequence, log p of each of its tokens but the first."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
-    loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return [-row[: int(length) - 1] for row, length in zip(loss, mask.sum(1))]
+    log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (B, T - 1)
+    return [row[: int(length) - 1] for row, length in zip(log_probs, mask.sum(1))]
 
 
 def _mean_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, _tokens: list[np.ndarray]) -> list[float]:
