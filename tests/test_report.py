@@ -174,6 +174,14 @@ def test_one_run_alone_is_held_against_its_own_unseen_documents(tmp_path):
     assert verdict["yardstick"] == "the same model on unseen documents"
 
 
+def test_what_a_guard_did_stands_beside_the_verdict(tmp_path):
+    event = "stopped after update 3: retain perplexity 47 is above 31, 10% over the start"
+    folder = save_evaluation(tmp_path / "run", random_tables(), [{"step": 3, "event": event}])
+    assert main([str(folder)]) == 0
+    verdict = (folder / "report.html").read_text().split('<section id="models">')[0]
+    assert f"In training: {event}." in verdict
+
+
 def test_runs_of_the_same_folder_name_are_told_apart(tmp_path):
     for parent in ("a", "b"):
         save_evaluation(tmp_path / parent / "run", random_tables(count=10))
