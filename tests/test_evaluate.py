@@ -17,7 +17,7 @@ from unlearn_ds.evaluation.collect import open_sets, zlib_bytes
 from unlearn_ds.evaluation.folder import evaluated_tables
 from unlearn_ds.evaluation.generation import rouge_l
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.evaluation.quantize import rounded
+from unlearn_ds.evaluation.quantize import decoder_linears, rounded
 from unlearn_ds.evaluation.relearn import halves
 from unlearn_ds.evaluation.table import read_tables
 from unlearn_ds.options import OptionError
@@ -218,6 +218,41 @@ def test_halves_split_documents_not_sequences():
     assert halves(Sequences()) == ([0, 1, 5], [2, 3, 4])
 
 
+def test_relearning_needs_two_forget_documents():
+    class OneDocument:
+        def __len__(self):
+            return 3
+
+        def documents(self, ids):
+            return np.zeros(len(ids), int)
+
+    with pytest.raises(OptionError, match="--relearn needs at least two forget documents"):
+        halves(OneDocument())
+
+
+def test_relearning_needs_a_forget_corpus(setting, tmp_path):
+    data = write_corpora(tmp_path / "data")
+    for path in (data / "github").glob("forget.*"):
+        path.unlink()
+    finished = evaluate(setting | {"data": data}, tmp_path / "out", "--relearn", "2")
+    assert finished.returncode == 2
+    assert "--relearn works on forget documents, and there is no forget corpus in" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_matrices_to_round_is_refused():
+    class OnlyHead(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(2, 2)
+
+        def get_output_embeddings(self):
+            return self.head
+
+    with pytest.raises(OptionError, match=r"--quantize: OnlyHead has no nn\.Linear layers to round"):
+        decoder_linears(OnlyHead())
+
+
 def test_zlib_measures_text():
     class Tokenizer:
         def decode(self, tokens):
@@ -320,6 +355,7 @@ def test_an_error_leaves_nothing_behind(setting, tmp_path):
         ({"relearn": -1}, "--relearn -1: must not be negative"),
         ({"relearn_batch_size": 0}, "--relearn_batch_size 0: must be above 0"),
         ({"tasks_limit": 0}, "--tasks_limit 0: at least 1"),
+        ({"max_sequences": 1}, "--max_sequences 1: at least 2, or a set has no spread"),
     ],
 )
 def test_options_are_checked(options, message):

@@ -168,6 +168,26 @@ def test_a_condition_on_a_set_that_is_not_there_stops_the_run_before_it_starts(s
     assert "forget_ppl>=approximate needs the set 'approximate', which was not prepared" in finished.stderr
 
 
+def guard_of(**config):
+    """A guard of a run that has prepared no set and measured nothing."""
+    guard = object.__new__(Guard)
+    guard._run = SimpleNamespace(config=SimpleNamespace(**config), run_dir=config.get("run_dir"))
+    guard._conditions, guard._sets, guard._utility, guard._increase = [], {}, None, 0.1
+    return guard
+
+
+def test_a_limit_on_damage_needs_a_set_to_see_it_on():
+    with pytest.raises(OptionError, match="--max_retain_ppl_increase needs a retain corpus or a general evaluation"):
+        guard_of(load_best=False)._check_sets()
+
+
+def test_a_resumed_run_must_have_measured_its_start(tmp_path):
+    with pytest.raises(OptionError, match="--resume with --eval_steps: the run did not measure its starting model"):
+        guard_of(run_dir=tmp_path)._recorded_start()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_forget_ppl": 3.0}\n{"step": 1, "loss": 2.0}\n')
+    assert guard_of(run_dir=tmp_path)._recorded_start() == {"forget_ppl": 3.0}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,6 +1,7 @@
 """Downstream tasks through lm-eval, offline: a task of our own on an exported tiny model with a tokenizer."""
 
 import json
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from tests.support import launch, tiny_config
 from unlearn_ds.demo_data import write_tokenizer
 from unlearn_ds.evaluation.options import EvaluateConfig
+from unlearn_ds.evaluation.tasks import run_tasks
 from unlearn_ds.options import OptionError
 
 VOCAB_SIZE = 300  # the 256 bytes and a few pieces
@@ -62,8 +64,12 @@ def test_a_task_of_our_own_runs_offline_and_enters_the_model_card(setting):
 
 
 def test_tasks_run_as_one_process(setting, monkeypatch, tmp_path):
-    from unlearn_ds.evaluation.tasks import run_tasks
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match="--tasks runs as one process"):
+        run_tasks(EvaluateConfig(model_name_or_path="m", tasks=("mmlu",)), tmp_path)
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(OptionError, match=r"--tasks: install lm-eval with `pip install unlearn-ds\[tasks\]`"):
         run_tasks(EvaluateConfig(model_name_or_path="m", tasks=("mmlu",)), tmp_path)

@@ -27,7 +27,7 @@ from unlearn_ds.evaluation.table import Table, write_table
 from unlearn_ds.evaluation.verdict import Comparison, judge
 from unlearn_ds.loss_head import HeadOptions
 from unlearn_ds.model import ModelOptions, load_config, load_model, logit_shape, model_fingerprint, model_size
-from unlearn_ds.options import parse
+from unlearn_ds.options import OptionError, parse
 
 SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib", "reference")
 
@@ -67,6 +67,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     )
     subject = load_subject(config)
     sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer, config.max_sequences)
+    for flag in ("generate", "relearn"):
+        if getattr(config, flag) and "forget" not in sets:
+            raise OptionError(f"--{flag} works on forget documents, and there is no forget corpus in {config.data_dir}")
     tables = collect_tables(sets, subject.engine.ask, subject.device, config, subject.tokenizer)
     header = {
         "model": config.model_name_or_path,

@@ -18,7 +18,6 @@ from unlearn_ds.engine import Ask
 from unlearn_ds.evaluation.folder import write_json
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.loss_head import SampleCall
-from unlearn_ds.options import OptionError
 
 if TYPE_CHECKING:
     from unlearn_ds.evaluation.evaluate import Subject
@@ -28,8 +27,6 @@ def measure_generation(
     config: EvaluateConfig, subject: "Subject", sets: dict[str, SequenceIndex], output_dir: Path
 ) -> dict[str, Any]:
     """Continue `--generate` forget sequences and write generation.json. Every rank calls this."""
-    if "forget" not in sets:
-        raise OptionError("--generate continues forget sequences, and there is no forget corpus")
     sequences = sets["forget"]
     count = min(config.generate, len(sequences))
     chosen = np.sort(np.random.default_rng(config.seed).choice(len(sequences), count, replace=False))
