@@ -139,7 +139,7 @@ def test_tradeoff_axes_fit_the_points(extreme):
     figure, (axes,) = new_figure()
     draw_tradeoff(axes, points, colours(list(points)), target=113.0, limit=33.2)
     to_svg(figure, "tradeoff", "")
-    for limits, values in ((axes.get_xlim(), (30.0, 150.0)), (axes.get_ylim(), (30.2, min(extreme, 100 * 32.2)))):
+    for limits, values in ((axes.get_xlim(), (30.0, 150.0)), (axes.get_ylim(), (30.2, min(extreme, 10 * 32.2)))):
         low, high, first, last = np.log10([*limits, *values])
         assert low < first < last < high
         assert last - first > 0.6 * (high - low)

@@ -14,16 +14,30 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from unlearn_ds.durable import replacing
 from unlearn_ds.evaluation.attacks import attack_scores, roc_curve, weighted_auc
 from unlearn_ds.evaluation.table import Table
 
 _INK = "#010203"  # stands for the page's text colour; no palette below contains it
-PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#d4a62a", "#ff9da7", "#9c755f", "#8c8c8c")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+PALETTE = (
+    "#4e79a7",
+    "#f28e2b",
+    "#59a14f",
+    "#e15759",
+    "#b07aa1",
+    "#76b7b2",
+    "#d4a62a",
+    "#ff9da7",
+    "#9c755f",
+    "#8c8c8c",
+    "#2f4b7c",
+    "#7a9e1f",
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -41,7 +55,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-_FAR = 100  # times the median perplexity of the models: further out, a point stands at the edge of the plot
+_FAR = 10  # times the median perplexity of the models: further out, a point stands at the edge of the plot
 _ROC_ATTACKS = ("min_k_20", "min_k_40", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib")
 
 
@@ -118,16 +132,22 @@ def draw_tradeoff(
         axes.annotate(
             "target", (target, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points"
         )
-    axes.set(xscale="log", yscale="log", xlabel="perplexity on forget", ylabel="perplexity on retain")
+    axes.set(xlabel="perplexity on forget", ylabel="perplexity on retain")
     lines = ([] if target is None else [target]), ([] if limit is None else [limit])
     for i, (axis, set_limits) in enumerate(((axes.xaxis, axes.set_xlim), (axes.yaxis, axes.set_ylim))):
         set_limits(_log_limits([*(point[i] for point in shown.values()), *lines[i]]))
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(lambda value, _position: f"{value:g}")
-        axis.set_minor_formatter(NullFormatter())
+        set_log_scale(axes, axis)
     if limit is not None:
         axes.axhspan(axes.get_ylim()[0], limit, color="#59a14f", alpha=0.10, linewidth=0)
     axes.figure.legend(loc="outside lower center", ncols=3)
+
+
+def set_log_scale(axes: Axes, axis: Axis) -> None:
+    """Make one of the axes logarithmic, with numbers as people write them."""
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _position: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _log_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -155,4 +175,5 @@ def draw_curves(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], in
     for name, (steps, values) in curves.items():
         axes.plot(steps, values, color=ink[name], linewidth=1.4, marker="o", markersize=2.5, label=name)
     axes.set(xlabel="update", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()

@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 
 from unlearn_ds import __version__
 from unlearn_ds.evaluation import plots
@@ -22,7 +23,7 @@ def render_page(title: str, report: dict[str, Any], models: dict[str, Model]) ->
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"show": show, "attack": attack_name, "bounds": bounds}
+    environment.filters |= {"show": show, "attack": attack_name, "bounds": bounds, "breakable": breakable}
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         title=title,
@@ -45,6 +46,11 @@ def attack_name(attack: str) -> str:
     return "Min-" + attack.rsplit("_", 1)[1] + ("%++" if "plus_plus" in attack else "%")
 
 
+def breakable(name: str) -> Markup:
+    """A name that a narrow column may break after its underscores."""
+    return Markup(str(escape(name)).replace("_", "_<wbr>"))
+
+
 def bounds(pair: list[float | None] | None, digits: str = ".4g") -> str:
     """An interval for people; empty if there is none."""
     return f"{show(pair[0], digits)} to {show(pair[1], digits)}" if pair else ""
@@ -58,7 +64,7 @@ def extra_columns(report: dict[str, Any]) -> dict[str, dict[str, str]]:
             columns.setdefault(f"forget ppl in {bits}", {})[name] = show(result["sets"].get("forget", {}).get("ppl"))
         if relearn := one["robustness"].get("relearn"):
             before, after = (show(relearn[when]["sets"]["forget"]["ppl"]) for when in ("before", "after"))
-            heading = f"relearned in {relearn['updates']} updates: forget ppl of the other half"
+            heading = f"forget ppl relearned ({relearn['updates']} updates)"
             columns.setdefault(heading, {})[name] = f"{before} → {after}"
         if generation := one["robustness"].get("generation"):
             columns.setdefault("ROUGE-L", {})[name] = show(generation["rouge_l"], ".3f")
@@ -177,7 +183,7 @@ def _curves(models: dict[str, Model], ink: dict[str, str]) -> list[dict[str, str
             figure, (axes,) = plots.new_figure(6.4, 3.6)
             plots.draw_curves(axes, curves, ink, key.replace("eval_", "").replace("_", " "))
             if "ppl" in key:
-                axes.set_yscale("log")
+                plots.set_log_scale(axes, axes.yaxis)
             drawn.append(_entry(key, title, text, figure))
     return drawn
 
