@@ -178,8 +178,8 @@ def largest_error(ours: dict[str, Scores], theirs: dict[str, Scores]) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `unlearn-ds bench evaluation`."""
     parser.add_argument("--json", metavar="FILE", help="write the results here")
-    parser.add_argument("--vocab_size", type=int, default=64000, help="V (default: 64000)")
-    parser.add_argument("--hidden_size", type=int, default=128, help="D (default: 128)")
+    parser.add_argument("--vocab_size", type=int, default=32000, help="V (default: 32000)")
+    parser.add_argument("--hidden_size", type=int, default=256, help="D (default: 256)")
     parser.add_argument("--sequences", type=int, default=16, help="of each of the two sets (default: 16)")
     parser.add_argument("--seq_len", type=int, default=512, help="longest sequence, in tokens (default: 512)")
     parser.add_argument(
