@@ -88,9 +88,9 @@ class Hosts:
                         preexec_fn=end_with_parent,
                     )
                 )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         for name in ("node1", "node2"):
-            while self.run(0, ["ssh", name, "hostname"], timeout_s=20).stdout.strip() != name:
+            while self.run(0, ["ssh", name, "hostname"], timeout_s=60).stdout.strip() != name:
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{name} has no ssh: {[p.read_text() for p in self.folder.glob('*.log')]}")
                 time.sleep(0.2)

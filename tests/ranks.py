@@ -4,6 +4,8 @@ They are real processes that meet over gloo and can be killed, stopped and signa
 once. `python -m tests.ranks` is the process they are forked from.
 """
 
+import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -33,15 +35,13 @@ class ForkedRun:
         if self.pids[rank] not in self.server.codes:
             os.kill(self.pids[rank], number)
 
-    def wait(self, timeout_s: float = 90) -> list[int]:
-        """The exit codes by rank (negative: the signal); fails if a rank is still running then."""
+    def wait(self, timeout_s: float = 360) -> list[int]:
+        """The exit codes by rank (negative: the signal); fails, with the ranks' stacks, if one is still running then."""
         deadline = time.monotonic() + timeout_s
         while not self.ended():
             if time.monotonic() > deadline:
                 codes = [self.server.codes.get(pid) for pid in self.pids]
-                for rank in range(len(self.pids)):
-                    self.kill(rank)
-                raise AssertionError(f"ranks still run after {timeout_s} s, codes {codes}: {self.output()}")
+                raise AssertionError(f"ranks still run after {timeout_s} s, codes {codes}: {self.last_words()}")
             time.sleep(0.05)
         return [self.server.codes[pid] for pid in self.pids]
 
@@ -65,6 +65,11 @@ class ForkedRun:
         self.server.poll()
         return all(pid in self.server.codes for pid in self.pids)
 
+    def last_words(self) -> str:
+        """End the ranks that still run; what all have written, their stacks included."""
+        end_with_stacks([pid for pid in self.pids if pid not in self.server.codes])
+        return self.output()
+
     def output(self) -> str:
         """What all ranks have written."""
         written = [(rank, log.read_text()) for rank, log in enumerate(self.logs) if log.exists()]
@@ -78,15 +83,19 @@ class RankServer:
         self.folder = folder
         self.codes: dict[int, int] = {}
         self._count = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=rank_environment(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"),
-            preexec_fn=end_with_parent,
-        )
+        self._log = folder / "server.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.ranks"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+                env=rank_environment(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"),
+                preexec_fn=end_with_parent,
+                start_new_session=True,  # a group of its own, with all that the ranks start
+            )
 
     def start(
         self, arguments: list[str], num_ranks: int = 2, rank_arguments: dict | None = None, **extra: str
@@ -107,7 +116,7 @@ class RankServer:
     def run(self, arguments: list[str], num_ranks: int = 2, **extra: str) -> ForkedRun:
         """Run to the end; fails unless all ranks end well."""
         run = self.start(arguments, num_ranks, **extra)
-        codes = run.wait(180)
+        codes = run.wait(720)
         assert not any(codes), f"{codes}: {run.output()[-4000:]}"
         return run
 
@@ -116,17 +125,62 @@ class RankServer:
         self.codes |= {int(pid): code for pid, code in self._ask({}).items()}
 
     def stop(self) -> None:
-        """End the process and all ranks."""
-        self._process.stdin.close()
-        self._process.wait(30)
+        """End the process, all ranks and all that they started, whatever state they are in."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            end_with_stacks([self._process.pid])
+            print(f"the process that ranks are forked from had to be killed: {self._log.read_text()}")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdout.close()
 
     def _ask(self, request: dict) -> list | dict:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        assert answer, f"the process that ranks are forked from has ended: {self._log.read_text()}"
+        return json.loads(answer)
+
+
+def end_with_stacks(pids: list[int], patience_s: float = 10.0) -> None:
+    """End processes; those that have faulthandler enabled write where all their threads stand before they go."""
+    for number in (signal.SIGABRT, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + patience_s
+        while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there and more than a name (a zombie)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Ids of the ranks that this machine runs for a run's folder, whoever started them."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if str(run_dir).encode() in words and b"RANK=" in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 def _serve() -> None:
+    faulthandler.enable(all_threads=True)
     import deepspeed  # noqa: F401
     import torch.utils.cpp_extension  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -165,6 +219,7 @@ def _fork(request: dict, rank: int) -> int:
         log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.enable(all_threads=True)
         world = str(len(request["logs"]))
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])} | request["extra"]

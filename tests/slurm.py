@@ -111,7 +111,7 @@ class Slurm:
         return self
 
     def run(
-        self, *command: str, check: bool = True, timeout_s: float = 60, **extra: str
+        self, *command: str, check: bool = True, timeout_s: float = 240, **extra: str
     ) -> subprocess.CompletedProcess:
         """Run one of SLURM's commands."""
         finished = subprocess.run(
@@ -131,7 +131,7 @@ class Slurm:
         words = self.run("scontrol", "show", "job", job_id).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for_job(self, job_id: str, *states: str, timeout_s: float = 180) -> dict[str, str]:
+    def wait_for_job(self, job_id: str, *states: str, timeout_s: float = 720) -> dict[str, str]:
         """Wait until the job is in one of `states` and return what SLURM says of it."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(job_id))["JobState"] not in states:
@@ -170,7 +170,7 @@ class Slurm:
                 )
             )
 
-    def _wait_for(self, condition, what: str, timeout_s: float = 60) -> None:
+    def _wait_for(self, condition, what: str, timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):

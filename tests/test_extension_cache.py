@@ -5,8 +5,13 @@ import threading
 import time
 
 import pytest
+from torch.utils.file_baton import FileBaton
 
-from unlearn_ds.extension_cache import use_cache_of_this_environment, wait_for_extension_locks
+from unlearn_ds.extension_cache import (
+    use_cache_of_this_environment,
+    wait_for_dead_builders_too,
+    wait_for_extension_locks,
+)
 
 
 @pytest.fixture
@@ -43,6 +48,26 @@ def test_a_lock_that_a_process_holds_is_waited_for(lock, capsys):
     wait_for_extension_locks(stale_s=0.1)
     thread.join()
     assert f"waiting for {lock}: a process is building" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_builder_that_dies_while_torch_waits_for_it(lock, monkeypatch, capsys, built):
+    """Not there when we looked; torch itself waits for it, and its holder is killed."""
+    monkeypatch.setattr(FileBaton, "wait", FileBaton.wait)  # restored after the test
+    monkeypatch.setenv("UNLEARN_DS_STALE_LOCK_S", "0.5")
+    handle = os.open(lock, os.O_CREAT | os.O_EXCL)
+    if built:
+        (lock.parent / "operator.so").touch()
+    threading.Timer(0.5, os.close, [handle]).start()
+    wait_for_dead_builders_too()
+    baton = FileBaton(str(lock))
+    assert not baton.try_acquire()
+    if built:
+        baton.wait()
+    else:
+        with pytest.raises(OSError, match="building deepspeed_shm_comm ended before it was done: start again"):
+            baton.wait()
+    assert f"{lock} was left by a process that died while building: removed" in capsys.readouterr().out
 
 
 def test_a_lock_from_the_future_is_not_waited_for(lock):

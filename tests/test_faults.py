@@ -28,10 +28,10 @@ def tiny(tmp_path_factory):
     run.server.stop()
 
 
-def wait_for(condition, what: str, run: ForkedRun, timeout_s: float = 60) -> None:
+def wait_for(condition, what: str, run: ForkedRun, timeout_s: float = 360) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"no {what}: {run.output()}"
+        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s: {run.last_words()}"
         assert not run.ended(), f"ended before {what}: {run.output()}"
         time.sleep(0.002)
 
@@ -59,7 +59,7 @@ def test_a_killed_rank_brings_the_other_down(tiny, tmp_path):
     taken = time.monotonic() - killed
     assert codes == [EXIT_PEER_LOST, -signal.SIGKILL]
     assert "rank 1 is lost: its process ended. Leaving: start again with --resume" in run.output()
-    assert taken < 10
+    assert taken < TO_THE_MESSAGE_S
     resume(tiny, tmp_path / "run")
     tiny.assert_same_as_uninterrupted(tmp_path / "run")
 
@@ -302,11 +302,11 @@ def test_clock_jumps_do_nothing(tiny, tmp_path):
             preexec_fn=end_with_parent,
         )
     for step, jump in ((3, "86400"), (20, "-31536000")):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 480
         while len(metrics(out)) < step and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         offset.write_text(jump)
-    assert launcher.wait(120) == 0, (tmp_path / "log").read_text()
+    assert launcher.wait(480) == 0, (tmp_path / "log").read_text()
     tiny.assert_same_as_uninterrupted(out)
 
 

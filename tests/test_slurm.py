@@ -59,7 +59,7 @@ def submit(slurm: Slurm, folder, script: str, options: tuple[str, ...], argument
     return done.stdout.strip()
 
 
-def wait_until(slurm: Slurm, job_id: str, condition, what: str, timeout_s: float = 120) -> None:
+def wait_until(slurm: Slurm, job_id: str, condition, what: str, timeout_s: float = 480) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         state = slurm.job(job_id)["JobState"]
@@ -84,7 +84,7 @@ def test_two_nodes_requeued_and_signalled_equal_one_process(slurm, tiny, tmp_pat
     wait_until(slurm, job, lambda: "resumed after" in output(tmp_path), "the resume")
     wait_until(slurm, job, lambda: len(metrics(out)) >= before + 3, "more updates")
     slurm.run("scancel", "--signal=USR1", job)
-    slurm.wait_for_job(job, "COMPLETED", timeout_s=240)
+    slurm.wait_for_job(job, "COMPLETED")
     assert slurm.job(job)["Restarts"] == "2", output(tmp_path)
     assert "--resume goes on from here" in output(tmp_path)
     assert "device        cpu x 2" in output(tmp_path)
@@ -127,12 +127,12 @@ def test_a_sweep_of_four_with_one_cancelled_and_submitted_again(slurm, tiny, tmp
     slurm.run("scancel", f"{job}_1")
     slurm.wait_for_job(f"{job}_1", "CANCELLED")
     for index in (0, 2, 3):
-        slurm.wait_for_job(f"{job}_{index}", "COMPLETED", timeout_s=240)
+        slurm.wait_for_job(f"{job}_{index}", "COMPLETED")
     assert [element.state for element in elements] == ["done", "part", "done", "done"]
 
     job = submit(slurm, tmp_path, SWEEP, array, [str(grid)])
     for index in range(4):
-        slurm.wait_for_job(f"{job}_{index}", "COMPLETED", timeout_s=240)
+        slurm.wait_for_job(f"{job}_{index}", "COMPLETED")
     assert [element.state for element in elements] == ["done"] * 4
     assert sum("is done already" in log.read_text() for log in tmp_path.glob("slurm-*.out")) == 3
     assert "resumed after" in output(tmp_path)

@@ -17,7 +17,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from unlearn_ds.extension_cache import use_cache_of_this_environment, wait_for_extension_locks
+from unlearn_ds.extension_cache import (
+    use_cache_of_this_environment,
+    wait_for_dead_builders_too,
+    wait_for_extension_locks,
+)
 from unlearn_ds.lifeline import Lifeline
 from unlearn_ds.signals import EXIT_RESUMABLE, StopRequested
 
@@ -92,6 +96,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     quiet_libraries()
     use_cache_of_this_environment(os.environ)
     wait_for_extension_locks()
+    wait_for_dead_builders_too()
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     if device.type == "cpu":
         # Before DeepSpeed sets up its shared memory, in which a rank would wait for a dead one for ever.

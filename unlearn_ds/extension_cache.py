@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 STALE_LOCK_S = 300.0  # building one of DeepSpeed's operators takes a minute or two
@@ -31,14 +32,32 @@ def wait_for_extension_locks(stale_s: float | None = None) -> None:
     dead; a younger one may belong to another host with the same home folder, so we wait and say so. Where no other host builds
     UNLEARN_DS_STALE_LOCK_S may be short (default 300 s).
     """
+    root = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    # One process of a host looks after the host's locks.
+    _wait_for(lambda: list(root.glob("*/lock")), stale_s, removes=os.environ.get("LOCAL_RANK", "0") == "0")
+
+
+def wait_for_dead_builders_too() -> None:
+    """From now on torch waits for its locks as we do: their holder may die while we wait, and torch would wait for ever."""
+    from torch.utils.file_baton import FileBaton
+
+    def wait(self: FileBaton) -> None:
+        lock = Path(self.lock_file_path)
+        _wait_for(lambda: [lock] if lock.exists() else [], None, removes=True, silent_s=10.0)
+        if not list(lock.parent.glob("*.so")):
+            raise OSError(f"the process that was building {lock.parent.name} ended before it was done: start again")
+
+    FileBaton.wait = wait
+
+
+def _wait_for(find: Callable[[], list[Path]], stale_s: float | None, removes: bool, silent_s: float = 0.0) -> None:
     if stale_s is None:
         stale_s = float(os.environ.get("UNLEARN_DS_STALE_LOCK_S", STALE_LOCK_S))
-    root = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a host looks after the host's locks
+    started = time.monotonic()
     said = set()
     # Dead at the last look, by inode: whoever builds lets go of the file just before removing it.
     suspects: set[tuple[Path, int]] = set()
-    while locks := list(root.glob("*/lock")):
+    while locks := find():
         for lock in locks:
             try:
                 status = lock.stat()
@@ -46,13 +65,13 @@ def wait_for_extension_locks(stale_s: float | None = None) -> None:
                 continue
             age = time.time() - status.st_mtime
             held = _is_open(lock)
-            if speaks and not held and not 0 <= age < stale_s:
+            if removes and not held and not 0 <= age < stale_s:
                 if (lock, status.st_ino) not in suspects:
                     suspects.add((lock, status.st_ino))
                     continue
                 print(f"unlearn-ds: {lock} was left by a process that died while building: removed", flush=True)
                 lock.unlink(missing_ok=True)
-            elif speaks and lock not in said:
+            elif removes and lock not in said and time.monotonic() - started >= silent_s:
                 said.add(lock)
                 reason = (
                     "a process is building" if held else f"delete it if no other host builds, or wait {stale_s:.0f} s"
