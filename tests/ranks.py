@@ -6,6 +6,7 @@ once. `python -m tests.ranks` is the process they are forked from.
 
 import contextlib
 import faulthandler
+import importlib
 import json
 import os
 import signal
@@ -98,13 +99,19 @@ class RankServer:
             )
 
     def start(
-        self, arguments: list[str], num_ranks: int = 2, rank_arguments: dict | None = None, **extra: str
+        self,
+        arguments: list[str],
+        num_ranks: int = 2,
+        rank_arguments: dict | None = None,
+        module: str = "unlearn_ds.train",
+        **extra: str,
     ) -> ForkedRun:
-        """Start `unlearn_ds.train` with `arguments`; `rank_arguments` adds some to single ranks."""
+        """Start the `main` of `module` with `arguments`; `rank_arguments` adds some to single ranks."""
         self._count += 1
         logs = [self.folder / f"run{self._count}-{rank}.log" for rank in range(num_ranks)]
         own = {str(rank): words for rank, words in (rank_arguments or {}).items()}
         request = {
+            "module": module,
             "arguments": arguments,
             "own": own,
             "logs": list(map(str, logs)),
@@ -156,11 +163,11 @@ def end_with_stacks(pids: list[int], patience_s: float = 10.0) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         deadline = time.monotonic() + patience_s
-        while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
+        while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether the process is there and more than a name (a zombie)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -223,8 +230,7 @@ def _fork(request: dict, rank: int) -> int:
         world = str(len(request["logs"]))
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])} | request["extra"]
-        from unlearn_ds.train import main
-
+        main = importlib.import_module(request["module"]).main
         code = main([*request["arguments"], *request["own"].get(str(rank), [])])
     except BaseException:
         traceback.print_exc()

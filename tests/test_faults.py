@@ -1,5 +1,6 @@
 """What dies, breaks or lies: each fault is made for real, and the run resumes to the same weights or says what is wrong."""
 
+import math
 import os
 import random
 import shutil
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cluster import TinyRun, make_tiny_run, metrics, require
+from tests.one_bad_update import BAD_UPDATE
 from tests.ranks import ROOT, ForkedRun
 from tests.slurm import end_with_parent
 from unlearn_ds.lifeline import EXIT_PEER_LOST
@@ -263,6 +266,30 @@ def test_a_batch_that_is_not_a_number(tiny, tmp_path):
     assert run.wait() == [2, 2]
     assert "the gradient was not finite in 3 updates in a row" in run.output()
     assert [row["skipped"] for row in metrics(out)][-3:] == [True] * 3
+
+
+def test_one_bad_update_in_mid_run_is_left_out(tiny, tmp_path):
+    """One rank's activations are NaN in one update: no rank applies it, the run says so and goes on from the same weights."""
+    out = tmp_path / "run"
+    options = {"max_steps": 10, "save_steps": 1, "save_total_limit": 10, "lr_scheduler_type": "constant"}
+    run = tiny.server.start(tiny.arguments(out, **options), module="tests.one_bad_update")
+    assert run.wait() == [0, 0], run.output()
+    assert run.output().count("update 7: the gradient was not finite: left out, the weights are as before it") == 1
+    rows = metrics(out)
+    assert [row["step"] for row in rows if row["skipped"]] == [BAD_UPDATE]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows if not row["skipped"])
+    for rank in range(2):
+        before, after, later = (
+            torch.load(
+                out / f"checkpoints/step_{step}/state/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+                weights_only=False,
+            )
+            for step in (BAD_UPDATE - 1, BAD_UPDATE, BAD_UPDATE + 1)
+        )
+        before, after, later = (state["optimizer_state_dict"]["fp32_flat_groups"] for state in (before, after, later))
+        assert all(torch.equal(x, y) for x, y in zip(before, after))
+        assert not any(torch.equal(x, y) for x, y in zip(after, later))
 
 
 def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny, tmp_path):

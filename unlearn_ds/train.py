@@ -103,6 +103,8 @@ def run_steps(run: Run, stop: StopRequest) -> None:
                 elapsed = time.perf_counter() - started + waited_s
                 metrics.write(metrics_row(run, step, sums, result, learning_rate, elapsed))
             metrics.advance()
+            if not result.applied:
+                distributed.say(f"update {done}: the gradient was not finite: left out, the weights are as before it")
             skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             if skipped_in_a_row >= config.max_skipped_steps:
                 with watchdog.paused():
