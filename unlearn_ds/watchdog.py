@@ -34,6 +34,7 @@ class Watchdog:
         self._paused = False
         self._end = threading.Event()
         self._dumped = threading.Lock()
+        self._hung = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     @property
@@ -42,7 +43,9 @@ class Watchdog:
         return max(self._timeout_s, FACTOR * statistics.median(self._durations) if self._durations else 0.0)
 
     def step(self, number: int) -> None:
-        """Update `number` begins."""
+        """Update `number` begins; not after a hang was reported, since all ranks are leaving."""
+        if self._hung.is_set():
+            time.sleep(10 * _DUMP_GRACE_S)
         now = time.monotonic()
         if self._what.startswith("update"):
             self._durations.append(now - self._since)
@@ -100,6 +103,7 @@ class Watchdog:
                 )
 
     def _hangs(self, reason: str) -> None:
+        self._hung.set()
         reason = f"rank {self._rank}: {reason}"
         os.write(sys.stderr.fileno(), f"unlearn-ds: {reason}. Leaving: start again with --resume\n".encode())
         if self._lifeline is not None:
