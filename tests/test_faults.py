@@ -355,3 +355,16 @@ def test_a_rank_that_fails_alone_ends_the_others(tiny, tmp_path):
     assert run.wait() == [EXIT_PEER_LOST, 2]
     assert time.monotonic() - started < TO_THE_MESSAGE_S
     assert "rank 1 failed: no corpus" in run.output()
+
+
+def test_going_on_for_longer_is_said(tiny, tmp_path):
+    out = tmp_path / "run"
+    tiny.server.run(tiny.arguments(out, max_steps=4), num_ranks=1)
+    run = tiny.server.run(tiny.arguments(out, max_steps=6, resume=True), num_ranks=1)
+    assert (
+        "warning: this run was started for 4 updates and goes on for 6 (--max_steps, --num_train_epochs)"
+        in run.output()
+    )
+    assert len(metrics(out)) == 6
+    again = tiny.server.run(tiny.arguments(out, max_steps=6, resume=True), num_ranks=1)
+    assert "was started for" not in again.output()

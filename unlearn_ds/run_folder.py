@@ -1,5 +1,6 @@
 """The folder of a run: claimed when it starts, and the checkpoint there that it goes on from."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,3 +44,17 @@ def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint |
             f"every checkpoint in {checkpoint.folder(run_dir)} is damaged: start afresh with --overwrite_output_dir"
         )
     return found
+
+
+def warn_of_another_length(run_dir: Path, num_steps: int) -> None:
+    """Say that a run goes on for another number of updates than it was started for: its learning rates change with it."""
+    record = run_dir / "run.json"
+    if not distributed.is_main() or not record.exists():
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))["plan"]["num_steps"]
+    if before != num_steps:
+        distributed.say(
+            f"warning: this run was started for {before} updates and goes on for {num_steps} (--max_steps, "
+            f"--num_train_epochs): from here its learning rate follows a schedule of {num_steps}, so it will not end as a run "
+            f"of {num_steps} from the start would"
+        )
