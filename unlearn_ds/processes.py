@@ -35,29 +35,40 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rank_command(module: str, arguments: Sequence[str], num_ranks: int) -> list[str]:
-    """The command line that runs `python -m module arguments` on `num_ranks` ranks of this machine."""
+def rank_command(module: str, arguments: Sequence[str], num_ranks: int, launcher: Sequence[str] = ()) -> list[str]:
+    """The command line that runs `python -m module arguments` on `num_ranks` ranks of this machine, or under `launcher`."""
+    if launcher:
+        return [*launcher, sys.executable, "-m", module, *arguments]
     if num_ranks == 1:
         return [sys.executable, "-m", module, *arguments]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
     return [*launcher, "--master_port", str(free_port()), "--no_local_rank", "--module", module, *arguments]
 
 
-def rank_environment(**extra: str) -> dict[str, str]:
-    """This process's environment for such a command: the same package, no launcher's leftovers, CPU where there is no GPU."""
-    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+def rank_environment(one_machine: bool = True, **extra: str) -> dict[str, str]:
+    """This process's environment for such a command: the same package, no launcher's leftovers, CPU where there is no GPU.
+
+    one_machine: False under a launcher that reaches others; what was said to it, MASTER_ADDR for one, then stays.
+    """
+    leftovers = LAUNCHER_VARIABLES if one_machine else ()
+    inherited = {name: value for name, value in os.environ.items() if name not in leftovers}
     search_path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), inherited.get("PYTHONPATH")]))
-    defaults = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    defaults = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    if defaults and one_machine:
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return defaults | inherited | {"PYTHONPATH": search_path} | extra
 
 
-def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, log: Path) -> None:
-    """Run to the end, with all output in `log`. Raises `RuntimeError` with the log's end if it fails."""
+def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, log: Path, launcher: Sequence[str] = ()) -> None:
+    """Run to the end, with all output in `log`. Raises `RuntimeError` with the log's end if it fails.
+
+    launcher: a command that starts one process a rank of what follows it, such as `srun --ntasks=16`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         finished = subprocess.run(
-            rank_command(module, arguments, num_ranks),
-            env=rank_environment(),
+            rank_command(module, arguments, num_ranks, launcher),
+            env=rank_environment(one_machine=not launcher),
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
