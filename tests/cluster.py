@@ -16,7 +16,7 @@ from tests.support import save_tiny_model, write_corpora
 # Set by .ci/run: there a missing package is a failure.
 REQUIRED = "UNLEARN_DS_REQUIRE_TEST_PACKAGES"
 # Differ between two identical runs.
-TIMES = ("tokens_per_s", "step_s", "data_wait_s", "peak_mem_gib")
+TIMES = ("tokens_per_s", "tflops", "reference_tflops", "step_s", "data_wait_s", "peak_mem_gib")
 
 
 def require(missing: list[str]) -> None:

@@ -47,9 +47,12 @@ def whole(root) -> tuple[Path, list[dict]]:
 
 def test_metrics_have_the_stated_names(whole):
     stated = "step loss forget_loss retain_loss lr grad_norm num_tokens tokens_per_s step_s data_wait_s peak_mem_gib"
+    stated += " tflops reference_tflops"
     _, rows = whole
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(set(stated.split()) <= set(row) for row in rows)
+    assert all(0 < row["reference_tflops"] < row["tflops"] / 3 for row in rows)
+    assert all("mfu" not in row for row in rows), "a CPU has no published peak"
 
 
 def test_kl_is_exactly_zero_before_the_first_update(whole):

@@ -15,6 +15,7 @@ from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.ds_config import ModelSize, check_device, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.fit import check_memory, fit_checkpointing
+from unlearn_ds.flops import ModelFlops, model_flops
 from unlearn_ds.health import compare_ranks, rank_facts
 from unlearn_ds.hidden_cache import open_or_fill
 from unlearn_ds.layers import decoder_layer_classes, wrap_layers
@@ -58,6 +59,7 @@ class Run:
     model_fingerprint: str
     num_parameters: int  # of the whole model, without adapters
     num_trainable: int
+    flops: ModelFlops
     corpora: list[list[NamedCorpus]]  # per term of the objective
     plan: Plan
     plan_id: str  # what a checkpoint must agree with
@@ -124,6 +126,7 @@ def build_run(config: RunConfig) -> Run:
         model_fingerprint=subject.fingerprint,
         num_parameters=subject.num_parameters,
         num_trainable=subject.num_trainable,
+        flops=model_flops(subject.config, subject.num_trainable if config.lora_r else 0),
         corpora=corpora,
         plan=plan,
         plan_id=plan_id,

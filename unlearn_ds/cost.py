@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from unlearn_ds.activations import LayerActivations
+from unlearn_ds.flops import ModelFlops
 from unlearn_ds.memory import state_bytes
 
 GIB = 2**30
@@ -177,15 +178,15 @@ def step_time(
     return StepTime(compute, communication, optimizer, work.micro_steps * max(per_micro_step, wire) + optimizer)
 
 
-def average_work(plan: Any, flops: Any, num_samples: int = 8) -> Work:
-    """The mean of some updates of a run's plan. `flops(lengths)`: of forward and backward over such sequences."""
+def average_work(plan: Any, flops: ModelFlops, num_samples: int = 8) -> Work:
+    """The mean of some updates of a run's plan."""
     steps = [plan.step(int(index)) for index in np.unique(np.linspace(0, plan.num_steps - 1, num_samples).astype(int))]
     kl = np.array([source.loss == "kl" for source in plan.sources])
     return Work(
         micro_steps=float(np.mean([step.num_micro_steps for step in steps])),
         row_tokens=plan.seq_len * plan.micro_batch_size,
-        flops=float(np.mean([flops(step.length) for step in steps])),
-        reference_flops=float(np.mean([flops(step.length[kl[step.source]]) / 3 for step in steps])),
+        flops=float(np.mean([flops.training(step.length) for step in steps])),
+        reference_flops=float(np.mean([flops.reference(step.length[kl[step.source]]) for step in steps])),
         rows=float(np.mean([step.num_rows for step in steps])),
         micro_batch_size=plan.micro_batch_size,
     )

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,9 +88,9 @@ class Estimator:
 
     def __init__(self, config: PlanConfig, run: RunConfig) -> None:
         from unlearn_ds.activations import layer_activations
-        from unlearn_ds.bench.geometry import matmul_parameters, training_flops
         from unlearn_ds.build import lora_options
         from unlearn_ds.ds_config import load_ds_file
+        from unlearn_ds.flops import model_flops
         from unlearn_ds.lora import trainable_parameters
         from unlearn_ds.memory import num_parameters
         from unlearn_ds.model import ModelOptions, load_config, model_size
@@ -101,15 +100,16 @@ class Estimator:
         options = ModelOptions(run.start_model, run.bf16, run.attn, run.random_init, run.trust_remote_code, run.loading)
         model_config = load_config(options)
         parameters = num_parameters(model_config)
+        adapters = trainable_parameters(model_config, lora_options(run)) if run.lora_r else 0
         self.model = cost.Model(
             parameters=parameters,
-            trainable=trainable_parameters(model_config, lora_options(run)) if run.lora_r else parameters,
+            trainable=adapters or parameters,
             layer_parameters=model_size(model_config).layer,
             num_layers=model_config.num_hidden_layers,
             head_parameters=model_config.vocab_size * model_config.hidden_size,
             activations=layer_activations(model_config, torch.bfloat16 if run.bf16 else torch.float32),
         )
-        self.flops = partial(training_flops, model_config, matmul_parameters(model_config))
+        self.flops = model_flops(model_config, adapters)
         corpora = open_run_corpora(run, model_config.vocab_size, None)
         self.sources = make_sources(run, corpora, model_config.vocab_size, ())
         self.zero = dict(load_ds_file(run.deepspeed)["zero_optimization"])

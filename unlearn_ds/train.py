@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,12 +31,15 @@ from unlearn_ds.data.loader import Loader, Step
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine import UpdateResult
 from unlearn_ds.export import export_model, model_card
+from unlearn_ds.flops import peak_flops
 from unlearn_ds.guards import Guard
 from unlearn_ds.health import time_all_reduce
 from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
+from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
 from unlearn_ds.profile import StepProfiler
 from unlearn_ds.records import announce, describe, write_run_json
+from unlearn_ds.reference import AdapterReference, LiveReference
 from unlearn_ds.signals import StopRequest, StopRequested
 from unlearn_ds.watchdog import Watchdog
 
@@ -184,10 +188,23 @@ def metrics_row(
         "skipped": not result.applied,
         "num_tokens": step.num_tokens,
         "tokens_per_s": step.num_tokens / elapsed_s,
+        **achieved_flops(run, step, elapsed_s),
         "step_s": elapsed_s,
         "data_wait_s": step.wait_s,
         "peak_mem_gib": peak_memory_gib(run.device),
     }
+
+
+def achieved_flops(run: Run, step: Step, elapsed_s: float) -> dict[str, float]:
+    """Model TFLOP/s of a rank by the convention of `flops`, the reference's forward apart; MFU where the peak is known."""
+    seconds = elapsed_s * distributed.world_size()
+    rate = run.flops.training(step.length) / seconds
+    is_kl = np.array([source.loss == KL for source in run.plan.sources])
+    live = isinstance(run.reference, (LiveReference, AdapterReference))
+    reference = run.flops.reference(step.length[is_kl[step.source]]) / seconds if live else 0.0
+    rates = {"tflops": rate / 1e12, "reference_tflops": reference / 1e12}
+    peak = peak_flops(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None
+    return rates | ({"mfu": rate / peak} if peak else {})
 
 
 def reduce_losses(plan: Plan, step: Step, sums: Tensor) -> dict[str, float | None]:

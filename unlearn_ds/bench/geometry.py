@@ -1,9 +1,4 @@
-"""Models by their published shape, documents by their published lengths, and the FLOPs of a step by a stated convention.
-
-Convention: 6 FLOP per token and parameter that takes part in a matrix product (the output projection, not the input embedding),
-plus causal attention, 6 * n^2 * (heads * head size) per layer for a sequence of n tokens; recomputed activations count nothing.
-The reference's forward is a third of that and stands apart.
-"""
+"""Models by their published shape, documents by their published lengths."""
 
 from pathlib import Path
 from typing import Any
@@ -63,8 +58,6 @@ GEOMETRIES = {
 # Documents of the GitHub forget set: 7.0 KB on average at about 3 bytes a token; the spread is that of a log-normal whose
 # padding to 4096 comes out as the published 55-60 %.
 _MEAN_TOKENS, _LOG_SPREAD, _PUBLISHED_SEQ_LEN = 2333, 1.4, 4096
-# Dense bf16 peak, FLOP/s, by a part of the device's name.
-_PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
 
 
 def model_config(name_or_path: str, seq_len: int) -> Any:
@@ -102,29 +95,3 @@ def write_documents(data_dir: Path, num_documents: int, seq_len: int, vocab_size
         with CorpusWriter(corpus_path(data_dir, "github", name), vocab_size) as writer:
             for length in github_lengths(num_documents, seq_len, seed):
                 writer.add(rng.integers(2, vocab_size, length))
-
-
-def matmul_parameters(config: Any) -> int:
-    """Parameters that take part in a matrix product."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    return matrices - (0 if tied else model.get_input_embeddings().weight.numel())
-
-
-def training_flops(config: Any, matrices: int, lengths: np.ndarray) -> float:
-    """FLOPs of forward and backward over sequences of these lengths; a third of them is the forward."""
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    lengths = lengths.astype(np.float64)
-    return float(6 * matrices * lengths.sum() + 6 * config.num_hidden_layers * width * (lengths**2).sum())
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name; None for one that is not listed."""
-    return next((peak for part, peak in _PEAKS.items() if part in device_name), None)

@@ -6,6 +6,7 @@ GitHub set; every figure counts real tokens only. Each way runs in processes of 
 
 import argparse
 import json
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from unlearn_ds.bench.geometry import (
-    GEOMETRIES,
-    matmul_parameters,
-    model_config,
-    peak_flops,
-    training_flops,
-    write_documents,
-)
+from unlearn_ds.bench.geometry import GEOMETRIES, model_config, write_documents
 from unlearn_ds.bench.record import quantiles, version, write_json
 from unlearn_ds.config import RunConfig
+from unlearn_ds.flops import model_flops, peak_flops
 from unlearn_ds.memory import num_parameters
 from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError
@@ -44,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--global_batch_size", type=int, default=16, help="sequences per update")
     parser.add_argument("--per_device_train_batch_size", type=int, default=1, help="packed rows in one forward")
     parser.add_argument("--num_ranks", type=int, help="default: one per GPU, else one per core")
+    parser.add_argument(
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help="starts the ranks, such as 'srun --nodes=2 --ntasks=16'; needs --num_ranks (default: this machine's)",
+    )
+    parser.add_argument("--scratch", type=Path, help="folder that all ranks see (default: a temporary one here)")
     parser.add_argument("--warmup_steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--baseline", action="store_true", help="the published way too, on the same sequences")
@@ -62,11 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run every case, print a table, write the JSON."""
     config = model_config(args.model, args.seq_len)
+    if args.launcher and not (args.num_ranks and args.scratch):
+        raise OptionError(
+            "--launcher needs --num_ranks, how many it starts, and --scratch, a folder that all of them see"
+        )
     num_ranks = args.num_ranks or default_num_ranks(torch.cuda.device_count() or 2)
     if args.global_batch_size % (2 * num_ranks):
         raise OptionError(f"--global_batch_size {args.global_batch_size}: a multiple of twice the {num_ranks} ranks")
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
+    if args.scratch:
+        args.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         data_dir = Path(scratch) / "data"
         # One forget sequence a document at least: enough for every update, the profiled one included, within one epoch.
         num_documents = args.global_batch_size * (args.warmup_steps + args.steps + 2)
@@ -132,7 +140,7 @@ def run_case(
         "output": str(output),
     }
     log = logs / f"{method}-{impl}-{reference}.log"
-    run_ranks("unlearn_ds.bench.step_worker", [json.dumps(case)], num_ranks, log)
+    run_ranks("unlearn_ds.bench.step_worker", [json.dumps(case)], num_ranks, log, shlex.split(args.launcher))
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -140,11 +148,11 @@ def result_row(
     args: argparse.Namespace, config: Any, method: str, impl: str, reference: str, measured: dict[str, Any]
 ) -> dict[str, Any]:
     """One line of the results: medians over the updates, figures over all ranks unless they say otherwise."""
-    matrices = matmul_parameters(config)
+    count = model_flops(config)
     seconds = np.array(measured["step_s"])
     tokens = np.array([sum(lengths) for lengths in measured["lengths"]])
-    flops = np.array([training_flops(config, matrices, np.array(lengths)) for lengths in measured["lengths"]])
-    kl_flops = [training_flops(config, matrices, np.array(lengths)) / 3 for lengths in measured["kl_lengths"]]
+    flops = np.array([count.training(np.array(lengths)) for lengths in measured["lengths"]])
+    kl_flops = [count.reference(np.array(lengths)) for lengths in measured["kl_lengths"]]
     runs_reference = OBJECTIVES[method].needs_reference and reference == "live"
     rate = tokens / seconds
     rows = np.array(measured["rows"]) if impl == "ours" else np.full(len(seconds), args.global_batch_size)
@@ -174,26 +182,21 @@ def result_row(
         "reference_flops_per_step": float(np.median(kl_flops)) if runs_reference else 0.0,
         "breakdown_s": {name: round(value, 4) for name, value in measured["parts_s"].items()},
     }
-    if measured["device"] != "cpu":
-        achieved = float(np.median(flops / seconds)) / measured["world_size"]
-        row["tflops_per_gpu"] = round(achieved / 1e12, 1)
-        peak = peak_flops(measured["device"])
-        row["mfu"] = round(achieved / peak, 4) if peak else None
+    achieved = float(np.median(flops / seconds)) / measured["world_size"]
+    row["tflops_per_rank"] = float(f"{achieved / 1e12:.3g}")
+    if peak := peak_flops(measured["device"]):
+        row["mfu"] = round(achieved / peak, 4)
     return row
 
 
 def line(row: dict[str, Any]) -> str:
     """A result on one line."""
     name = row["name"] + (f" ({row['reference']})" if row["reference"] else "")
-    mfu = (
-        f"  {row['tflops_per_gpu']:.0f} TFLOP/s a GPU" + (f", MFU {row['mfu']:.1%}" if row["mfu"] else "")
-        if "mfu" in row
-        else ""
-    )
+    mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
     return (
         f"{name:<36}{row['impl']:<10}{row['median_ms'] / 1e3:8.3f} s a step ({row['p20_ms'] / 1e3:.3f}-"
         f"{row['p80_ms'] / 1e3:.3f}) {row['tokens_per_s']:10,.0f} tokens/s  padding {row['padding']:.1%}  "
-        f"peak {row['peak_mem_bytes'] / 2**30:.2f} GiB a rank{mfu}"
+        f"peak {row['peak_mem_bytes'] / 2**30:.2f} GiB, {row['tflops_per_rank']:g} TFLOP/s a rank{mfu}"
     )
 
 

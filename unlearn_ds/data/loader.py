@@ -46,6 +46,7 @@ class Step:
 
     def __init__(self, planned: StepPlan, take: Callable[[], list[MicroBatch]], wait_s: float) -> None:
         self.index = planned.index
+        self.length, self.source = planned.length, planned.source  # of each sequence
         self.num_tokens = planned.num_tokens
         self.num_sequences = planned.num_sequences
         self.num_sequences_by_source = planned.num_sequences_by_source
