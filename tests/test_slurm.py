@@ -10,12 +10,14 @@ import yaml
 from tests.cluster import largest_difference, make_tiny_run, metrics, require, weights
 from tests.ranks import ROOT
 from tests.slurm import Slurm, missing_programs
+from tests.support import tiny_config
 from unlearn_ds.checkpoint import complete_checkpoints
 from unlearn_ds.processes import rank_environment
 from unlearn_ds.sweep import SweepConfig, carry_out, read_grid
 
 TRAIN = "launch/slurm/train.sbatch"
 SWEEP = "launch/slurm/sweep.sbatch"
+BENCH = "launch/slurm/bench.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 
 
@@ -103,6 +105,18 @@ def test_a_cancelled_job_leaves_a_usable_checkpoint(slurm, tiny, tmp_path):
     assert complete_checkpoints(out), output(tmp_path)
     tiny.server.run(tiny.arguments(out, resume=True, save_steps=0))
     tiny.assert_same_as_uninterrupted(out)
+
+
+def test_throughput_over_one_and_two_nodes(slurm, tmp_path, monkeypatch):
+    tiny_config().save_pretrained(tmp_path / "shape")
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path / "bench"))
+    words = ["--model", str(tmp_path / "shape"), "--seq_len", "48", "--global_batch_size", "4"]
+    job = submit(slurm, tmp_path, BENCH, TWO_NODES, [*words, "--warmup_steps", "1", "--steps", "2"])
+    wait_until(slurm, job, lambda: slurm.job(job)["JobState"] == "COMPLETED", "the end")
+    for nodes in (1, 2):
+        (row,) = json.loads((tmp_path / "bench" / f"nodes_{nodes}.json").read_text())["results"]
+        assert row["shape"]["ranks"] == nodes
+        assert row["tokens_per_s"] > 0
 
 
 def test_a_user_error_ends_the_job_with_its_message(slurm, tiny, tmp_path):
