@@ -30,10 +30,18 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> Any:
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from transformers.pytorch_utils import Conv1D
     except ImportError as error:
         raise OptionError("--lora_r needs the package peft: pip install peft") from error
     targets = list(options.targets) or "all-linear"
-    config = LoraConfig(r=options.r, lora_alpha=options.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 transposes its matrices
+    )
     model.requires_grad_(False)
     try:
         inject_adapter_in_model(config, model, adapter_name=_NAME)
