@@ -145,7 +145,16 @@ def _draw(values: torch.Tensor, num_dimensions: int, seed: int) -> None:
             values.fill_(1.0)
 
 
-def _training_ds_config(config: RunConfig, shape: Any) -> dict[str, Any]:
+def packed_model(config: RunConfig, shape: Any, ds_config: dict[str, Any]) -> PackedCausalLM:
+    """A sharded causal LM of random weights, ours to train: with the loss in its head and attention for packed rows."""
+    attention.register()
+    model = random_sharded(shape, torch.bfloat16 if config.bf16 else torch.float32, ds_config)
+    attach(model.get_output_embeddings(), HeadOptions(logit_shape(shape), int(config.loss_workspace_mib * 2**20)))
+    return PackedCausalLM(model)
+
+
+def training_ds_config(config: RunConfig, shape: Any) -> dict[str, Any]:
+    """DeepSpeed's dict for a training engine, as a run makes it."""
     return training_config(
         load_ds_file(config.deepspeed),
         bf16=config.bf16,
@@ -157,17 +166,9 @@ def _training_ds_config(config: RunConfig, shape: Any) -> dict[str, Any]:
 
 
 def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks: dict[str, int]) -> Any:
-    attention.register()
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    head = HeadOptions(logit_shape(shape), int(config.loss_workspace_mib * 2**20))
-
-    def packed(ds_config: dict[str, Any]) -> PackedCausalLM:
-        model = random_sharded(shape, dtype, ds_config)
-        attach(model.get_output_embeddings(), head)
-        return PackedCausalLM(model)
-
-    ds_config = _training_ds_config(config, shape)
-    model = packed(ds_config)
+    ds_config = training_ds_config(config, shape)
+    model = packed_model(config, shape, ds_config)
     wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
     if config.leaf_modules:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
@@ -184,7 +185,7 @@ def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks
         )
     elif config.objective.needs_reference:
         frozen_config = inference_config(load_ds_file(config.deepspeed), bf16=config.bf16, size=model_size(shape))
-        reference = LiveReference(FrozenEngine(packed(frozen_config), frozen_config))
+        reference = LiveReference(FrozenEngine(packed_model(config, shape, frozen_config), frozen_config))
     marks["reference"] = memory_now(device)
     run = SimpleNamespace(engine=engine, reference=reference)
     loader = Loader(plan, distributed.rank(), device, 0, reference.hidden_cache)
@@ -205,7 +206,7 @@ def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks
 def _baseline(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks: dict[str, int]) -> Any:
     shape._attn_implementation = "sdpa"
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    ds_config = _training_ds_config(config, shape)
+    ds_config = training_ds_config(config, shape)
     model = random_sharded(shape, dtype, ds_config)
     wrap_layers(model, config.activation_checkpointing, False)
     marks["model"] = memory_now(device)

@@ -1,0 +1,182 @@
+"""Time of an update against sequence length, vocabulary and number of documents in a row, and whether it grows as it should.
+
+`unlearn-ds bench scaling --json scaling.json`: one process, a small Llama of random weights, whole updates of one micro-batch.
+Linear in the vocabulary; in the length of one document linear but for its attention, which is quadratic; and a row of fixed
+length gets cheaper with the number of its documents, because each attends to itself only. Points are timed in turn.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from unlearn_ds import attention, distributed
+from unlearn_ds.bench.record import time_interleaved, version, write_json
+from unlearn_ds.bench.step_worker import packed_model, training_ds_config
+from unlearn_ds.checks import pack
+from unlearn_ds.config import RunConfig
+from unlearn_ds.engine import TrainingEngine
+from unlearn_ds.layers import decoder_layer_classes
+from unlearn_ds.loss_head import LossCall
+from unlearn_ds.options import OptionError
+
+_SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bench scaling`."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 1536, 2048, 3072, 4096])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[4000, 8000, 16000, 32000, 64000])
+    parser.add_argument("--documents", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--vocab_size", type=int, default=8000, help="where the vocabulary stays the same")
+    parser.add_argument("--row_tokens", type=int, default=4096, help="of the rows with several documents")
+    parser.add_argument("--vocab_tokens", type=int, default=1024, help="of the document, where the vocabulary changes")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds after one to warm up")
+    parser.add_argument("--threads", type=int, help="of the process; default: one per core")
+    parser.add_argument("--json", type=Path, help="write the results here, and a plot beside them (.png)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Time all points, fit, print, write the JSON and the plot."""
+    if max(args.documents) * 4 > args.row_tokens:
+        raise OptionError(
+            f"--documents {max(args.documents)}: 4 tokens each at least, of --row_tokens {args.row_tokens}"
+        )
+    if len(args.lengths) < 3 or len(args.vocabularies) < 2:
+        raise OptionError("--lengths needs 3 values and --vocabularies 2: a parabola and a line are fitted")
+    device = distributed.init_distributed(args.threads)
+    runs: dict[tuple[str, int], Any] = {}
+    engine = build_engine(args.vocab_size, max(*args.lengths, args.row_tokens))
+    for length in args.lengths:
+        runs["length", length] = update(engine, [length], args.vocab_size)
+    for count in args.documents:
+        runs["documents", count] = update(engine, document_lengths(args.row_tokens, count), args.vocab_size)
+    for size in args.vocabularies:
+        runs["vocabulary", size] = update(build_engine(size, args.vocab_tokens), [args.vocab_tokens], size)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else None
+    named = {f"{name} {value}": run for (name, value), run in runs.items()}
+    times = time_interleaved(named, args.repeats, synchronize)
+    results = [{"name": name, "value": value, **times[f"{name} {value}"]} for name, value in runs]
+    fits = fit(results, args.row_tokens)
+    print(show(results))
+    if args.json:
+        shape = {**_SHAPE, **{name: getattr(args, name) for name in ("vocab_size", "row_tokens", "vocab_tokens")}}
+        versions = {name: version(name) for name in ("deepspeed", "transformers")}
+        write_json(args.json, results, shape=shape, dtype="fp32", device=device.type, fits=fits, versions=versions)
+        plot(results, args.json.with_suffix(".png"))
+    distributed.shut_down()
+    return 0
+
+
+def build_engine(vocab_size: int, max_length: int) -> TrainingEngine:
+    """A training engine on the small model, in fp32."""
+    shape = LlamaConfig(**_SHAPE, vocab_size=vocab_size, max_position_embeddings=max_length)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    shape._attn_implementation = attention.choose_attention("auto", device_type)[0]
+    config = RunConfig("gradient_ascent", "-", target_model_name_or_path="-", bf16=False, loss_workspace_mib=64)
+    ds_config = training_ds_config(config, shape)
+    model = packed_model(config, shape, ds_config)
+    ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
+    return TrainingEngine(model.train(), config, ds_config, num_steps=1000)
+
+
+def document_lengths(row_tokens: int, count: int) -> list[int]:
+    """`count` lengths that add up to `row_tokens`, from half the mean to one and a half: few of them equal."""
+    edges = np.linspace(0, 1, count + 1)
+    ends = np.round(row_tokens * (edges + edges**2) / 2).astype(int)  # lengths grow along the row
+    return np.diff(ends).tolist()
+
+
+def update(engine: TrainingEngine, lengths: list[int], vocab_size: int) -> Any:
+    """A whole update on one row of random documents of these lengths."""
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(vocab_size, (n,), generator=generator).to(engine.device) for n in lengths]
+    targets = torch.cat([document[1:] for document in documents])
+    ends = np.cumsum(lengths) - 1
+    rows = torch.from_numpy(np.delete(np.arange(sum(lengths)), ends)).to(engine.device)
+    packed = pack(documents)
+    call = LossCall(rows, targets, torch.full((len(targets),), -1.0 / len(targets), device=engine.device))
+
+    def run() -> None:
+        engine.micro_step(packed, call)
+        engine.update()
+
+    return run
+
+
+def fit(results: list[dict[str, Any]], row_tokens: int) -> dict[str, dict[str, float]]:
+    """Least squares, relative errors weighed alike; adds `fitted_ms` to every result and returns the coefficients.
+
+    length: constant + linear n + quadratic n^2. vocabulary: constant + linear V. documents: nothing is fitted, the time
+    follows from the fit over the length: constant + linear * tokens + quadratic * sum of the squared lengths.
+    """
+    fits = {}
+    for name, names in (("length", ("constant", "linear", "quadratic")), ("vocabulary", ("constant", "linear"))):
+        rows = [row for row in results if row["name"] == name]
+        values, times = (np.array([row[key] for row in rows], dtype=float) for key in ("value", "median_ms"))
+        powers = values[:, None] ** np.arange(len(names))
+        scale = powers.max(0)
+        coefficients = np.linalg.lstsq(powers / scale / times[:, None], np.ones(len(rows)), rcond=None)[0] / scale
+        fits[name] = dict(zip(names, coefficients.tolist()))
+        for row, fitted in zip(rows, powers @ coefficients):
+            row["fitted_ms"] = round(float(fitted), 3)
+    length = fits["length"]
+    for row in results:
+        if row["name"] == "documents":
+            squares = sum(n**2 for n in document_lengths(row_tokens, row["value"]))
+            expected = length["constant"] + length["linear"] * row_tokens + length["quadratic"] * squares
+            row["fitted_ms"] = round(expected, 3)
+    return fits
+
+
+def show(results: list[dict[str, Any]]) -> str:
+    """A table for the terminal."""
+    lines = [f"{'against':<12}{'value':>8}{'median ms':>12}{'p20':>10}{'p80':>10}{'expected':>10}{'ratio':>7}"]
+    for row in results:
+        lines.append(
+            f"{row['name']:<12}{row['value']:>8}{row['median_ms']:>12.1f}{row['p20_ms']:>10.1f}{row['p80_ms']:>10.1f}"
+            f"{row['fitted_ms']:>10.1f}{row['median_ms'] / row['fitted_ms']:>7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Three panels: what was measured, with its spread, beside the fit or what follows from it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "length": ("tokens of one document", "constant + linear + quadratic"),
+        "vocabulary": ("vocabulary", "constant + linear"),
+        "documents": ("documents in a row of fixed length", "expected from the first panel"),
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    for axis, (name, (label, line)) in zip(axes, panels.items()):
+        rows = sorted((row for row in results if row["name"] == name), key=lambda row: row["value"])
+        values, times, fitted, low, high = (
+            np.array([row[key] for row in rows]) for key in ("value", "median_ms", "fitted_ms", "p20_ms", "p80_ms")
+        )
+        axis.errorbar(values, times, [times - low, high - times], fmt="o", color="tab:blue", label="median, p20-p80")
+        axis.plot(values, fitted, color="black", linewidth=1, label=line)
+        if name == "documents":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(values, [str(value) for value in values])
+        axis.set_xlabel(label)
+        axis.set_ylabel("ms per update")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
