@@ -43,14 +43,17 @@ ARCHITECTURES = {
 EQUALITY = ("llama", "qwen2", "qwen3", "gemma2", "gpt-neox")
 
 
-def tiny_model(name: str) -> Any:
-    """A two-layer model of the architecture `name` in fp32, its norms and biases away from their neutral start."""
+def tiny_model(name: str, **changed: Any) -> Any:
+    """A two-layer model of the architecture `name` in fp32, its norms and biases away from their neutral start.
+
+    changed: fields of its config to set otherwise.
+    """
     import torch
     import transformers
 
     class_name, arguments = ARCHITECTURES[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**arguments))
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**(arguments | changed)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

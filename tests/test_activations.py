@@ -1,0 +1,65 @@
+"""Activations counted without memory are those that a real layer keeps, and the choice of checkpointing follows from them."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.architectures import tiny_model
+from unlearn_ds import attention
+from unlearn_ds.activations import LayerActivations, choose_checkpointing, fixed_bytes, layer_activations
+from unlearn_ds.layers import decoder_layers
+
+NUM_TOKENS = 128
+
+
+def really_kept(config):
+    """Bytes per token that autograd keeps of a layer's forward on the CPU."""
+    attention.register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.SDPA).float().train()
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved, inside = {}, [False]
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if inside[0] and storage._cdata not in parameters:
+            saved[storage._cdata] = storage
+        return tensor
+
+    layer = decoder_layers(model)[0]
+    layer.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
+    layer.register_forward_hook(lambda *_: inside.__setitem__(0, False))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model.base_model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.int64), use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    return sum(storage.nbytes() for storage in saved.values()) / NUM_TOKENS
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-neox"])
+def test_counted_is_what_a_layer_keeps(name):
+    config = tiny_model(name).config
+    counted = layer_activations(config, torch.float32)
+    assert counted.input == 4 * config.hidden_size
+    assert counted.all == pytest.approx(really_kept(config), rel=0.1)
+
+
+def test_half_the_width_is_half_the_bytes():
+    config = tiny_model("llama").config
+    single, half = (layer_activations(config, dtype).all for dtype in (torch.float32, torch.bfloat16))
+    assert half < 0.75 * single, "norms keep fp32"
+
+
+def test_the_fastest_that_fits():
+    layer = LayerActivations(all=100, input=10)
+    # 8 layers, 10 tokens: all 8000; of every fourth, second or no layer all, one layer recomputed on top; inputs elsewhere.
+    needed = {"none": 8000, "4": 7200, "2": 5400, "full": 1800, "offloaded": 1000}
+    for choice, size in needed.items():
+        assert choose_checkpointing(layer, 8, 10, int(size / 0.9) + 1, 0) == (choice, size)
+    assert choose_checkpointing(layer, 8, 10, 0, 0) == ("offloaded", 1000), (
+        "nothing fits: the smallest, and what it needs"
+    )
+    assert choose_checkpointing(layer, 8, 10, 10**9, 5) == ("none", 8005)
+
+
+def test_what_is_there_beside_the_layers():
+    config = tiny_model("llama").config
+    assert fixed_bytes(config, torch.bfloat16, 1000, 70) == 1000 + 131 * 32 * (4 + 2) + 3 * 70 * 2
