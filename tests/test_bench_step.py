@@ -29,3 +29,19 @@ def test_a_launcher_starts_the_ranks(tmp_path):
 def test_a_launcher_without_its_number_or_a_shared_folder(words, capsys):
     assert main(["bench", "step", "--launcher", "srun", *words]) == 2
     assert "--launcher needs --num_ranks, how many it starts, and --scratch, a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bench", "flag", "value"),
+    [
+        ("step", "--steps", "0"),
+        ("scaling", "--lengths", "-1"),
+        ("scaling", "--repeats", "0"),
+        ("evaluation", "--sequences", "x"),
+    ],
+)
+def test_a_count_below_one_is_refused(bench, flag, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", bench, flag, value])
+    assert ended.value.code == 2
+    assert f"{value} is not a whole number of at least 1" in capsys.readouterr().err

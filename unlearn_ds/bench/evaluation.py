@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unlearn_ds.bench.record import Run, peak_memory, time_interleaved, write_json
+from unlearn_ds.bench.record import Run, peak_memory, positive_int, time_interleaved, write_json
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.evaluation.collect import collect_tables, open_sets
@@ -85,14 +85,11 @@ def prepare(impl: str, folder: Path, seq_len: int, workspace_mib: float) -> Run:
     subject = load_subject(config)
     sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer)
     if impl == "one_pass":
-        run = partial(_one_pass, config, subject, sets)
-    else:
-        from transformers import AutoModelForCausalLM
+        return partial(_one_pass, config, subject, sets)
+    from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
-        run = partial(_separate, model, subject.tokenizer, sets)
-        subject = None
-    return run
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    return partial(_separate, model, subject.tokenizer, sets)
 
 
 def _one_pass(config: EvaluateConfig, subject: Any, sets: dict[str, SequenceIndex]) -> dict[str, Scores]:
@@ -178,15 +175,15 @@ def largest_error(ours: dict[str, Scores], theirs: dict[str, Scores]) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `unlearn-ds bench evaluation`."""
     parser.add_argument("--json", metavar="FILE", help="write the results here")
-    parser.add_argument("--vocab_size", type=int, default=32000, help="V (default: 32000)")
-    parser.add_argument("--hidden_size", type=int, default=256, help="D (default: 256)")
-    parser.add_argument("--sequences", type=int, default=16, help="of each of the two sets (default: 16)")
-    parser.add_argument("--seq_len", type=int, default=512, help="longest sequence, in tokens (default: 512)")
+    parser.add_argument("--vocab_size", type=positive_int, default=32000, help="V (default: 32000)")
+    parser.add_argument("--hidden_size", type=positive_int, default=256, help="D (default: 256)")
+    parser.add_argument("--sequences", type=positive_int, default=16, help="of each of the two sets (default: 16)")
+    parser.add_argument("--seq_len", type=positive_int, default=512, help="longest sequence, in tokens (default: 512)")
     parser.add_argument(
         "--workspace_mib", type=float, default=128, help="what one_pass may use for logits (default: 128)"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="timed rounds (default: 3)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """What every benchmark shares: the machine it ran on, interleaved timing, peak memory in a process of its own, the JSON."""
 
+import argparse
 import datetime
 import json
 import multiprocessing
@@ -72,6 +73,13 @@ def time_interleaved(
             if round_index:
                 times[name].append((time.perf_counter() - started) * 1e3)
     return {name: quantiles(values) for name, values in times.items()}
+
+
+def positive_int(text: str) -> int:
+    """The type of a flag that counts something, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def quantiles(times_ms: list[float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from unlearn_ds import attention, distributed
-from unlearn_ds.bench.record import time_interleaved, version, write_json
+from unlearn_ds.bench.record import positive_int, time_interleaved, version, write_json
 from unlearn_ds.bench.step_worker import packed_model, training_ds_config
 from unlearn_ds.checks import pack
 from unlearn_ds.config import RunConfig
@@ -35,14 +35,16 @@ _SHAPE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench scaling`."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 1536, 2048, 3072, 4096])
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[4000, 8000, 16000, 32000, 64000])
-    parser.add_argument("--documents", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--vocab_size", type=int, default=8000, help="where the vocabulary stays the same")
-    parser.add_argument("--row_tokens", type=int, default=4096, help="of the rows with several documents")
-    parser.add_argument("--vocab_tokens", type=int, default=1024, help="of the document, where the vocabulary changes")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds after one to warm up")
-    parser.add_argument("--threads", type=int, help="of the process; default: one per core")
+    parser.add_argument("--lengths", type=positive_int, nargs="+", default=[512, 1024, 1536, 2048, 3072, 4096])
+    parser.add_argument("--vocabularies", type=positive_int, nargs="+", default=[4000, 8000, 16000, 32000, 64000])
+    parser.add_argument("--documents", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--vocab_size", type=positive_int, default=8000, help="where the vocabulary stays the same")
+    parser.add_argument("--row_tokens", type=positive_int, default=4096, help="of the rows with several documents")
+    parser.add_argument(
+        "--vocab_tokens", type=positive_int, default=1024, help="of the document, where the vocabulary changes"
+    )
+    parser.add_argument("--repeats", type=positive_int, default=5, help="rounds after one to warm up")
+    parser.add_argument("--threads", type=positive_int, help="of the process; default: one per core")
     parser.add_argument("--json", type=Path, help="write the results here, and a plot beside them (.png)")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from unlearn_ds.bench.geometry import GEOMETRIES, model_config, write_documents
-from unlearn_ds.bench.record import quantiles, version, write_json
+from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
 from unlearn_ds.config import RunConfig
 from unlearn_ds.flops import model_flops, peak_flops
 from unlearn_ds.memory import num_parameters
@@ -35,10 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help=f"{', '.join(GEOMETRIES)}, or a folder with a config.json")
     parser.add_argument("--method", nargs="+", default=["gradient_ascent"], choices=_METHODS)
     parser.add_argument("--reference", nargs="+", default=["live"], choices=["live", "cache"])
-    parser.add_argument("--seq_len", type=int, default=4096)
-    parser.add_argument("--global_batch_size", type=int, default=16, help="sequences per update")
-    parser.add_argument("--per_device_train_batch_size", type=int, default=1, help="packed rows in one forward")
-    parser.add_argument("--num_ranks", type=int, help="default: one per GPU, else one per core")
+    parser.add_argument("--seq_len", type=positive_int, default=4096)
+    parser.add_argument("--global_batch_size", type=positive_int, default=16, help="sequences per update")
+    parser.add_argument(
+        "--per_device_train_batch_size", type=positive_int, default=1, help="packed rows in one forward"
+    )
+    parser.add_argument("--num_ranks", type=positive_int, help="default: one per GPU, else one per core")
     parser.add_argument(
         "--launcher",
         default="",
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scratch", type=Path, help="folder that all ranks see (default: a temporary one here)")
     parser.add_argument("--warmup_steps", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=positive_int, default=8)
     parser.add_argument("--baseline", action="store_true", help="the published way too, on the same sequences")
     parser.add_argument("--fp32", action="store_true", help="fp32 parameters; the default without a GPU")
     parser.add_argument(
