@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +29,18 @@ def require(missing: list[str]) -> None:
         if os.environ.get(REQUIRED):
             pytest.fail(message)
         pytest.skip(message)
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own at `folder` while the block runs."""
+    require([] if os.geteuid() == 0 else ["root, to mount a tmpfs"])
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -16,6 +16,7 @@ from deepspeed.comm import comm
 from torch import Tensor
 
 from tests.architectures import EQUALITY, tiny_model
+from tests.naive import naive_attention
 from tests.support import ROOT, write_corpora
 from unlearn_ds import attention as packed_attention
 from unlearn_ds import distributed
@@ -68,28 +69,22 @@ def tell(**result: Any) -> None:
 
 
 def attention_by_definition(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,  # (1, H, T, E)
     key: Tensor,  # (1, G, T, E)
     value: Tensor,  # (1, G, T, E)
-    attention_mask: Tensor | None,
+    _mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,  # (S + 1,)
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,  # (S + 1,)
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:  # (1, T, H, E)
-    """Scores of the whole row, capped, and masked to the same sequence, the past and the window."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(query.shape[2])
-    distance = position[:, None] - position
-    sequence = torch.searchsorted(cu_seq_lens_q, position, right=True)
-    seen = (sequence[:, None] == sequence) & (distance >= 0) & (distance < (sliding_window or len(position)))
-    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2), None
+    """Each sequence of the row by itself."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    lengths = cu_seq_lens_q.diff().tolist()
+    sequences = zip(*(x[0].split(lengths, dim=1) for x in (query, key, value)))
+    window, softcap = options.get("sliding_window"), options.get("softcap")
+    return torch.cat([naive_attention(*one, scale, window, softcap) for one in sequences]).unsqueeze(0), None
 
 
 def prepare(folder: Path, model: str, attention: str = "sdpa", **options: Any) -> Run:

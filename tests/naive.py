@@ -24,3 +24,22 @@ def naive_step_loss(model: nn.Module, reference: nn.Module | None, parts: list[t
             value = F.cross_entropy(logits, torch.from_numpy(labels.astype(np.int64)))
         total = total + factor * value
     return total / len(parts)
+
+
+def naive_attention(
+    query: Tensor,  # (H, L, E)
+    key: Tensor,  # (G, L, E)
+    value: Tensor,  # (G, L, E)
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # (L, H, E)
+    """Causal attention of one sequence, scores and mask as a whole."""
+    length, groups = query.shape[1], query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    scores = query @ key.transpose(1, 2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    visible = (distance >= 0) & (distance < (window or length))
+    return (scores.masked_fill(~visible.to(scores.device), float("-inf")).softmax(-1) @ value).transpose(0, 1)

@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,22 @@ def write_corpora(data_dir: Path, num_documents: int = 12, longest: int = 40, se
             for _ in range(num_documents):
                 writer.add(rng.integers(2, VOCAB_SIZE, rng.integers(6, longest)))
     return data_dir
+
+
+@contextmanager
+def saved_for_backward(model: torch.nn.Module, counts: Callable[[], bool] = lambda: True) -> Iterator[dict[int, Any]]:
+    """Storages, parameters left out, that autograd keeps of what the block computes while `counts()` holds."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if counts() and storage._cdata not in parameters:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield saved
 
 
 def environment(**extra: str) -> dict[str, str]:

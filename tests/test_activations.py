@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.architectures import tiny_model
+from tests.support import saved_for_backward
 from unlearn_ds import attention
 from unlearn_ds.activations import LayerActivations, choose_checkpointing, fixed_bytes, layer_activations
 from unlearn_ds.layers import decoder_layers
@@ -16,19 +17,11 @@ def really_kept(config):
     """Bytes per token that autograd keeps of a layer's forward on the CPU."""
     attention.register()
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.SDPA).float().train()
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    saved, inside = {}, [False]
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if inside[0] and storage._cdata not in parameters:
-            saved[storage._cdata] = storage
-        return tensor
-
+    inside = [False]
     layer = decoder_layers(model)[0]
     layer.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
     layer.register_forward_hook(lambda *_: inside.__setitem__(0, False))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved_for_backward(model, lambda: inside[0]) as saved:
         output = model.base_model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.int64), use_cache=False)
     assert output.last_hidden_state.requires_grad
     return sum(storage.nbytes() for storage in saved.values()) / NUM_TOKENS

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from tests.naive import naive_attention
 from unlearn_ds import attention
 from unlearn_ds.attention import caps_scores, choose_attention, packed_sdpa
 from unlearn_ds.options import OptionError
@@ -18,18 +19,6 @@ LENGTHS = {
     "one": [33],
     "long": [700, 20],
 }
-
-
-def alone(query, key, value, window, softcap):
-    """(L, H, E): the definition, for one sequence (H, L, E) in fp32."""
-    length, groups = query.shape[1], query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    scores = query @ key.transpose(1, 2) * SCALE
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    visible = (distance >= 0) & (distance < (window or length))
-    return (scores.masked_fill(~visible.to(scores.device), float("-inf")).softmax(-1) @ value).transpose(0, 1)
 
 
 def case(lengths, heads=4, groups=2, size=16, device="cpu", dtype=torch.float32):
@@ -60,7 +49,7 @@ def compare(function, lengths, window=None, softcap=None, tolerance=2e-5, **kwar
     )
     copies = [part.detach().float().requires_grad_() for part in parts]
     split = zip(*(copy[0].split(lengths, dim=1) for copy in copies))
-    expected = torch.cat([alone(*sequence, window, softcap) for sequence in split]).unsqueeze(0)
+    expected = torch.cat([naive_attention(*sequence, SCALE, window, softcap) for sequence in split]).unsqueeze(0)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.device)
     torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
     (output.float() * weight).sum().backward()
@@ -84,7 +73,7 @@ def test_sdpa_with_one_and_with_as_many_key_heads(groups):
 def test_rows_without_boundaries_are_one_sequence_each():
     query, key, value, _ = case([20])
     whole = packed_sdpa(torch.nn.Module(), query, key, value, None, scaling=SCALE)[0]
-    torch.testing.assert_close(whole[0], alone(query[0], key[0], value[0], None, None), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(whole[0], naive_attention(query[0], key[0], value[0], SCALE), rtol=2e-5, atol=2e-5)
 
 
 def test_cost_is_per_sequence_not_per_row():

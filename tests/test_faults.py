@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster import TinyRun, make_tiny_run, metrics, require
+from tests.cluster import TinyRun, make_tiny_run, metrics, mounted
 from tests.one_bad_update import BAD_UPDATE
 from tests.ranks import ROOT, ForkedRun
 from tests.slurm import end_with_parent
@@ -209,12 +209,8 @@ def test_nothing_intact_is_an_error_not_a_new_start(tiny, stopped_early, tmp_pat
 @pytest.fixture
 def checkpoint_disk(tmp_path):
     """`run/checkpoints` on a file system of its own, with room for one checkpoint and a half."""
-    require([] if os.geteuid() == 0 else ["root, to mount a tmpfs"])
-    disk = tmp_path / "run" / "checkpoints"
-    disk.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mounted(tmp_path / "run" / "checkpoints", "600k") as disk:
+        yield disk
 
 
 def test_full_disk_leaves_the_old_state_usable(tiny, checkpoint_disk, tmp_path):

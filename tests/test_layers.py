@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.architectures import tiny_model
+from tests.support import saved_for_backward
 from unlearn_ds.layers import decoder_layer_classes, decoder_layers, wrap_layers
 
 IDS = torch.arange(2, 42)[None]
@@ -15,15 +16,7 @@ def gradients_and_saved(checkpointing, frozen=False):
     wrap_layers(model, checkpointing, compiled=False)
     if frozen:
         model.get_input_embeddings().requires_grad_(False)
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    saved = {}
-
-    def note(tensor):
-        if tensor.untyped_storage()._cdata not in parameters:
-            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved_for_backward(model) as saved:
         loss = model.model(IDS, use_cache=False).last_hidden_state.square().mean()
     kept = sum(storage.nbytes() for storage in saved.values())
     loss.backward()

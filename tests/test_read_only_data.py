@@ -1,28 +1,21 @@
 """Corpora on a read-only file system: training reads them as they are, and what it computes once goes to --cache_dir."""
 
-import os
-import shutil
 import subprocess
 
 import pytest
 
-from tests.cluster import make_tiny_run, metrics, require
+from tests.cluster import make_tiny_run, metrics, mounted
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The tiny run with its corpora on a file system that nobody can write to."""
-    require([] if os.geteuid() == 0 else ["root, to mount a read-only file system"])
-    run = make_tiny_run(tmp_path_factory.mktemp("read_only"))
-    disk = run.folder / "data"
-    disk.rename(run.folder / "original")
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=True)
-    shutil.copytree(run.folder / "original", disk, dirs_exist_ok=True)
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    yield run
-    run.server.stop()
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    folder = tmp_path_factory.mktemp("read_only")
+    with mounted(folder / "data", "16m") as disk:
+        run = make_tiny_run(folder)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        yield run
+        run.server.stop()
 
 
 def test_what_only_reads_runs_as_it_is(tiny, tmp_path):

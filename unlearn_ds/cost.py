@@ -11,6 +11,7 @@ import numpy as np
 from unlearn_ds.activations import LayerActivations
 from unlearn_ds.flops import ModelFlops
 from unlearn_ds.memory import state_bytes
+from unlearn_ds.objectives import KL
 
 GIB = 2**30
 
@@ -181,12 +182,11 @@ def step_time(
 def average_work(plan: Any, flops: ModelFlops, num_samples: int = 8) -> Work:
     """The mean of some updates of a run's plan."""
     steps = [plan.step(int(index)) for index in np.unique(np.linspace(0, plan.num_steps - 1, num_samples).astype(int))]
-    kl = np.array([source.loss == "kl" for source in plan.sources])
     return Work(
         micro_steps=float(np.mean([step.num_micro_steps for step in steps])),
         row_tokens=plan.seq_len * plan.micro_batch_size,
         flops=float(np.mean([flops.training(step.length) for step in steps])),
-        reference_flops=float(np.mean([flops.reference(step.length[kl[step.source]]) for step in steps])),
+        reference_flops=float(np.mean([flops.reference(plan.lengths_with(KL, step)) for step in steps])),
         rows=float(np.mean([step.num_rows for step in steps])),
         micro_batch_size=plan.micro_batch_size,
     )

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from unlearn_ds.memory import blank_model
+
 # Dense bf16 peak as published, FLOP/s, by the words in the device's name; what is not listed has no stated share.
 _PEAKS = {
     r"\bA100\b": 312e12,
@@ -44,15 +46,11 @@ def _squares(lengths: np.ndarray) -> float:
 
 
 def model_flops(config: Any, adapters: int = 0) -> ModelFlops:
-    """Count the matrices of the causal LM that `config` describes; built without memory.
+    """Count the matrices of the causal LM that `config` describes.
 
     adapters: trainable parameters of LoRA, 0 without.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = blank_model(config)
     matrices = sum(_active(parameter, config) for parameter in model.parameters() if parameter.dim() > 1)
     embedding = model.get_input_embeddings().weight
     if embedding is not model.get_output_embeddings().weight:

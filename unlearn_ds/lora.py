@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_ds.memory import blank_model
 from unlearn_ds.options import OptionError
 
 _NAME = "default"  # peft's name of the only adapter
@@ -28,9 +29,10 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> Any:
     The second matrix of an adapter starts at 0, so the model still computes the same. Raises `OptionError` without peft and
     for targets that the model does not have.
     """
+    from transformers.pytorch_utils import Conv1D
+
     try:
         from peft import LoraConfig, inject_adapter_in_model
-        from transformers.pytorch_utils import Conv1D
     except ImportError as error:
         raise OptionError("--lora_r needs the package peft: pip install peft") from error
     targets = list(options.targets) or "all-linear"
@@ -56,10 +58,8 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> Any:
 
 def trainable_parameters(config: Any, options: LoraOptions) -> int:
     """How many parameters the adapters have for the model that `config` describes; built without memory."""
-    from transformers import AutoModelForCausalLM
-
+    model = blank_model(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
         add_adapters(model, options)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

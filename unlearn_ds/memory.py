@@ -11,13 +11,17 @@ import torch
 from unlearn_ds.options import OptionError
 
 
-def num_parameters(config: Any) -> int:
-    """Parameters of the causal LM that `config` describes, tied ones once; built without memory."""
+def blank_model(config: Any, **options: Any) -> Any:
+    """The causal LM that `config` describes, with shapes and no memory; `options` are those of `from_config`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+def num_parameters(config: Any) -> int:
+    """Parameters of the causal LM that `config` describes, tied ones once."""
+    return sum(parameter.numel() for parameter in blank_model(config).parameters())
 
 
 def state_bytes(

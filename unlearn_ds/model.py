@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from unlearn_ds import attention, weights
 from unlearn_ds.ds_config import ModelSize
 from unlearn_ds.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
+from unlearn_ds.memory import blank_model
 from unlearn_ds.options import OptionError
 
 # A config field that changes logits after the projection -> how our head expresses it.
@@ -136,8 +137,7 @@ def _load(
 ) -> tuple[nn.Module, weights.Loading]:
     """Read a pretrained model: rank by rank from its files where their layout allows it, else through transformers."""
     folder = model_folder(options.name_or_path)
-    with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(config, **common)
+    blank = blank_model(config, **common)
     found, problem = weights.match_parameters(blank, weights.stored_tensors(folder))
     reason = weights.why_not_direct(blank, ds_config, problem)
     if reason is None and options.loading == "transformers":

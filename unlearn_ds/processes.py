@@ -37,12 +37,10 @@ def free_port() -> int:
 
 def rank_command(module: str, arguments: Sequence[str], num_ranks: int, launcher: Sequence[str] = ()) -> list[str]:
     """The command line that runs `python -m module arguments` on `num_ranks` ranks of this machine, or under `launcher`."""
-    if launcher:
+    if launcher or num_ranks == 1:
         return [*launcher, sys.executable, "-m", module, *arguments]
-    if num_ranks == 1:
-        return [sys.executable, "-m", module, *arguments]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-    return [*launcher, "--master_port", str(free_port()), "--no_local_rank", "--module", module, *arguments]
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+    return [*deepspeed, "--master_port", str(free_port()), "--no_local_rank", "--module", module, *arguments]
 
 
 def rank_environment(one_machine: bool = True, **extra: str) -> dict[str, str]:

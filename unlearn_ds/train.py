@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,7 +38,6 @@ from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
 from unlearn_ds.profile import StepProfiler
 from unlearn_ds.records import announce, describe, write_run_json
-from unlearn_ds.reference import AdapterReference, LiveReference
 from unlearn_ds.signals import StopRequest, StopRequested
 from unlearn_ds.watchdog import Watchdog
 
@@ -199,9 +197,8 @@ def achieved_flops(run: Run, step: Step, elapsed_s: float) -> dict[str, float]:
     """Model TFLOP/s of a rank by the convention of `flops`, the reference's forward apart; MFU where the peak is known."""
     seconds = elapsed_s * distributed.world_size()
     rate = run.flops.training(step.length) / seconds
-    is_kl = np.array([source.loss == KL for source in run.plan.sources])
-    live = isinstance(run.reference, (LiveReference, AdapterReference))
-    reference = run.flops.reference(step.length[is_kl[step.source]]) / seconds if live else 0.0
+    forward = run.reference.hidden_cache is None  # with a cache none is made
+    reference = run.flops.reference(run.plan.lengths_with(KL, step)) / seconds if forward else 0.0
     rates = {"tflops": rate / 1e12, "reference_tflops": reference / 1e12}
     peak = peak_flops(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None
     return rates | ({"mfu": rate / peak} if peak else {})

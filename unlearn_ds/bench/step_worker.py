@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from unlearn_ds import attention, distributed, weights
@@ -29,6 +28,7 @@ from unlearn_ds.engine import FrozenEngine, TrainingEngine, make_optimizer
 from unlearn_ds.hidden_cache import open_or_fill
 from unlearn_ds.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.loss_head import HeadOptions, PackedCausalLM, attach
+from unlearn_ds.memory import blank_model
 from unlearn_ds.model import ZeroInit, logit_shape, model_size
 from unlearn_ds.objectives import KL
 from unlearn_ds.profile import breakdown
@@ -63,24 +63,20 @@ def main(case: StepCase) -> None:
     times, parts = run_timed(measured, case.warmup_steps, case.steps, device, marks)
     everyone = distributed.gather_objects({"marks": marks, "times": times})
     if distributed.is_main():
+        steps = [plan.step(case.warmup_steps + i) for i in range(case.steps)]
         result = {
             "world_size": distributed.world_size(),
             "step_s": [max(rank["times"][i] for rank in everyone) for i in range(case.steps)],
             "memory": {name: max(rank["marks"][name] for rank in everyone) for name in marks},
-            "lengths": [plan.step(case.warmup_steps + i).length.tolist() for i in range(case.steps)],
-            "kl_lengths": [_kl_lengths(plan, case.warmup_steps + i) for i in range(case.steps)],
-            "rows": [plan.step(case.warmup_steps + i).num_rows for i in range(case.steps)],
+            "lengths": [step.length.tolist() for step in steps],
+            "kl_lengths": [plan.lengths_with(KL, step).tolist() for step in steps],
+            "rows": [step.num_rows for step in steps],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "attention": shape._attn_implementation,
             "parts_s": parts,
         }
         Path(case.output).write_text(json.dumps(result), encoding="utf-8")
     distributed.shut_down()
-
-
-def _kl_lengths(plan: Plan, index: int) -> list[int]:
-    step = plan.step(index)
-    return [int(n) for n, k in zip(step.length, step.source) if plan.sources[k].loss == KL]
 
 
 def memory_now(device: torch.device) -> int:
@@ -124,8 +120,7 @@ def _peak(device: torch.device) -> int:
 
 def random_sharded(shape: Any, dtype: torch.dtype, ds_config: dict[str, Any]) -> nn.Module:
     """A sharded causal LM, every rank's slices drawn by itself: the same at every call."""
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(shape))
+    model_class = type(blank_model(shape))
     zero_init = ZeroInit(ds_config)
     set_hf_deepspeed_config(zero_init)
     try:
@@ -214,8 +209,7 @@ def _baseline(config: RunConfig, shape: Any, plan: Plan, device: torch.device, m
     optimizer = make_optimizer(config, model, offloaded="offload_optimizer" in ds_config["zero_optimization"])
     reference = None
     if config.objective.needs_reference:
-        with torch.device("meta"):
-            reference = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        reference = blank_model(shape, dtype=dtype)
         buffers = dict(model.named_buffers())
         reference = reference.to_empty(device=device).eval().requires_grad_(False)
         for name, buffer in reference.named_buffers():

@@ -162,6 +162,11 @@ class Plan:
         by_source = [len(ids) for ids in chosen]
         return StepPlan(index, source, sequence, start, length, rows, dealt, self.seq_len, by_source)
 
+    def lengths_with(self, loss: str, step: Any) -> np.ndarray:  # (n,) tokens
+        """Lengths of those sequences of a step whose term takes this loss. `step`: what has `length` and `source` of each."""
+        takes = np.array([source.loss == loss for source in self.sources])
+        return step.length[takes[step.source]]
+
     def _taken(self, steps: int) -> list[int]:
         """How many sequences each source has contributed to the first `steps` steps of an epoch."""
         if steps == self.steps_per_epoch:
