@@ -1,28 +1,50 @@
 """bench step: ranks of this machine or of a launcher's making, and what it writes."""
 
+import gzip
 import json
 import sys
 
 import pytest
 
 from tests.support import launch, tiny_config
+from unlearn_ds.bench.step import join_rounds
 from unlearn_ds.cli import main
 
 
 def test_a_launcher_starts_the_ranks(tmp_path):
-    """As in a batch job, where srun starts them: here torchrun does."""
+    """As in a batch job, where srun starts them: here torchrun does. Two rounds of each way, traced."""
     tiny_config().save_pretrained(tmp_path / "shape")
     launcher = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 --no-python"
     words = ["bench", "step", "--model", str(tmp_path / "shape"), "--seq_len", "48", "--global_batch_size", "4"]
     words += ["--warmup_steps", "1", "--steps", "2", "--num_ranks", "2", "--launcher", launcher]
     words += ["--scratch", str(tmp_path / "scratch"), "--json", str(tmp_path / "step.json")]
+    words += ["--rounds", "2", "--baseline", "--traces", str(tmp_path / "traces")]
     finished = launch("unlearn_ds.cli", words)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    (row,) = json.loads((tmp_path / "step.json").read_text())["results"]
-    assert row["shape"]["ranks"] == 2
-    assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-    assert row["tokens_per_s"] > 0
+    rows = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert [row["impl"] for row in rows] == ["ours", "baseline"]
+    for row in rows:
+        assert row["shape"]["ranks"] == 2
+        assert row["steps"] == 2 * 2
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["tokens_per_s"] > 0
+        with gzip.open(tmp_path / "traces" / f"gradient_ascent-{row['impl']}-live.json.gz", "rt") as trace:
+            assert json.load(trace)["traceEvents"]
+    assert "x the peak memory of the baseline" in finished.stdout
+    assert (tmp_path / "step.png").stat().st_size > 5000
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_rounds_are_joined():
+    def measured(seconds, peak, loss):
+        series = {name: seconds for name in ("step_s", "lengths", "kl_lengths", "rows")}
+        return series | {"memory": {"peak": peak}, "parts_s": {"loss": loss}, "world_size": 2}
+
+    joined = join_rounds([measured([1.0], 5, 0.1), measured([3.0], 7, 0.3), measured([2.0], 6, 0.9)])
+    assert joined["step_s"] == [1.0, 3.0, 2.0]
+    assert joined["memory"] == {"peak": 7}
+    assert joined["parts_s"] == {"loss": 0.3}
+    assert joined["world_size"] == 2
 
 
 @pytest.mark.parametrize("words", [[], ["--num_ranks", "2"]])

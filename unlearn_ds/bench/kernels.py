@@ -26,6 +26,7 @@ from unlearn_ds.bench.contestants import (
     products,
 )
 from unlearn_ds.bench.loss import DTYPES, TOLERANCE, Shape, show
+from unlearn_ds.bench.plots import plot_kernels
 from unlearn_ds.bench.record import Run, quantiles, time_interleaved, version, write_json
 from unlearn_ds.options import OptionError
 
@@ -144,32 +145,6 @@ def bench(
     return results + [common | {"impl": name, "refused": reason} for name, reason in sorted(refused.items())]
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars per op and shape: each contestant's time over that of the bare products."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in results:
-        if "median_ms" in row and row["impl"] != "products":
-            groups.setdefault(f"{row['name']}\n{' '.join(f'{k}={v}' for k, v in row['shape'].items())}", []).append(row)
-    figure, axes = pyplot.subplots(len(groups), 1, figsize=(8, 1.8 * len(groups) + 0.5), squeeze=False)
-    for axis, (title, rows) in zip(axes[:, 0], groups.items()):
-        times = [100 / row["percent_of_products"] for row in rows]
-        colors = ["tab:blue" if row["impl"].startswith("ours") else "tab:gray" for row in rows]
-        axis.barh([row["impl"] for row in rows], times, color=colors)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set_title(title, fontsize=8)
-        axis.set_xlabel("time / time of the bare matrix products", fontsize=7)
-        axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def parse_shape(text: str) -> Shape:
     """`N,D,V`."""
     try:
@@ -212,5 +187,5 @@ def main(args: argparse.Namespace) -> int:
         print(show(rows), flush=True)
     if args.json:
         write_json(args.json, results, peers=peers)
-        plot(results, Path(args.json).with_suffix(".png"))
+        plot_kernels(results, Path(args.json).with_suffix(".png"))
     return 1 if any("refused" in row and row["impl"].startswith("ours") for row in results) else 0

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from unlearn_ds import attention, distributed
+from unlearn_ds.bench.plots import plot_scaling
 from unlearn_ds.bench.record import positive_int, time_interleaved, version, write_json
 from unlearn_ds.bench.step_worker import packed_model, training_ds_config
 from unlearn_ds.checks import pack
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         shape = {**_SHAPE, **{name: getattr(args, name) for name in ("vocab_size", "row_tokens", "vocab_tokens")}}
         versions = {name: version(name) for name in ("deepspeed", "transformers")}
         write_json(args.json, results, shape=shape, dtype="fp32", device=device.type, fits=fits, versions=versions)
-        plot(results, args.json.with_suffix(".png"))
+        plot_scaling(results, args.json.with_suffix(".png"))
     distributed.shut_down()
     return 0
 
@@ -150,35 +151,3 @@ def show(results: list[dict[str, Any]]) -> str:
             f"{row['fitted_ms']:>10.1f}{row['median_ms'] / row['fitted_ms']:>7.2f}"
         )
     return "\n".join(lines)
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Three panels: what was measured, with its spread, beside the fit or what follows from it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {
-        "length": ("tokens of one document", "constant + linear + quadratic"),
-        "vocabulary": ("vocabulary", "constant + linear"),
-        "documents": ("documents in a row of fixed length", "expected from the first panel"),
-    }
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
-    for axis, (name, (label, line)) in zip(axes, panels.items()):
-        rows = sorted((row for row in results if row["name"] == name), key=lambda row: row["value"])
-        values, times, fitted, low, high = (
-            np.array([row[key] for row in rows]) for key in ("value", "median_ms", "fitted_ms", "p20_ms", "p80_ms")
-        )
-        axis.errorbar(values, times, [times - low, high - times], fmt="o", color="tab:blue", label="median, p20-p80")
-        axis.plot(values, fitted, color="black", linewidth=1, label=line)
-        if name == "documents":
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(values, [str(value) for value in values])
-        axis.set_xlabel(label)
-        axis.set_ylabel("ms per update")
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -1,7 +1,8 @@
 """Time, throughput and memory of whole updates, ours beside the published way, on random weights of a known model's shape.
 
 `unlearn-ds bench step --model yi-6b --method gradient_ascent --seq_len 4096 --baseline`: documents have the lengths of the
-GitHub set; every figure counts real tokens only. Each way runs in processes of its own, so that its peak is its own.
+GitHub set; every figure counts real tokens only. Each way runs in processes of its own, so that its peak is its own; with
+`--rounds` all ways run in turn, again and again, so that a machine that slows down slows all of them.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from unlearn_ds.bench.geometry import GEOMETRIES, model_config, write_documents
+from unlearn_ds.bench.plots import plot_step
 from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
 from unlearn_ds.config import RunConfig
 from unlearn_ds.flops import model_flops, peak_flops
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scratch", type=Path, help="folder that all ranks see (default: a temporary one here)")
     parser.add_argument("--warmup_steps", type=int, default=2)
     parser.add_argument("--steps", type=positive_int, default=8)
+    parser.add_argument("--rounds", type=positive_int, default=1, help="how often every way is started, in turn")
     parser.add_argument("--baseline", action="store_true", help="the published way too, on the same sequences")
     parser.add_argument("--fp32", action="store_true", help="fp32 parameters; the default without a GPU")
     parser.add_argument(
@@ -59,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--loss_workspace_mib", type=float, default=1024)
     parser.add_argument("--deepspeed", default="zero3")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, help="write the results here, and a plot beside them (.png)")
+    parser.add_argument("--traces", type=Path, help="folder for a torch profiler trace of one more update of each way")
     parser.add_argument("--keep_logs", type=Path, help="folder for the ranks' output")
 
 
@@ -73,29 +77,33 @@ def main(args: argparse.Namespace) -> int:
     num_ranks = args.num_ranks or default_num_ranks(torch.cuda.device_count() or 2)
     if args.global_batch_size % (2 * num_ranks):
         raise OptionError(f"--global_batch_size {args.global_batch_size}: a multiple of twice the {num_ranks} ranks")
-    results = []
-    if args.scratch:
-        args.scratch.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (args.scratch, args.traces)):
+        folder.mkdir(parents=True, exist_ok=True)
+    cases = [(method, *way) for method in args.method for way in _ways(args, method)]
+    measured: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         data_dir = Path(scratch) / "data"
         # One forget sequence a document at least: enough for every update, the profiled one included, within one epoch.
         num_documents = args.global_batch_size * (args.warmup_steps + args.steps + 2)
         write_documents(data_dir, num_documents, args.seq_len, config.vocab_size)
-        for method in args.method:
-            for impl, reference in _cases(args, method):
-                logs = args.keep_logs or Path(scratch)
-                measured = run_case(args, method, impl, reference, num_ranks, data_dir, Path(scratch), logs)
-                results.append(result_row(args, config, method, impl, reference, measured))
-                print(line(results[-1]), flush=True)
+        for _ in range(args.rounds):
+            for case in cases:
+                measured[case].append(run_case(args, *case, num_ranks, data_dir, Path(scratch)))
+                print(line(result_row(args, config, *case, measured[case][-1:])), flush=True)
+    results = [result_row(args, config, *case, rounds) for case, rounds in measured.items()]
+    if args.rounds > 1:
+        print(f"all {args.rounds} rounds:", *map(line, results), sep="\n")
     for method in args.method:
         print_ratios([row for row in results if row["name"] == method])
     if args.json:
         versions = {name: version(name) for name in ("deepspeed", "transformers")}
         write_json(args.json, results, versions=versions, convention=(__doc__ or "").strip())
+        plot_step(results, args.json.with_suffix(".png"))
     return 0
 
 
-def _cases(args: argparse.Namespace, method: str) -> list[tuple[str, str]]:
+def _ways(args: argparse.Namespace, method: str) -> list[tuple[str, str]]:
+    """(implementation, reference) of every way that a method runs."""
     references = args.reference if OBJECTIVES[method].needs_reference else ["live"]
     baseline = [("baseline", "live")] if args.baseline else []
     return [*(("ours", reference) for reference in references), *baseline]
@@ -109,9 +117,9 @@ def run_case(
     num_ranks: int,
     data_dir: Path,
     scratch: Path,
-    logs: Path,
 ) -> dict[str, Any]:
     """Start the ranks of one case and return what they measured."""
+    name = f"{method}-{impl}-{reference}"
     bf16 = torch.cuda.is_available() and not args.fp32
     run = {
         "unlearn_method": method,
@@ -140,16 +148,34 @@ def run_case(
         "warmup_steps": args.warmup_steps,
         "steps": args.steps,
         "output": str(output),
+        "trace": str(args.traces / f"{name}.json.gz") if args.traces else None,
     }
-    log = logs / f"{method}-{impl}-{reference}.log"
+    log = (args.keep_logs or scratch) / f"{name}.log"
     run_ranks("unlearn_ds.bench.step_worker", [json.dumps(case)], num_ranks, log, shlex.split(args.launcher))
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+def join_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The updates of all rounds one after the other, the highest memory, the median of every part's time."""
+    first = rounds[0]
+    series = ("step_s", "lengths", "kl_lengths", "rows")
+    return (
+        first
+        | {name: [value for measured in rounds for value in measured[name]] for name in series}
+        | {"memory": {name: max(measured["memory"][name] for measured in rounds) for name in first["memory"]}}
+        | {
+            "parts_s": {
+                name: float(np.median([measured["parts_s"][name] for measured in rounds])) for name in first["parts_s"]
+            }
+        }
+    )
+
+
 def result_row(
-    args: argparse.Namespace, config: Any, method: str, impl: str, reference: str, measured: dict[str, Any]
+    args: argparse.Namespace, config: Any, method: str, impl: str, reference: str, rounds: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """One line of the results: medians over the updates, figures over all ranks unless they say otherwise."""
+    measured = join_rounds(rounds)
     count = model_flops(config)
     seconds = np.array(measured["step_s"])
     tokens = np.array([sum(lengths) for lengths in measured["lengths"]])

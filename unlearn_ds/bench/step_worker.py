@@ -47,6 +47,7 @@ class StepCase:
     warmup_steps: int
     steps: int
     output: str
+    trace: str | None = None  # of rank 0's profiled update
 
 
 def main(case: StepCase) -> None:
@@ -60,9 +61,11 @@ def main(case: StepCase) -> None:
     marks = {"imports": memory_now(device)}
     take_steps = _ours if case.impl == "ours" else _baseline
     measured = take_steps(config, shape, plan, device, marks)
-    times, parts = run_timed(measured, case.warmup_steps, case.steps, device, marks)
+    times, parts, profiler = run_timed(measured, case.warmup_steps, case.steps, device, marks)
     everyone = distributed.gather_objects({"marks": marks, "times": times})
     if distributed.is_main():
+        if case.trace:
+            profiler.export_chrome_trace(case.trace)
         steps = [plan.step(case.warmup_steps + i) for i in range(case.steps)]
         result = {
             "world_size": distributed.world_size(),
@@ -86,8 +89,8 @@ def memory_now(device: torch.device) -> int:
 
 def run_timed(
     one_update: Any, warmup_steps: int, steps: int, device: torch.device, marks: dict[str, int]
-) -> tuple[list[float], dict[str, float]]:
-    """(seconds of each update after the warm-up, where the time of one more went); the peak memory goes into `marks`."""
+) -> tuple[list[float], dict[str, float], torch.profiler.profile]:
+    """(seconds of each update after the warm-up, where the time of one more went, its profile); the peak goes into `marks`."""
     times = []
     with frozen_garbage():
         for index in range(warmup_steps + steps + 1):
@@ -104,7 +107,7 @@ def run_timed(
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - started)
         profiler.stop()
-    return times[warmup_steps:-1], breakdown(profiler.events(), times[-1], wait_s)
+    return times[warmup_steps:-1], breakdown(profiler.events(), times[-1], wait_s), profiler
 
 
 def _reset_peak(device: torch.device) -> None:
