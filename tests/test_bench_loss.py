@@ -70,12 +70,29 @@ def test_errors_say_what_is_wrong(capsys, monkeypatch):
     assert "expected N,D,V such as" in capsys.readouterr().err
 
 
-def test_the_gpu_check_says_what_it_needs(tmp_path):
-    script = ROOT / "launch" / "gpu_check.sh"
-    subprocess.run(["bash", "-n", script], check=True)
+def gpu_check(*words):
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    for device, message in (("cuda", "torch sees no CUDA device"), ("tpu", "device 'tpu': cuda or cpu")):
-        command = ["bash", script, tmp_path / "out", device]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert finished.returncode == 2
-        assert message in finished.stderr
+    command = ["bash", ROOT / "launch" / "gpu_check.sh", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cuda"], "torch sees no CUDA device"),
+        (["tpu"], "device 'tpu': cuda or cpu"),
+        (["cpu", "kernels", "speed"], "step 'speed': tests, kernels, step or reference"),
+    ],
+)
+def test_the_gpu_check_says_what_it_needs(tmp_path, words, message):
+    finished = gpu_check(tmp_path / "out", *words)
+    assert finished.returncode == 2
+    assert message in finished.stderr
+
+
+def test_the_gpu_check_walks_through_on_cpu(tmp_path):
+    finished = gpu_check(tmp_path / "out", "cpu", "kernels")
+    assert finished.returncode == 0, finished.stderr
+    (step,) = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert (step["name"], step["exit_code"]) == ("kernels", 0)
+    assert json.loads((tmp_path / "out" / "kernels.json").read_text())["results"]

@@ -28,7 +28,7 @@ def test_a_launcher_starts_the_ranks(tmp_path):
         assert row["steps"] == 2 * 2
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["tokens_per_s"] > 0
-        with gzip.open(tmp_path / "traces" / f"gradient_ascent-{row['impl']}-live.json.gz", "rt") as trace:
+        with gzip.open(tmp_path / "traces" / f"gradient_ascent-{row['impl']}.json.gz", "rt") as trace:
             assert json.load(trace)["traceEvents"]
     assert "x the peak memory of the baseline" in finished.stdout
     assert (tmp_path / "step.png").stat().st_size > 5000
@@ -37,7 +37,7 @@ def test_a_launcher_starts_the_ranks(tmp_path):
 
 def test_rounds_are_joined():
     def measured(seconds, peak, loss):
-        series = {name: seconds for name in ("step_s", "lengths", "kl_lengths", "rows")}
+        series = dict.fromkeys(("step_s", "lengths", "kl_lengths", "rows"), seconds)
         return series | {"memory": {"peak": peak}, "parts_s": {"loss": loss}, "world_size": 2}
 
     joined = join_rounds([measured([1.0], 5, 0.1), measured([3.0], 7, 0.3), measured([2.0], 6, 0.9)])

@@ -119,7 +119,7 @@ def run_case(
     scratch: Path,
 ) -> dict[str, Any]:
     """Start the ranks of one case and return what they measured."""
-    name = f"{method}-{impl}-{reference}"
+    name = "-".join([method, impl, *([reference] if OBJECTIVES[method].needs_reference else [])])
     bf16 = torch.cuda.is_available() and not args.fp32
     run = {
         "unlearn_method": method,
