@@ -55,6 +55,13 @@ def test_plain_text_files_are_one_document_each(tmp_path: Path) -> None:
     assert read(tmp_path / "b.py") == [TEXTS[0]]
 
 
+def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
+    for name, text in zip(("[slug].tsx", "a*.py", "ab.py", "what?.md", "{x} #1.md"), "12345"):
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path) == list("12345")
+    assert read(jsonl(tmp_path / "[v2].jsonl", [{"text": "6"}])) == ["6"]
+
+
 def test_columns(tmp_path: Path) -> None:
     content = jsonl(tmp_path / "content.jsonl", [{"content": "a", "body": "b"}])
     assert read(content) == ["a"]

@@ -1,6 +1,7 @@
 """Where documents come from: files, folders and hub names, read as a stream through the `datasets` library."""
 
 import codecs
+import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -156,7 +157,9 @@ def _open(source: DocumentSource) -> Iterator[dict[str, Any]]:
                 )
             return iter(found)
         options = {"sample_by": "document"} if source.format == "text" else {}
-        files = [str(file) for file in source.files]
+        files = [
+            glob.escape(str(file)) for file in source.files
+        ]  # `datasets` takes a name such as [id].js for a pattern
         return iter(datasets.load_dataset(source.format, data_files=files, split="train", streaming=True, **options))
 
 
