@@ -68,8 +68,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def _file_header(path: Path) -> Iterator[Stored]:
     """Read the header of a safetensors file: u64 little-endian length, JSON, then the bytes of all tensors."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
         size = path.stat().st_size
+        if start == b"version ":
+            raise OptionError(f"{path}: a pointer of Git LFS instead of the weights: `git lfs pull` fetches them")
         if not 2 <= length <= size - 8:
             raise OptionError(f"{path}: not a safetensors file, or cut off in its header")
         header = json.loads(file.read(length))

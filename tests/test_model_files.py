@@ -1,0 +1,39 @@
+"""unlearn_ds.model: which files of a model count, and what is said of those that are not what they should be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support import save_tiny_model
+from unlearn_ds.model import model_fingerprint
+from unlearn_ds.options import OptionError
+from unlearn_ds.weights import stored_tensors
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_change_of_any_one_tensor_changes_the_fingerprint(tmp_path: Path, kind: str) -> None:
+    path = save_tiny_model(tmp_path) / "model.safetensors"
+    state = load_file(path) | {f"t{i:02}": torch.zeros(64, 256) for i in range(40)}
+
+    def fingerprint() -> str:
+        path.unlink(missing_ok=True)
+        save_file(state, path) if kind == "safetensors" else torch.save(state, tmp_path / "pytorch_model.bin")
+        return model_fingerprint(str(tmp_path))
+
+    before = fingerprint()
+    assert fingerprint() == before
+    for name in ("t07", "t20", "t33"):
+        state[name] = state[name] + 1
+        after = fingerprint()
+        assert after != before, name
+        before = after
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path) / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    model_fingerprint(str(tmp_path))
+    with pytest.raises(OptionError, match=r"model.safetensors: a pointer of Git LFS .* `git lfs pull` fetches them"):
+        stored_tensors(tmp_path)
