@@ -32,11 +32,13 @@ def case(lengths, heads=4, groups=2, size=16, device="cpu", dtype=torch.float32)
     return *parts, torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
-def compare(function, lengths, window=None, softcap=None, tolerance=2e-5, **kwargs):
+def compare(function, lengths, window=None, softcap=None, tolerance=2e-5, implementation=None, **kwargs):
     """Hold a backend's output and gradients against each sequence alone."""
     *parts, bounds = case(lengths, **kwargs)
+    module = torch.nn.Module()  # as transformers' own functions want it
+    module.is_causal, module.config = True, SimpleNamespace(_attn_implementation=implementation)
     output, _ = function(
-        torch.nn.Module(),
+        module,
         *parts,
         None,
         scaling=SCALE,
@@ -106,8 +108,20 @@ def test_choices_that_cannot_run():
     if importlib.util.find_spec("flash_attn") is None:
         with pytest.raises(OptionError, match="the package flash_attn is not installed"):
             choose_attention("flash_attention_2", "cuda")
+    with pytest.raises(
+        OptionError, match=r"--attn varlen computes in 16 bits, not in fp32 \(--bf16 False\): use auto or"
+    ):
+        choose_attention("varlen", "cuda", dtype=torch.float32)
     assert caps_scores(SimpleNamespace(attn_logit_softcapping=50.0))
     assert not caps_scores(SimpleNamespace())
+
+
+def test_auto_takes_no_flash_attention_where_it_cannot_run():
+    assert choose_attention("auto", "cuda", dtype=torch.float32)[0] == attention.SDPA
+    assert choose_attention("auto", "cuda", capability=(7, 5)) == (
+        attention.SDPA,
+        "flash attention starts with compute capability 8.0: slow",
+    )
 
 
 @pytest.mark.gpu
@@ -122,4 +136,6 @@ def test_gpu_backends_equal_each_sequence_alone(choice, lengths, window):
         pytest.skip(str(error))
     attention.register()
     function = AttentionInterface()[name]
-    compare(function, lengths, window, tolerance=2e-2, size=64, device="cuda", dtype=torch.bfloat16)
+    compare(
+        function, lengths, window, tolerance=2e-2, implementation=name, size=64, device="cuda", dtype=torch.bfloat16
+    )

@@ -29,10 +29,17 @@ _QUERY_BLOCK = 256  # queries at once where a window or a cap keeps torch's caus
 CHOICES = ("auto", "varlen", "sdpa", *_FLASH_PACKAGES)
 
 
-def choose_attention(choice: str, device_type: str, capped: bool = False) -> tuple[str, str]:
+def choose_attention(
+    choice: str,
+    device_type: str,
+    capped: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    capability: tuple[int, int] | None = None,
+) -> tuple[str, str]:
     """Return (the name transformers knows it by, why it was chosen).
 
-    capped: the model caps its attention scores (Gemma 2), which torch's varlen attention cannot.
+    capped: the model caps its attention scores (Gemma 2), which torch's varlen attention cannot. dtype: of the model; all
+    flash kernels are for 16 bits. capability: of the CUDA device (default: it is asked).
     Raises `OptionError` for an unknown choice and for one that cannot run here.
     """
     if choice not in CHOICES:
@@ -43,6 +50,10 @@ def choose_attention(choice: str, device_type: str, capped: bool = False) -> tup
         if choice != "auto":
             raise OptionError(f"--attn {choice} needs a CUDA device; on this one use auto or sdpa")
         return SDPA, "no CUDA device: torch's SDPA, one call per group of equally long sequences"
+    if dtype.itemsize != 2:
+        if choice != "auto":
+            raise OptionError(f"--attn {choice} computes in 16 bits, not in fp32 (--bf16 False): use auto or sdpa")
+        return SDPA, "in fp32 there is no flash attention: slow"
     if choice in _FLASH_PACKAGES:
         if not _installed(_FLASH_PACKAGES[choice]):
             raise OptionError(f"--attn {choice}: the package {_FLASH_PACKAGES[choice]} is not installed")
@@ -53,7 +64,10 @@ def choose_attention(choice: str, device_type: str, capped: bool = False) -> tup
                 "--attn varlen: this model caps its attention scores, which torch's varlen attention cannot"
             )
         return VARLEN, "asked for"
-    if torch.cuda.get_device_capability() >= (9, 0) and _installed(_FLASH_PACKAGES["flash_attention_3"]):
+    major, _ = capability or torch.cuda.get_device_capability()
+    if major < 8:
+        return SDPA, "flash attention starts with compute capability 8.0: slow"
+    if major == 9 and _installed(_FLASH_PACKAGES["flash_attention_3"]):  # flash-attn 3 is for Hopper alone
         return "flash_attention_3", "flash-attn 3 is installed"
     if _installed(_FLASH_PACKAGES["flash_attention_2"]):
         return "flash_attention_2", "flash-attn is installed"

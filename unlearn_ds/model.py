@@ -108,7 +108,7 @@ def load_model(
     Raises `OptionError` for weights that cannot be read or that do not arrive as they stand in the file.
     """
     attention.register()
-    attn_name, _ = attention.choose_attention(options.attn, device.type, attention.caps_scores(config))
+    attn_name, _ = attention.choose_attention(options.attn, device.type, attention.caps_scores(config), options.dtype)
     common = {"dtype": options.dtype, "attn_implementation": attn_name, "trust_remote_code": options.trust_remote_code}
     watch = weights.Stopwatch()
     if options.random_init:

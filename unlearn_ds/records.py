@@ -71,7 +71,9 @@ def announce(run: Run) -> None:
         trainable=run.num_trainable,
     )
     shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in state.items())
-    attn, why = choose_attention(config.attn, device.type, caps_scores(run.model_config))
+    attn, why = choose_attention(
+        config.attn, device.type, caps_scores(run.model_config), torch.bfloat16 if config.bf16 else torch.float32
+    )
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     for note in config.notes():
         distributed.say(f"note: {note}")
