@@ -149,6 +149,14 @@ def test_packed_rows_are_rounded_up_on_cpu_and_filled_on_cuda(sets: dict) -> Non
     assert set(full) == {6 * SEQ_LEN}
 
 
+def test_the_reference_does_not_compute_on_what_fills_the_students_row(sets: dict) -> None:
+    plan = make_plan(sets, micro_batch_size=12)
+    step = plan.step(0)
+    of_kl = int(step.length[step.source == 1].sum())
+    full = sum(batch.reference.input_ids.numel() for batch in all_batches(plan, 0, True))
+    assert of_kl <= full < of_kl + 128 * step.num_micro_steps
+
+
 def test_resumes_at_any_step_and_world_size(sets: dict) -> None:
     plan = make_plan(sets, num_epochs=2.0)
     with Loader(plan, 0, CPU) as loader:

@@ -119,7 +119,7 @@ class _Buffers:
 class Layout:
     """How sequences are laid out: tight or each padded to `seq_len`, then padding up to a round number of tokens.
 
-    most: never more tokens than this. fixed: always that many.
+    most: never more tokens than this. fixed: always that many, but for what is packed with `fill=False`.
     Everything here is a handful of slice copies per sequence: at millions of tokens a second per rank, calls are what costs.
     """
 
@@ -127,6 +127,8 @@ class Layout:
         self._seq_len = seq_len
         self._most = most
         self._fixed = fixed
+        # Of the sizes between, eight: few shapes for a GPU's allocator.
+        self._multiple = max(_TOKENS_MULTIPLE, seq_len // 8) if fixed else _TOKENS_MULTIPLE
         self._pad_each = pad_each
         self._counter = np.arange(0)
         self.empty = _Buffers().empty
@@ -137,7 +139,7 @@ class Layout:
             self._counter = np.arange(2 * size)
         return self._counter
 
-    def place(self, lengths: list[int]) -> tuple[list[int], list[int]]:
+    def place(self, lengths: list[int], fill: bool = True) -> tuple[list[int], list[int]]:
         """Where sequences start, and the boundaries of all segments; padding comes in segments of at most `seq_len`."""
         starts, boundaries, end = [], [0], 0
         for length in lengths:
@@ -147,16 +149,18 @@ class Layout:
             if self._pad_each and length < self._seq_len:
                 end = starts[-1] + self._seq_len
                 boundaries.append(end)
-        rounded = -(-end // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
-        wanted = rounded if self._most is None else self._most if self._fixed else min(rounded, self._most)
+        rounded = -(-end // self._multiple) * self._multiple
+        wanted = rounded if self._most is None else self._most if self._fixed and fill else min(rounded, self._most)
         while end < wanted:
             end = min(end + self._seq_len, wanted)
             boundaries.append(end)
         return starts, boundaries
 
-    def pack(self, sequences: list[tuple[np.ndarray, int]]) -> tuple[PackedRows, np.ndarray, list[int]]:
+    def pack(
+        self, sequences: list[tuple[np.ndarray, int]], fill: bool = True
+    ) -> tuple[PackedRows, np.ndarray, list[int]]:
         """Copy sequences (tokens, length) into place; also returns the tokens (T,) as an array, and where sequences start."""
-        starts, boundaries = self.place([length for _, length in sequences])
+        starts, boundaries = self.place([length for _, length in sequences], fill)
         size = boundaries[-1]
         flat = self.empty(size, np.int64)
         if size > sum(length for _, length in sequences):
@@ -239,7 +243,8 @@ class StepBuilder:
         if self._hidden_cache is not None:
             hidden = self._hidden_cache.read([self._start[i] for i in kl], [length[i] for i in kl])
             return replace(batch, ref_hidden=hidden)
-        reference, _, ref_starts = self._layout.pack([views[k] for k in of_loss[KL]] or _FILLER)
+        # Not filled: the reference would compute on padding where the student computes on forget sequences.
+        reference, _, ref_starts = self._layout.pack([views[k] for k in of_loss[KL]] or _FILLER, fill=False)
         return replace(batch, reference=reference, ref_rows=self._kl_rows(ref_starts, kl)[0])
 
     def _cross_entropy(self, tokens: np.ndarray, starts: list[int], chosen: list[int]) -> tuple[Tensor, ...]:
