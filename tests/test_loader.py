@@ -157,6 +157,29 @@ def test_the_reference_does_not_compute_on_what_fills_the_students_row(sets: dic
     assert of_kl <= full < of_kl + 128 * step.num_micro_steps
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_micro_batches_arrive_and_the_thread_stays_there(sets: dict) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    seen = set()
+
+    class Cache:
+        def read(self, starts: list[int], lengths: list[int]) -> torch.Tensor:
+            seen.add(torch.cuda.current_device())
+            return torch.zeros(max(1, sum(lengths) - len(lengths)), 4)
+
+    plan = make_plan(sets, micro_batch_size=2)
+    with Loader(plan, 0, device, hidden_cache=Cache()) as loader:
+        found = [batch for step in loader for batch in step.micro_batches]
+    expected = [batch for index in range(plan.num_steps) for batch in all_batches(plan, index, True)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.ref_hidden.device == device
+        for name in ("ce_rows", "ce_targets", "ce_weights", "kl_rows", "kl_weights"):
+            assert torch.equal(getattr(one, name).cpu(), getattr(other, name)), name
+        assert torch.equal(one.rows.input_ids.cpu(), other.rows.input_ids)
+    assert seen == {device.index}
+
+
 def test_resumes_at_any_step_and_world_size(sets: dict) -> None:
     plan = make_plan(sets, num_epochs=2.0)
     with Loader(plan, 0, CPU) as loader:

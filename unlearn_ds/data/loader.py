@@ -144,8 +144,11 @@ class Loader:
 
     def _prefetch(self) -> None:
         size = max(1, _CHUNK_ROWS // self.plan.micro_batch_size)  # micro-batches
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        stream = None
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a thread starts on GPU 0, and every rank would hold memory there
+                stream = torch.cuda.Stream(self.device)
             for index in range(self.start_step, self.plan.num_steps):
                 planned = self.plan.step(index)
                 if not self._put(planned):
