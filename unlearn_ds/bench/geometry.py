@@ -1,6 +1,7 @@
 """Models by their published shape, documents by their published lengths."""
 
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,14 @@ def model_config(name_or_path: str, seq_len: int) -> Any:
 
 
 def github_lengths(num_documents: int, seq_len: int, seed: int = 0) -> np.ndarray:  # (num_documents,) int64
-    """Tokens per document, as on GitHub at sequences of 4096; for another `seq_len` scaled with it."""
-    rng = np.random.default_rng(seed)
+    """Tokens per document, as on GitHub at sequences of 4096; for another `seq_len` scaled with it.
+
+    The distribution's quantiles in random order: a few documents are as long on average, and as unequal, as many.
+    """
     mean = _MEAN_TOKENS * seq_len / _PUBLISHED_SEQ_LEN
-    lengths = rng.lognormal(np.log(mean) - _LOG_SPREAD**2 / 2, _LOG_SPREAD, num_documents)
-    return np.clip(lengths, 5, None).astype(np.int64)
+    normal = NormalDist(np.log(mean) - _LOG_SPREAD**2 / 2, _LOG_SPREAD)
+    lengths = np.exp([normal.inv_cdf((i + 0.5) / num_documents) for i in range(num_documents)])
+    return np.random.default_rng(seed).permutation(np.clip(lengths, 5, None).astype(np.int64))
 
 
 def write_documents(data_dir: Path, num_documents: int, seq_len: int, vocab_size: int) -> None:

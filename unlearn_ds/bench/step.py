@@ -30,6 +30,7 @@ _METHODS = [
     for name, objective in OBJECTIVES.items()
     if not objective.needs_sampled_targets and objective.sequence_loss is None
 ]
+_MIN_DOCUMENTS = 512  # so that all lengths occur
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         data_dir = Path(scratch) / "data"
         # One forget sequence a document at least: enough for every update, the profiled one included, within one epoch.
-        num_documents = args.global_batch_size * (args.warmup_steps + args.steps + 2)
+        num_documents = max(_MIN_DOCUMENTS, args.global_batch_size * (args.warmup_steps + args.steps + 2))
         write_documents(data_dir, num_documents, args.seq_len, config.vocab_size)
         for _ in range(args.rounds):
             for case in cases:
