@@ -85,7 +85,7 @@ def build_engine(vocab_size: int, max_length: int) -> TrainingEngine:
     """A training engine on the small model, in fp32."""
     shape = LlamaConfig(**_SHAPE, vocab_size=vocab_size, max_position_embeddings=max_length)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    shape._attn_implementation = attention.choose_attention("auto", device_type)[0]
+    shape._attn_implementation = attention.choose_attention("auto", device_type, dtype=torch.float32)[0]
     config = RunConfig("gradient_ascent", "-", target_model_name_or_path="-", bf16=False, loss_workspace_mib=64)
     ds_config = training_ds_config(config, shape)
     model = packed_model(config, shape, ds_config)

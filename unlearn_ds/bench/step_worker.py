@@ -55,7 +55,9 @@ def main(case: StepCase) -> None:
     config = RunConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in case.run.items()})
     device = distributed.init_distributed(config.num_threads)
     shape = model_config(case.model, config.seq_len)
-    shape._attn_implementation = attention.choose_attention(config.attn, device.type, attention.caps_scores(shape))[0]
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    caps = attention.caps_scores(shape)
+    shape._attn_implementation = attention.choose_attention(config.attn, device.type, caps, dtype)[0]
     corpora = open_run_corpora(config, shape.vocab_size, None)
     plan = make_plan(config, make_sources(config, corpora, shape.vocab_size, ()), distributed.world_size())
     marks = {"imports": memory_now(device)}
