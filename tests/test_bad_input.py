@@ -51,6 +51,15 @@ CASES = {
         TRAIN + " --unlearn_method ascent_plus_descent",
         "an update of 1 sequence.*raise --global_batch_size",
     ),
+    "one_update": (
+        ASCENT + " --global_batch_size 64",
+        "one update.*learning rate 0: nothing would change. Lower --global_batch_size .*--warmup_ratio 0",
+    ),
+    "quantised": (
+        ASCENT + " --target_model_name_or_path {root}/quantised",
+        r"its weights are quantised \(gptq\).*give the model that it was made from",
+    ),
+    "lfs": (ASCENT + " --target_model_name_or_path {root}/lfs --global_batch_size 8", r"Git LFS.*`git lfs pull`"),
     "no_attention": (ASCENT + " --attn flash_attention_2", "needs a CUDA device"),
     "no_triton": (ASCENT + " --loss_impl triton --global_batch_size 8", "triton.*(CUDA|device)"),
     "evaluate_no_model": (EVALUATE + " --model_name_or_path {root}/none", "cannot read the model"),
@@ -67,6 +76,11 @@ def make_inputs(root: Path) -> None:
     large = tiny_config()
     large.hidden_size, large.intermediate_size, large.num_hidden_layers = 8192, 28672, 80
     large.save_pretrained(root / "large")
+    quantised = tiny_config()
+    quantised.quantization_config = {"quant_method": "gptq", "bits": 4}
+    quantised.save_pretrained(root / "quantised")
+    shutil.copytree(root / "model", root / "lfs")
+    (root / "lfs" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     write_corpora(root / "data")
     shutil.copytree(root / "data" / "github", root / "domain_only" / "github")
     shutil.copytree(root / "data", root / "truncated")

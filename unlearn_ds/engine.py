@@ -17,6 +17,7 @@ from transformers import get_scheduler
 
 from unlearn_ds.config import RunConfig
 from unlearn_ds.loss_head import HeadCall, PackedCausalLM
+from unlearn_ds.options import OptionError
 from unlearn_ds.profile import BACKWARD, FORWARD, OPTIMIZER
 
 
@@ -59,6 +60,16 @@ def make_optimizer(config: RunConfig, model: nn.Module, offloaded: bool) -> torc
 def warmup_steps(config: RunConfig, num_steps: int) -> int:
     """Updates of warm-up, as transformers counts them: ceil(ratio * updates)."""
     return config.warmup_steps or -int(-(config.warmup_ratio * num_steps) // 1)
+
+
+def check_schedule(config: RunConfig, num_steps: int) -> None:
+    """Raise `OptionError` for a run that would change nothing: of transformers' warm-up the first update has rate 0."""
+    if num_steps == 1 and warmup_steps(config, num_steps) and config.lr_scheduler_type != "constant":
+        raise OptionError(
+            "the run has one update, and the first update of a warm-up has learning rate 0: nothing would change. Lower "
+            "--global_batch_size (or --gradient_accumulation_steps), raise --num_train_epochs or --max_steps, or give "
+            "--warmup_ratio 0"
+        )
 
 
 class TrainingEngine:

@@ -71,6 +71,14 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
             f"({', '.join(config.sub_configs)}): only text models are trained. Save its text part as a model of its own "
             f"({type(config.get_text_config(decoder=True)).__name__}) and give that folder"
         )
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        method = (
+            quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+        )
+        raise OptionError(
+            f"{options.name_or_path}: its weights are quantised ({method}), and only bf16, fp16 and fp32 can be trained: "
+            "give the model that it was made from"
+        )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is not None and not model_class._supports_attention_backend:
         raise OptionError(
