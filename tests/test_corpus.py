@@ -168,9 +168,9 @@ def test_an_index_without_documents_or_tokens(corpus: Corpus) -> None:
 
 
 def test_vocabulary_of_the_model(corpus: Corpus) -> None:
-    corpus.check_vocabulary(100)
-    with pytest.raises(CorpusError, match="prepared with a vocabulary of 100 tokens, the model has 99"):
-        corpus.check_vocabulary(99)
+    corpus.check_vocabulary(11)  # its tokenizer knows 100
+    with pytest.raises(CorpusError, match="holds token id 10, the model's vocabulary ends at 9: prepare it with"):
+        corpus.check_vocabulary(10)
     corpus.path.with_suffix(".json").unlink()
     foreign = Corpus(corpus.path)
     foreign.check_vocabulary(11)

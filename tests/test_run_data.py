@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support import VOCAB_SIZE, write_corpora
@@ -46,8 +47,18 @@ def test_a_missing_corpus_says_how_to_make_it(tmp_path: Path) -> None:
 
 def test_a_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
     write_corpora(tmp_path)
-    with pytest.raises(CorpusError, match="vocabulary of 131 tokens, the model has 100"):
+    with pytest.raises(CorpusError, match="holds token id 130, the model's vocabulary ends at 99: prepare it with"):
         open_set(str(tmp_path), "github", "forget", 100, None)
+
+
+def test_random_labels_are_tokens_that_the_tokenizer_knows(tmp_path: Path) -> None:
+    write_corpora(tmp_path)
+    options = config(tmp_path, unlearn_method="random_label", completely_random=True)
+    corpora = open_run_corpora(options, 10 * VOCAB_SIZE, None)
+    (source,) = make_sources(options, corpora, 10 * VOCAB_SIZE, ())
+    many = np.full(5000, 2)
+    labels = source.targets(many, many, np.arange(5000), many)
+    assert labels.max() == VOCAB_SIZE - 1
 
 
 def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:

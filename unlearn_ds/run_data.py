@@ -104,18 +104,24 @@ def check_same_corpora(run_dir: Path, corpora: list[list[NamedCorpus]]) -> None:
 def make_sources(
     config: RunConfig, corpora: list[list[NamedCorpus]], vocab_size: int, special_ids: tuple[int, ...]
 ) -> list[Source]:
-    """The terms of the objective with their sequences; sampled targets are put in once they exist."""
+    """The terms of the objective with their sequences; sampled targets are put in once they exist.
+
+    Random labels are what the tokenizer knows: a model's vocabulary may be padded beyond it.
+    """
     sources = []
     for term, named in zip(config.objective.terms, corpora):
         is_first = not sources
-        random = term.targets == RANDOM_TARGETS
+        targets = TrueTargets()
+        if term.targets == RANDOM_TARGETS:
+            known = [c.corpus.manifest["vocab_size"] for c in named if c.corpus.manifest]
+            targets = RandomTargets(config.seed, min([vocab_size, *known]), special_ids)
         sources.append(
             Source(
                 role=term.role,
                 loss=term.loss,
                 factor=term.factor * (1.0 if is_first else config.retain_weight),
                 sequences=SequenceIndex([c.corpus for c in named], config.seq_len),
-                targets=RandomTargets(config.seed, vocab_size, special_ids) if random else TrueTargets(),
+                targets=targets,
                 ratio=1.0 if is_first else config.retain_ratio,
                 sequence_loss=config.sequence_loss if term.loss == SEQUENCE else None,
             )

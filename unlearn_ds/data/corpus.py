@@ -104,19 +104,19 @@ class Corpus:
         return digest.hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise `CorpusError` if a model with `vocab_size` embeddings cannot read this corpus."""
+        """Raise `CorpusError` if a model with `vocab_size` embeddings cannot read this corpus.
+
+        Its tokens decide: a tokenizer may know more (a padding token that was added) than the model and its documents use.
+        """
         if self.manifest is not None:
-            if self.manifest["vocab_size"] > vocab_size:
-                raise CorpusError(
-                    f"{self.path}: prepared with a vocabulary of {self.manifest['vocab_size']} tokens, the model has "
-                    f"{vocab_size}: prepare it with the model's own tokenizer"
-                )
-            return
-        smallest, largest = token_range(self.tokens)
+            smallest, largest = 0, self.manifest["max_token"]
+        else:
+            smallest, largest = token_range(self.tokens)
         if smallest < 0 or largest >= vocab_size:
             wrong = smallest if smallest < 0 else largest
             raise CorpusError(
-                f"{self.path}.bin holds token id {wrong}, the model's vocabulary ends at {vocab_size - 1}"
+                f"{self.path}.bin holds token id {wrong}, the model's vocabulary ends at {vocab_size - 1}: prepare it with the "
+                "model's own tokenizer"
             )
 
     def verify(self) -> None:
