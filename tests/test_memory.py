@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support import tiny_config
+from unlearn_ds import distributed
 from unlearn_ds.memory import num_parameters, require_memory, state_bytes
 from unlearn_ds.options import OptionError
 
@@ -41,3 +42,12 @@ def test_a_reference_too_many_is_named():
     with pytest.raises(OptionError, match=r"has 1.0 GiB. What helps: more ranks"):
         require_memory(parts, {"device": GIB, "host": 0})
     require_memory(parts, {"device": 4 * GIB, "host": 0})
+
+
+def test_one_process_in_an_allocation_of_many_tasks_has_the_machine_for_itself(monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
+    assert distributed.ranks_per_node() == 1
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert distributed.ranks_per_node() == 8

@@ -41,6 +41,8 @@ def test_yaml_and_flags_win(tmp_path):
     file.write_text("name: y\nrate: 3e-4\nsets: [a]\nflag: true\ncount: 4\n")
     assert parse(Sample, ["--config", str(file)], "t") == Sample("y", 3e-4, 4, ("a",), True)
     assert parse(Sample, ["--config", str(file), "--name", "z"], "t").name == "z"
+    file.write_text("name: y\ncount: null\n")
+    assert parse(Sample, ["--config", str(file)], "t") == Sample("y")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,8 @@ def test_yaml_and_flags_win(tmp_path):
         ("- a", "expected a mapping"),
         ("name: [", "while parsing"),
         ("name: y\nrate: fast", "option rate: 'fast' is not a valid float"),
+        ("name: y\nrate:", "option rate: no value; leave the line out for its default"),
+        ("name:", "option name: no value"),
         ("name: y\ncount: 1.5", "option count: 1.5 is not a valid int"),
     ],
 )
@@ -66,6 +70,7 @@ def test_bad_yaml(tmp_path, content, message):
         (["--name", "x", "--rat", "1"], r"unknown option '--rat'. Did you mean '--rate'\?"),
         ([], "missing --name. See t --help"),
         (["--name", "x", "--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
+        (["--name", "x", "--rate", "nan"], "--rate nan: must be a finite number"),
         (["--name", "x", "--flag", "maybe"], "'maybe' is neither True nor False"),
         (["--name", "x", "--kind", "cosin"], r"choose one of cosine, linear. Did you mean 'cosine'\?"),
         (["--config", "/no/such.yaml"], "No such file"),

@@ -89,8 +89,9 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(num_threads or max(1, cores // ranks_per_node()))
+    # On a GPU too: an optimizer offloaded to the host computes there, and launchers leave its ranks one thread each.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(num_threads or max(1, cores // ranks_per_node()))
     import deepspeed
 
     quiet_libraries()
@@ -204,13 +205,12 @@ def world_size() -> int:
 
 
 def ranks_per_node() -> int:
-    """Ranks that share this machine, by what the launcher says; all of them if it does not say."""
-    return int(
-        os.environ.get("LOCAL_WORLD_SIZE")
-        or os.environ.get("LOCAL_SIZE")
-        or os.environ.get("SLURM_NTASKS_PER_NODE")
-        or world_size()
-    )
+    """Ranks that share this machine, by what the launcher says; all of them if it does not say.
+
+    Never more than there are: one process inside an allocation of eight tasks a node has the node for itself.
+    """
+    said = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"))
+    return min(int(next(filter(None, said), world_size())), world_size())
 
 
 def is_main() -> bool:

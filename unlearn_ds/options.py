@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -117,6 +118,9 @@ def _coerce(config_class: type, name: str, value: Any) -> Any:
     """Turn a YAML value into the field's type (YAML reads `2e-5` as a string, for one)."""
     kind, is_list = field_types(config_class)[name]
     if value is None:
+        default = next(field.default for field in dataclasses.fields(config_class) if field.name == name)
+        if default is not None:
+            raise OptionError(f"option {name}: no value; leave the line out for its default")
         return None
     if is_list:
         value = value if isinstance(value, list) else [value]
@@ -134,9 +138,11 @@ def _coerce(config_class: type, name: str, value: Any) -> Any:
 
 
 def check_choices(config: Any) -> None:
-    """Raise `OptionError` for a value outside its field's `Literal`."""
+    """Raise `OptionError` for a value outside its field's `Literal`, and for NaN and infinity, which pass every comparison."""
     for name, (kind, _) in field_types(type(config)).items():
         value = getattr(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"--{name} {value}: must be a finite number")
         if typing.get_origin(kind) is Literal and value is not None and value not in typing.get_args(kind):
             allowed = typing.get_args(kind)
             raise OptionError(
