@@ -51,10 +51,6 @@ CASES = {
         TRAIN + " --unlearn_method ascent_plus_descent",
         "an update of 1 sequence.*raise --global_batch_size",
     ),
-    "one_update": (
-        ASCENT + " --global_batch_size 64",
-        "one update.*learning rate 0: nothing would change. Lower --global_batch_size .*--warmup_ratio 0",
-    ),
     "quantised": (
         ASCENT + " --target_model_name_or_path {root}/quantised",
         r"its weights are quantised \(gptq\).*give the model that it was made from",

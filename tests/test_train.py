@@ -128,6 +128,7 @@ def test_the_published_command_line_runs_as_it_stands(tmp_path):
     said = finished.stdout + finished.stderr
     assert "note: --fsdp: DeepSpeed ZeRO-3 shards" in said
     assert "random_label: fit the forget set to labels drawn at random" in said
+    assert "warning: this run has one update, and the first update of a warm-up has learning rate 0" in said
     run = tmp_path / "output-wd0"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 1, "96 sequences in updates of 2 x 85"

@@ -13,7 +13,7 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import tokenizer_fingerprint
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.ds_config import ModelSize, check_device, inference_config, load_ds_file, training_config
-from unlearn_ds.engine import FrozenEngine, TrainingEngine, check_schedule
+from unlearn_ds.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.fit import check_memory, fit_checkpointing
 from unlearn_ds.flops import ModelFlops, model_flops
 from unlearn_ds.health import compare_ranks, rank_facts
@@ -102,7 +102,6 @@ def build_run(config: RunConfig) -> Run:
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
     sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
     plan = make_plan(config, sources, distributed.world_size())
-    check_schedule(config, plan.num_steps)
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
 

@@ -17,7 +17,6 @@ from transformers import get_scheduler
 
 from unlearn_ds.config import RunConfig
 from unlearn_ds.loss_head import HeadCall, PackedCausalLM
-from unlearn_ds.options import OptionError
 from unlearn_ds.profile import BACKWARD, FORWARD, OPTIMIZER
 
 
@@ -62,14 +61,9 @@ def warmup_steps(config: RunConfig, num_steps: int) -> int:
     return config.warmup_steps or -int(-(config.warmup_ratio * num_steps) // 1)
 
 
-def check_schedule(config: RunConfig, num_steps: int) -> None:
-    """Raise `OptionError` for a run that would change nothing: of transformers' warm-up the first update has rate 0."""
-    if num_steps == 1 and warmup_steps(config, num_steps) and config.lr_scheduler_type != "constant":
-        raise OptionError(
-            "the run has one update, and the first update of a warm-up has learning rate 0: nothing would change. Lower "
-            "--global_batch_size (or --gradient_accumulation_steps), raise --num_train_epochs or --max_steps, or give "
-            "--warmup_ratio 0"
-        )
+def changes_nothing(config: RunConfig, num_steps: int) -> bool:
+    """Whether no update has a learning rate: the first one of transformers' warm-up has 0, and it may be the only one."""
+    return num_steps == 1 and warmup_steps(config, num_steps) > 0 and config.lr_scheduler_type != "constant"
 
 
 class TrainingEngine:

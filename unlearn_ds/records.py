@@ -10,6 +10,7 @@ from unlearn_ds import __version__, distributed
 from unlearn_ds.attention import caps_scores, choose_attention
 from unlearn_ds.build import Run
 from unlearn_ds.durable import replacing
+from unlearn_ds.engine import changes_nothing
 from unlearn_ds.memory import state_bytes
 from unlearn_ds.reference import LiveReference
 from unlearn_ds.run_data import NamedCorpus
@@ -77,6 +78,11 @@ def announce(run: Run) -> None:
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     for note in config.notes():
         distributed.say(f"note: {note}")
+    if changes_nothing(config, plan.num_steps):
+        distributed.say(
+            "warning: this run has one update, and the first update of a warm-up has learning rate 0: it will change nothing. "
+            "Lower --global_batch_size (or --gradient_accumulation_steps), raise --num_train_epochs, or give --warmup_ratio 0"
+        )
     sequences = ", ".join(f"{len(source.sequences):,} {source.role}" for source in plan.sources)
     distributed.say(
         f"{config.objective_name}: {config.objective.summary}\n"
