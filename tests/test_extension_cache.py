@@ -91,13 +91,21 @@ def test_another_rank_of_the_host_leaves_removing_to_the_first(lock, monkeypatch
     assert not thread.is_alive()
 
 
-def test_each_environment_has_its_own_folder_and_an_explicit_one_wins():
+def test_each_environment_and_ninja_has_its_own_folder_and_an_explicit_one_wins(tmp_path):
     folders = []
     for prefix in ("/envs/one", "/envs/two", "/envs/one"):
         environ = {}
         use_cache_of_this_environment(environ, prefix)
         folders.append(environ["TORCH_EXTENSIONS_DIR"])
     assert folders[0] == folders[2] != folders[1]
+    for name in ("activated", "system"):
+        ninja = tmp_path / name / "ninja"
+        ninja.parent.mkdir()
+        ninja.touch(mode=0o755)
+        environ = {"PATH": str(ninja.parent)}
+        use_cache_of_this_environment(environ, "/envs/one")
+        folders.append(environ["TORCH_EXTENSIONS_DIR"])
+    assert folders[-1] != folders[-2]
     environ = {"TORCH_EXTENSIONS_DIR": "/scratch/operators"}
     use_cache_of_this_environment(environ, "/envs/one")
     assert environ == {"TORCH_EXTENSIONS_DIR": "/scratch/operators"}

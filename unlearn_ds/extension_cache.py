@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,12 +15,15 @@ def use_cache_of_this_environment(environ: dict[str, str], prefix: str = sys.pre
     """Set TORCH_EXTENSIONS_DIR to a folder of this Python environment's own; an explicit setting wins.
 
     torch keeps one folder a user, Python and CUDA version. The compiler's command line names the environment's include
-    folders, so that two environments with one folder rebuild DeepSpeed's operators under each other at every start.
+    folders, so that two environments with one folder rebuild DeepSpeed's operators under each other at every start. So do two
+    versions of ninja, which one environment finds by whether it is activated: each takes the other's log for that of other
+    commands.
     """
     if not environ.get("TORCH_EXTENSIONS_DIR"):
         from torch.utils.cpp_extension import get_default_build_root
 
-        mark = hashlib.sha256(prefix.encode()).hexdigest()[:8]
+        ninja = shutil.which("ninja", path=environ.get("PATH"))
+        mark = hashlib.sha256(f"{prefix} {ninja}".encode()).hexdigest()[:8]
         version = f"py{sys.version_info.major}{sys.version_info.minor}"
         environ["TORCH_EXTENSIONS_DIR"] = str(Path(get_default_build_root()) / f"unlearn_ds_{version}_{mark}")
 
