@@ -75,11 +75,11 @@ class TinyRun:
     server: RankServer
     num_steps: int = 40
 
-    def arguments(self, output_dir: Path, **options: object) -> list[str]:
-        """The command line of the run; `options` add to it or replace."""
-        values = {
-            "target_model_name_or_path": self.folder / "model",
-            "data_dir": self.folder / "data",
+    def options(self, output_dir: Path, **changes: object) -> dict[str, object]:
+        """The options of the run; `changes` add to them or replace."""
+        return {
+            "target_model_name_or_path": str(self.folder / "model"),
+            "data_dir": str(self.folder / "data"),
             "unlearn_method": "gradient_ascent",
             "seq_len": 48,
             "global_batch_size": 4,
@@ -89,9 +89,13 @@ class TinyRun:
             "save_steps": 2,
             "save_total_limit": 2,
             "disable_tqdm": True,
-            "output_dir": output_dir,
-        } | options
-        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+            "output_dir": str(output_dir),
+        } | changes
+
+    def arguments(self, output_dir: Path, **changes: object) -> list[str]:
+        """The same as a command line."""
+        options = self.options(output_dir, **changes)
+        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
     @cached_property
     def baseline(self) -> Path:

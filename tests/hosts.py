@@ -117,14 +117,16 @@ class Hosts:
         for name in self.names:
             self._call("ip", "-n", name, "link", "set", "cable", "up")
 
+    def ranks(self) -> list[int]:
+        """Ids of the ranks that run on either host."""
+        return [pid for pid in self.processes() if b"RANK=" in _environ(pid)]
+
     def ranks_running(self, within_s: float = 60) -> list[int]:
-        """Ids of the ranks that still run on either host after at most `within_s` seconds."""
+        """Ids of those that still run after at most `within_s` seconds."""
         deadline = time.monotonic() + within_s
-        while True:
-            ranks = [pid for pid in self.processes() if b"RANK=" in _environ(pid)]
-            if not ranks or time.monotonic() > deadline:
-                return ranks
+        while (ranks := self.ranks()) and time.monotonic() < deadline:
             time.sleep(0.2)
+        return ranks
 
     def processes(self) -> list[int]:
         """Ids of the processes that run on either host."""

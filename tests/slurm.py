@@ -15,6 +15,7 @@ from pathlib import Path
 
 from unlearn_ds.processes import free_port
 
+ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _PR_SET_PDEATHSIG = 1
 _CONF = """
@@ -72,6 +73,23 @@ def processes_with(variable: str) -> list[int]:
     return found
 
 
+def _runs_a_task(pid: int) -> bool:
+    process = Path("/proc", str(pid))
+    try:
+        interpreter = (process / "exe").readlink().name.startswith("python")
+        return interpreter and b"unlearn_ds.train" in (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is there and stands still after a SIGSTOP."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 class Slurm:
     """A two-node cluster; `run` calls SLURM's commands with its configuration."""
 
@@ -113,10 +131,11 @@ class Slurm:
     def run(
         self, *command: str, check: bool = True, timeout_s: float = 240, **extra: str
     ) -> subprocess.CompletedProcess:
-        """Run one of SLURM's commands."""
+        """Run one of SLURM's commands from the repository's root."""
         finished = subprocess.run(
             command,
             env=self.environment | extra,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -139,6 +158,10 @@ class Slurm:
                 raise AssertionError(f"job {job_id} is {job['JobState']}, not {states}: {job}{self.logs()}")
             time.sleep(0.2)
         return job
+
+    def ranks(self, job_id: str) -> list[int]:
+        """Ids of the Python processes that a job's tasks are."""
+        return [pid for pid in processes_with(f"SLURM_JOB_ID={job_id}") if _runs_a_task(pid)]
 
     def logs(self) -> str:
         """The ends of the daemons' logs."""

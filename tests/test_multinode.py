@@ -5,11 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cluster import make_tiny_run, metrics, require
 from tests.hosts import Hosts, missing_programs
+from tests.pages import Terminal, bash_lines, repository
 from tests.ranks import ROOT, end_with_stacks, processes_of
 from tests.slurm import end_with_parent
 from unlearn_ds.checkpoint import complete_checkpoints
@@ -35,10 +39,10 @@ def hosts(tmp_path_factory):
 
 
 class ScriptRun:
-    """A launch script under way; a test that waits in vain says where all ranks stand."""
+    """A launch script under way, whose `ranks()` are those that run; a test that waits in vain says where all of them stand."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], out, log) -> None:
-        self.out, self.log = out, log
+    def __init__(self, command: list[str], environment: dict[str, str], ranks: Callable[[], list[int]], log) -> None:
+        self.ranks, self.log = ranks, log
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=file, stderr=file, preexec_fn=end_with_parent
@@ -60,7 +64,7 @@ class ScriptRun:
 
     def last_words(self) -> str:
         """End all ranks and then the script; what they have written, the ranks' stacks included."""
-        end_with_stacks(processes_of(self.out))
+        end_with_stacks(self.ranks())
         time.sleep(2)  # for launchers to pass it on
         self.process.kill()
         return self.output()
@@ -69,32 +73,53 @@ class ScriptRun:
         return self.log.read_text()
 
 
-def run_on_hosts(hosts: Hosts, folder, out, arguments: list[str]) -> ScriptRun:
-    """`HOSTFILE=... bash launch/multinode.sh ...` on the first host."""
-    hostfile = folder / "hosts"
-    example = (ROOT / "launch" / "hostfile.example").read_text()
-    hostfile.write_text(example.replace("slots=8", "slots=1"))
-    unset = (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME")
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {"HOSTFILE": str(hostfile), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
-    environment |= {"EXPORT": "NCCL_ GLOO_ CUDA_ TORCH_ DS_ HF_HUB_ OMP_ UNLEARN_DS_ PYTHONFAULTHANDLER"}
-    command = hosts.command(0, ["bash", str(ROOT / "launch" / "multinode.sh"), *arguments])
-    return ScriptRun(command, environment, out, folder / "log")
+class FirstHost:
+    """A clone on the first host, made by the page's first lines, and a shell there."""
+
+    def __init__(self, hosts: Hosts, folder) -> None:
+        self._hosts, self._folder = hosts, folder
+        unset = (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME", "PYTHONPATH")
+        self._environment = {name: value for name, value in os.environ.items() if name not in unset}
+        self._environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
+        self._environment |= {"PYTHONFAULTHANDLER": "1", "EXPORT": "DS_ OMP_ HF_HUB_ UNLEARN_DS_ PYTHONFAULTHANDLER"}
+        self.terminal = Terminal(folder, self._environment, tuple(hosts.command(0, ["bash"])))
+        self.clone = self.terminal.install(bash_lines("SLURM")[:3], repository(folder / "repository"))
+
+    def start(self, line: str) -> ScriptRun:
+        """Type a line that takes its time into a shell of its own."""
+        text = f'cd {self.clone} && source .venv/bin/activate && export PYTHONPATH="$PWD"\n{line}'
+        command = self._hosts.command(0, ["bash", "-c", text])
+        return ScriptRun(command, self._environment, self._hosts.ranks, self._folder / "log")
+
+    def script(self) -> int:
+        """The id of launch/multinode.sh, which runs there."""
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in self._hosts.processes()}
+        (found,) = [pid for pid, line in words.items() if line[:2] == [b"bash", b"launch/multinode.sh"]]
+        return found
 
 
-def test_two_hosts_a_signal_a_cut_network_and_the_end(hosts, tiny, tmp_path):
+@pytest.fixture
+def first_host(hosts, tmp_path):
+    host = FirstHost(hosts, tmp_path)
+    yield host
+    host.terminal.close()
+
+
+def test_the_page_s_lines_on_two_hosts_a_signal_a_cut_network_and_the_end(hosts, first_host, tiny, tmp_path):
     """One run in three parts: stopped by a signal, by a cut cable, and finished; bit for bit as uninterrupted."""
     out = tmp_path / "run"
-    arguments = tiny.arguments(out, auto_resume=True)
-    run = run_on_hosts(hosts, tmp_path, out, arguments)
+    (first_host.clone / "run.yaml").write_text(yaml.safe_dump(tiny.options(out)))
+    copy_hostfile, start, stop, go_on = bash_lines("Hosts without a batch system")
+    first_host.terminal.type(copy_hostfile)
+    first_host.terminal.type("sed -i 's/slots=8/slots=1/' hosts")
+    run = first_host.start(start)
     run.wait_until(lambda: len(metrics(out)) >= 5, "updates")
-    run.process.send_signal(signal.SIGUSR1)
+    first_host.terminal.type(stop, PID_OF_THE_SCRIPT=str(first_host.script()))
     assert run.wait() == EXIT_RESUMABLE, run.output()
     assert "--resume goes on from here" in run.output()
     saved = complete_checkpoints(out)[0].step
 
-    run = run_on_hosts(hosts, tmp_path, out, arguments)
+    run = first_host.start(go_on)
     run.wait_until(lambda: len(metrics(out)) >= saved + 3, "more updates")
     hosts.cut()
     cut = time.monotonic()
@@ -105,7 +130,7 @@ def test_two_hosts_a_signal_a_cut_network_and_the_end(hosts, tiny, tmp_path):
     assert run.wait() not in (0, 2), run.output()
     assert not hosts.ranks_running()
 
-    run = run_on_hosts(hosts, tmp_path, out, arguments)
+    run = first_host.start(go_on)
     assert run.wait() == 0, run.output()
     assert "device        cpu x 2" in run.output()
     tiny.assert_same_as_uninterrupted(out)
@@ -117,7 +142,7 @@ def test_the_script_for_one_machine_passes_signals_on(tiny, tmp_path):
     environment = rank_environment(
         NUM_GPUS="2", PYTHON=sys.executable, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1"
     )
-    run = ScriptRun(script, environment, out, tmp_path / "log")
+    run = ScriptRun(script, environment, lambda: processes_of(out), tmp_path / "log")
     run.wait_until(lambda: len(metrics(out)) >= 5, "updates")
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == EXIT_RESUMABLE, run.output()
