@@ -20,6 +20,7 @@
 # next update and the script ends with code 75. The same command with --auto_resume goes on from there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/wait_for_ranks.sh
 HOSTFILE="${HOSTFILE:-launch/hostfile}"
 MODULE="${MODULE:-unlearn_ds.train}"
 PYTHON="${PYTHON:-python}"
@@ -50,12 +51,4 @@ to_ranks() {
     local parents="^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$MASTER_PORT"
     ssh ${SSH_PORT:+-p "$SSH_PORT"} "$first" "for parent in \$(pgrep -f '$parents'); do pkill -$1 -P \$parent; done" || true
 }
-trap 'to_ranks USR1' USR1
-trap 'to_ranks TERM' TERM INT
-
-code=0
-while true; do
-    wait "$launcher" && code=0 || code=$?
-    kill -0 "$launcher" 2>/dev/null || break # a signal ended the wait, not the launcher
-done
-exit "$code"
+wait_for_ranks "$launcher"

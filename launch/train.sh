@@ -12,6 +12,7 @@
 # update and the script ends with code 75. The same command with --auto_resume goes on from there.
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$HERE/wait_for_ranks.sh"
 export PYTHONPATH="$HERE/..${PYTHONPATH:+:$PYTHONPATH}"
 if ! "${PYTHON:-python}" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("unlearn_ds") and u.find_spec("deepspeed")))'; then
     source "$HERE/environment.sh"
@@ -37,12 +38,4 @@ to_ranks() {
         pkill "-$1" -P "$child" || true
     done
 }
-trap 'to_ranks USR1' USR1
-trap 'to_ranks TERM' TERM INT
-
-code=0
-while true; do
-    wait "$launcher" && code=0 || code=$?
-    kill -0 "$launcher" 2>/dev/null || break # a signal ended the wait, not the launcher
-done
-exit "$code"
+wait_for_ranks "$launcher"
