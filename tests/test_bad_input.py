@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config
 
 from tests.support import VOCAB_SIZE, launch, save_tiny_model, tiny_config, write_corpora
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
@@ -51,6 +52,10 @@ CASES = {
         TRAIN + " --unlearn_method ascent_plus_descent",
         "an update of 1 sequence.*raise --global_batch_size",
     ),
+    "too_long": (
+        ASCENT + " --target_model_name_or_path {root}/gpt2 --seq_len 49",
+        "--seq_len 49: .*gpt2 has 48 learned positions: --seq_len 48, or less",
+    ),
     "quantised": (
         ASCENT + " --target_model_name_or_path {root}/quantised",
         r"its weights are quantised \(gptq\).*give the model that it was made from",
@@ -59,6 +64,7 @@ CASES = {
     "no_attention": (ASCENT + " --attn flash_attention_2", "needs a CUDA device"),
     "no_triton": (ASCENT + " --loss_impl triton --global_batch_size 8", "triton.*(CUDA|device)"),
     "evaluate_no_model": (EVALUATE + " --model_name_or_path {root}/none", "cannot read the model"),
+    "evaluate_too_long": (EVALUATE + " --model_name_or_path {root}/gpt2 --seq_len 49", "has 48 learned positions"),
     "evaluate_no_corpus": (EVALUATE + " --data_dir {root}/none", "no corpus of 'github'"),
     "evaluate_truncated": (EVALUATE + " --data_dir {root}/truncated", r"forget\.bin.*(truncated|bytes)"),
 }
@@ -72,6 +78,7 @@ def make_inputs(root: Path) -> None:
     large = tiny_config()
     large.hidden_size, large.intermediate_size, large.num_hidden_layers = 8192, 28672, 80
     large.save_pretrained(root / "large")
+    GPT2Config(vocab_size=VOCAB_SIZE, n_positions=48).save_pretrained(root / "gpt2")
     quantised = tiny_config()
     quantised.quantization_config = {"quant_method": "gptq", "bits": 4}
     quantised.save_pretrained(root / "quantised")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import save_tiny_model
-from unlearn_ds.model import model_fingerprint
+from tests.support import save_tiny_model, tiny_config
+from unlearn_ds.model import check_length, model_fingerprint
 from unlearn_ds.options import OptionError
 from unlearn_ds.weights import stored_tensors
 
@@ -29,6 +29,11 @@ def test_a_change_of_any_one_tensor_changes_the_fingerprint(tmp_path: Path, kind
         after = fingerprint()
         assert after != before, name
         before = after
+
+
+def test_sequences_longer_than_a_rotary_model_was_made_for_are_warned_of() -> None:
+    assert check_length(tiny_config(), 64, "M") is None
+    assert "M was made for 64 positions" in check_length(tiny_config(), 65, "M")
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from unlearn_ds.loss_head import HeadOptions
 from unlearn_ds.memory import num_parameters
 from unlearn_ds.model import (
     ModelOptions,
+    check_length,
     load_config,
     load_model,
     logit_shape,
@@ -148,6 +149,8 @@ def open_subject(config: RunConfig) -> Subject:
         config.loading,
     )
     model_config = load_config(options)
+    if warning := check_length(model_config, config.seq_len, options.name_or_path):
+        distributed.say(f"warning: {warning}")
     impl = None if config.loss_impl == "auto" else config.loss_impl
     parameters = num_parameters(model_config)
     return Subject(

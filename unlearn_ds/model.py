@@ -91,6 +91,21 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
     return config
 
 
+def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | None:
+    """A warning, or None, about sequences longer than the model was made for.
+
+    Raises `OptionError` where there is no way to compute on them: a table of learned positions that ends before.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or seq_len <= positions:
+        return None
+    if getattr(config, "rope_parameters", None) is None:
+        raise OptionError(
+            f"--seq_len {seq_len}: {name} has {positions} learned positions: --seq_len {positions}, or less"
+        )
+    return f"--seq_len {seq_len}: {name} was made for {positions} positions, and may be poor beyond them: --seq_len {positions}"
+
+
 def logit_shape(config: PreTrainedConfig) -> LogitShape:
     """What `config` says is done to the logits after the projection."""
     scale = 1.0

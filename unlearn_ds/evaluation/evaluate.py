@@ -26,7 +26,15 @@ from unlearn_ds.evaluation.summary import evaluate_tables, show
 from unlearn_ds.evaluation.table import Table, write_table
 from unlearn_ds.evaluation.verdict import Comparison, judge
 from unlearn_ds.loss_head import HeadOptions
-from unlearn_ds.model import ModelOptions, load_config, load_model, logit_shape, model_fingerprint, model_size
+from unlearn_ds.model import (
+    ModelOptions,
+    check_length,
+    load_config,
+    load_model,
+    logit_shape,
+    model_fingerprint,
+    model_size,
+)
 from unlearn_ds.options import OptionError, parse
 
 SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib", "reference")
@@ -102,6 +110,8 @@ def load_subject(config: EvaluateConfig) -> Subject:
         config.model_name_or_path, config.bf16, config.attn, trust_remote_code=config.trust_remote_code
     )
     model_config = load_config(options)
+    if warning := check_length(model_config, config.seq_len, options.name_or_path):
+        distributed.say(f"warning: {warning}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.name_or_path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError):
