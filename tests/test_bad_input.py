@@ -52,6 +52,10 @@ CASES = {
         TRAIN + " --unlearn_method ascent_plus_descent",
         "an update of 1 sequence.*raise --global_batch_size",
     ),
+    "profile_too_late": (
+        ASCENT + " --global_batch_size 8 --profile_steps 2:5",
+        "--profile_steps 2:5: the run has 2 updates",
+    ),
     "too_long": (
         ASCENT + " --target_model_name_or_path {root}/gpt2 --seq_len 49",
         "--seq_len 49: .*gpt2 has 48 learned positions: --seq_len 48, or less",

@@ -33,6 +33,12 @@ def test_published_command_line_is_understood():
     assert any("--leaf_modules" in note for note in config.notes())
 
 
+def test_accumulation_that_a_global_batch_size_overrules_is_said():
+    words = ["--unlearn_method", "gradient_ascent", "--gradient_accumulation_steps", "85"]
+    assert run(*words).notes() == []
+    assert "no effect beside --global_batch_size" in run(*words, "--global_batch_size", "8").notes()[0]
+
+
 @pytest.mark.parametrize(
     ("words", "name"),
     [
@@ -78,6 +84,10 @@ def test_every_objective_starts_an_epoch_and_has_a_sign():
         ("--unlearn_method gradient_ascent --general True", "gradient_ascent uses none"),
         ("--unlearn_method gradient_ascent --train_on retain", "for finetune and retrain"),
         ("--unlearn_method gradient_ascent --random_init", "needs a trained model"),
+        ("--unlearn_method gradient_ascent --retain_weight 2", "pair forget with retain, not for gradient_ascent"),
+        ("--unlearn_method finetune --retain_ratio 2", "pair forget with retain, not for finetune"),
+        ("--unlearn_method gradient_ascent --do_unlearn False", "there is nothing else to do.*unlearn-ds evaluate"),
+        ("--unlearn_method gradient_ascent --lora_alpha 8", "--lora_alpha and --lora_export need --lora_r"),
         ("--unlearn_method finetune --general --train_on retain", "both choose the data"),
         ("--unlearn_method retrain", "needs --model_name_or_path"),
         ("--unlearn_method gradient_ascent --seq_len 0", "--seq_len 0: must be above 0"),

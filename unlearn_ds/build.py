@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from unlearn_ds import checkpoint, distributed
 from unlearn_ds.checks import check_model
-from unlearn_ds.config import RunConfig
+from unlearn_ds.config import RunConfig, profiled_steps
 from unlearn_ds.data.corpus import tokenizer_fingerprint
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.ds_config import ModelSize, check_device, inference_config, load_ds_file, training_config
@@ -103,6 +103,8 @@ def build_run(config: RunConfig) -> Run:
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
     sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
     plan = make_plan(config, sources, distributed.world_size())
+    if config.profile_steps is not None and profiled_steps(config.profile_steps)[1] > plan.num_steps:
+        raise OptionError(f"--profile_steps {config.profile_steps}: the run has {plan.num_steps} updates")
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
 

@@ -179,7 +179,7 @@ class RunConfig:
     """no progress bar"""
 
     do_unlearn: bool = True
-    """accepted for the published command line; always on"""
+    """accepted for the published command line"""
     tf32: bool = False
     """TF32 for what fp32 matrix products remain on the GPU"""
     fsdp: str | None = None
@@ -234,6 +234,8 @@ class RunConfig:
     def notes(self) -> list[str]:
         """What the user should know about options that do not act as written."""
         notes = []
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            notes.append("--gradient_accumulation_steps: has no effect beside --global_batch_size")
         if self.fsdp is not None:
             notes.append("--fsdp: DeepSpeed ZeRO-3 shards parameters, gradients and optimizer here; see --deepspeed")
         if self.fsdp_transformer_layer_cls_to_wrap is not None:
@@ -280,6 +282,14 @@ def _check_method(config: RunConfig) -> None:
     retain_term = "retain" in OBJECTIVES[method].roles
     if config.general and not retain_term:
         raise OptionError(f"--general True chooses retain data, and {method} uses none")
+    if len(OBJECTIVES[config.objective_name].terms) < 2 and (config.retain_weight != 1 or config.retain_ratio != 1):
+        raise OptionError(
+            f"--retain_weight and --retain_ratio are for methods that pair forget with retain, not for {method}"
+        )
+    if not config.do_unlearn:
+        raise OptionError(
+            "--do_unlearn False: there is nothing else to do; to measure a model use `unlearn-ds evaluate`"
+        )
     if config.general and config.train_on:
         raise OptionError("--general True and --train_on both choose the data; give one")
 
@@ -334,8 +344,8 @@ def _check_checkpointing(config: RunConfig) -> None:
         )
     if config.torch_compile and not config.leaf_modules:
         raise OptionError("--torch_compile needs --leaf_modules True: ZeRO's hooks inside a layer cannot be compiled")
-    if config.lora_r is None and (config.lora_target or config.lora_export != "merged"):
-        raise OptionError("--lora_target and --lora_export need --lora_r, the rank of the adapters")
+    if config.lora_r is None and (config.lora_target or config.lora_export != "merged" or config.lora_alpha != 16):
+        raise OptionError("--lora_target, --lora_alpha and --lora_export need --lora_r, the rank of the adapters")
     if config.reference == "cache" and not config.objective.needs_reference:
         raise OptionError(f"--reference cache: {config.unlearn_method} has no KL term and uses no reference")
     if config.profile_steps is not None:
