@@ -9,7 +9,7 @@ from tests.support import write_corpora
 from unlearn_ds import cli
 from unlearn_ds.data.inspect import InspectConfig, plan_of
 
-STEP = ["--seq_len", "16", "--global_batch_size", "6", "--num_ranks", "2", "--retain_weight", "0.5"]
+STEP = ["--seq_len", "16", "--global_batch_size", "6", "--num_ranks", "2"]
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
@@ -29,7 +29,10 @@ def test_a_folder_of_corpora(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 def test_one_update(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_corpora(tmp_path) / "github"
-    code, out, _ = run([str(folder), "--step", "2", "--output_dir", str(tmp_path / "pictures"), *STEP], capsys)
+    code, out, _ = run(
+        [str(folder), "--step", "2", "--output_dir", str(tmp_path / "pictures"), "--retain_weight", "0.5", *STEP],
+        capsys,
+    )
     assert code == 0
     plan = plan_of(InspectConfig(str(folder), seq_len=16, global_batch_size=6, num_ranks=2, retain_weight=0.5))
     step = plan.step(1)
