@@ -1,5 +1,6 @@
 """From ZeRO partitions to a Hugging Face folder: safetensors, config, tokenizer and a model card."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,27 @@ from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
 from unlearn_ds.evaluation.card import evaluation_section
 from unlearn_ds.lora import adapter_state, merged_state
 
-_GATHER_AT_ONCE = 64
+_GATHER_ELEMENTS = 1 << 29  # at once: a gigabyte of bf16 on every rank
+
+
+def _groups(named: list[tuple[str, nn.Parameter]], most: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Neighbours of at most `most` elements together, or one parameter that is larger."""
+    group, size = [], 0
+    for name, parameter in named:
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if group and size + count > most:
+            yield group
+            group, size = [], 0
+        group.append((name, parameter))
+        size += count
+    if group:
+        yield group
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Whole parameters on the CPU of rank 0, an empty dict elsewhere. Every rank calls this."""
-    named = list(model.named_parameters())
     state = {}
-    for start in range(0, len(named), _GATHER_AT_ONCE):
-        part = named[start : start + _GATHER_AT_ONCE]
+    for part in _groups(list(model.named_parameters()), _GATHER_ELEMENTS):
         sharded = [parameter for _, parameter in part if hasattr(parameter, "ds_id")]
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded)):
             if distributed.is_main():
