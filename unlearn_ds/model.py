@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +190,26 @@ def _load(
 
 
 def model_folder(name_or_path: str) -> Path:
-    """The folder that holds a model's files: the path itself, or the hub's cache."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from transformers.utils import cached_file
+    """The folder that holds a model's files: the path itself, or the hub's cache, where its weights then lie too."""
+    return Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path)
 
-    return Path(cached_file(name_or_path, "config.json")).parent
+
+@cache
+def _download(name: str) -> Path:
+    """Config and weights of a model on the hub, downloaded unless they are there; the folder of the hub's cache."""
+    from transformers import utils
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    for whole, index in (
+        (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME),
+        (utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME),
+    ):
+        if (found := utils.cached_file(name, index, _raise_exceptions_for_missing_entries=False)) is not None:
+            get_checkpoint_shard_files(name, found)
+            break
+        if utils.cached_file(name, whole, _raise_exceptions_for_missing_entries=False) is not None:
+            break
+    return Path(utils.cached_file(name, "config.json")).parent
 
 
 def model_fingerprint(name_or_path: str) -> str:
