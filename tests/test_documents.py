@@ -46,13 +46,18 @@ def test_formats(tmp_path: Path, rows: list[dict]) -> None:
     assert read(tmp_path / "a.parquet", tmp_path / "a.csv") == TEXTS * 2
 
 
-def test_plain_text_files_are_one_document_each(tmp_path: Path) -> None:
+def test_plain_text_files_are_one_document_each(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name, text in zip(("b.py", "a.txt", "sub/c.md", "sub/package.json", ".git/config"), [*TEXTS, '{"a": 1}', "no"]):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "empty.py").write_text("")
     assert read(tmp_path) == [TEXTS[1], TEXTS[0], TEXTS[2], '{"a": 1}']
     assert read(tmp_path / "b.py") == [TEXTS[0]]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "sub" / ".env").write_text("PASSWORD=1")
+    assert len(read(tmp_path)) == 4
+    assert f"1 hidden file(s) left out, first {tmp_path}/sub/.env: name it to read it" in capsys.readouterr().err
+    assert read(tmp_path / "sub" / ".env") == ["PASSWORD=1"]
 
 
 def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:

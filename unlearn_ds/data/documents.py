@@ -4,6 +4,7 @@ import codecs
 import glob
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,13 @@ def _find_in_folder(name: str, folder: Path, split: str | None) -> list[Document
         folder = folder / (split or splits[0])
     if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
         return [DocumentSource(name, "disk", tuple(sorted(folder.glob("*.arrow"))), split=split)]
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.relative_to(folder).parts)
+    files = [p for p in found if not _hidden(p.relative_to(folder))]
+    if left_out := [p for p in found if _hidden(p.relative_to(folder))]:
+        print(
+            f"note: {name}: {len(left_out)} hidden file(s) left out, first {left_out[0]}: name it to read it",
+            file=sys.stderr,
+        )
     if not files:
         raise DocumentError(f"{name}: an empty folder")
     return _group(name, files)
