@@ -32,6 +32,14 @@ def test_shipped_files_are_complete(name):
     assert "auto" not in json.dumps(config)
 
 
+def test_a_file_that_does_not_say_sums_gradients_in_fp32(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    assert complete(str(file))["data_types"]["grad_accum_dtype"] == "fp32"
+    file.write_text('{"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": 3}}')
+    assert complete(str(file))["data_types"]["grad_accum_dtype"] == "bf16"
+
+
 def test_buckets_follow_the_layer():
     zero = complete("zero3")["zero_optimization"]
     assert zero["stage3_prefetch_bucket_size"] == 2000

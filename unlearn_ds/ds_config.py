@@ -140,6 +140,8 @@ def inference_config(
 
 def _with_precision(content: dict[str, Any], bf16: bool, size: ModelSize, ranks_per_node: int) -> dict[str, Any]:
     config = json.loads(json.dumps(content))
+    # DeepSpeed's own default sums the micro-steps of an update in bf16.
+    config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
     config["bf16"] = config.get("bf16", {}) | {"enabled": bf16}
     zero = config["zero_optimization"]
     auto = {
