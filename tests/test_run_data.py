@@ -11,6 +11,7 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, CorpusError
 from unlearn_ds.options import OptionError
 from unlearn_ds.run_data import check_same_corpora, make_plan, make_sources, open_run_corpora, open_set
+from unlearn_ds.run_folder import check_same_model
 
 
 def config(data_dir: Path, **options: object) -> RunConfig:
@@ -76,3 +77,11 @@ def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CorpusError, match="not the record of a run"):
         check_same_corpora(tmp_path, corpora)
+
+
+def test_a_model_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
+    check_same_model(tmp_path, "b")
+    (tmp_path / "run.json").write_text(json.dumps({"model_fingerprint": "a"}))
+    check_same_model(tmp_path, "a")
+    with pytest.raises(OptionError, match=r"started from another model: its fingerprint was a and is b. Bring the old"):
+        check_same_model(tmp_path, "b")

@@ -44,7 +44,7 @@ from unlearn_ds.run_data import (
     with_reference_nll,
     with_targets,
 )
-from unlearn_ds.run_folder import claim_run_dir, find_checkpoint, warn_of_another_length
+from unlearn_ds.run_folder import check_same_model, claim_run_dir, find_checkpoint, warn_of_another_length
 from unlearn_ds.sequence_nll import reference_nll
 
 
@@ -112,6 +112,7 @@ def build_run(config: RunConfig) -> Run:
     check_memory(config, subject.num_parameters, subject.num_trainable, ds_config, device)
     resumed_from = find_checkpoint(config, config.run_dir)
     if resumed_from is not None:
+        check_same_model(config.run_dir, subject.fingerprint)
         warn_of_another_length(config.run_dir, plan.num_steps)
         checkpoint.prepare_resume(resumed_from, ds_config)
     engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)

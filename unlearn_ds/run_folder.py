@@ -46,6 +46,20 @@ def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint |
     return found
 
 
+def check_same_model(run_dir: Path, fingerprint: str) -> None:
+    """Before resuming: raise `OptionError` if the start model is not the one that the run in `run_dir` started from.
+
+    The weights come from the checkpoint, but what the original model says (labels, reference) would come from another one.
+    """
+    record = run_dir / "run.json"
+    before = json.loads(record.read_text(encoding="utf-8")).get("model_fingerprint") if record.exists() else None
+    if before is not None and before != fingerprint:
+        raise OptionError(
+            f"the run in {run_dir} started from another model: its fingerprint was {before} and is {fingerprint}. Bring the "
+            "old model back, or start a new run"
+        )
+
+
 def warn_of_another_length(run_dir: Path, num_steps: int) -> None:
     """Say that a run goes on for another number of updates than it was started for: its learning rates change with it."""
     record = run_dir / "run.json"
