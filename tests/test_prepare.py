@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from unlearn_ds import cli
 from unlearn_ds.data import tokenise
@@ -213,6 +213,14 @@ def test_a_tokenizer_without_a_rust_side(config: PrepareConfig) -> None:
     encoder = Encoder(Slow())
     assert not encoder.is_fast
     assert encoder(["ab", "c"])[0].tolist() == [97, 98, 99]
+
+
+def test_long_documents_alone_and_a_tokenizer_without_a_rust_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "LONG_CHARS", 10)
+    tokenizer = ByT5Tokenizer()
+    tokens, lengths = Encoder(tokenizer)(["a text of more than ten characters"])
+    assert tokens.tolist() == tokenizer("a text of more than ten characters")["input_ids"]
+    assert lengths.tolist() == [len(tokens)]
 
 
 def test_errors(config: PrepareConfig, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

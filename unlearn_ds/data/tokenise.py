@@ -53,6 +53,8 @@ class Encoder:
         return self.__dict__ | {"_backend": None}
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:  # which tokenizers in Python do not take
+            return []
         if self._json is None:
             return self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         if self._backend is None:
