@@ -64,6 +64,14 @@ CASES = {
         ASCENT + " --target_model_name_or_path {root}/quantised",
         r"its weights are quantised \(gptq\).*give the model that it was made from",
     ),
+    "broken_tokenizer": (
+        ASCENT + " --target_model_name_or_path {root}/broken",
+        "the tokenizer of .*broken cannot be loaded: ",
+    ),
+    "no_tokenizer": (
+        ASCENT + " --tokenizer_name_or_path {root}/model",
+        "--tokenizer_name_or_path .*model: there is no tokenizer",
+    ),
     "lfs": (ASCENT + " --target_model_name_or_path {root}/lfs --global_batch_size 8", r"Git LFS.*`git lfs pull`"),
     "no_attention": (ASCENT + " --attn flash_attention_2", "needs a CUDA device"),
     "no_triton": (ASCENT + " --loss_impl triton --global_batch_size 8", "triton.*(CUDA|device)"),
@@ -86,6 +94,8 @@ def make_inputs(root: Path) -> None:
     quantised = tiny_config()
     quantised.quantization_config = {"quant_method": "gptq", "bits": 4}
     quantised.save_pretrained(root / "quantised")
+    shutil.copytree(root / "model", root / "broken")
+    (root / "broken" / "tokenizer.json").write_text("{")
     shutil.copytree(root / "model", root / "lfs")
     (root / "lfs" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     write_corpora(root / "data")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from unlearn_ds import checkpoint, distributed
 from unlearn_ds.checks import check_model
@@ -27,6 +27,7 @@ from unlearn_ds.model import (
     check_length,
     load_config,
     load_model,
+    load_tokenizer,
     logit_shape,
     model_fingerprint,
     model_size,
@@ -159,7 +160,7 @@ def open_subject(config: RunConfig) -> Subject:
     return Subject(
         options=options,
         config=model_config,
-        tokenizer=load_tokenizer(config),
+        tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
         head=HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl),
         num_parameters=parameters,
@@ -270,13 +271,12 @@ def lora_options(config: RunConfig) -> LoraOptions:
     return LoraOptions(config.lora_r, config.lora_alpha, config.lora_target)
 
 
-def load_tokenizer(config: RunConfig) -> Any | None:
+def tokenizer_of(config: RunConfig) -> Any | None:
     """The tokenizer that goes with the model; None when its folder has none."""
     name = config.tokenizer_name_or_path or config.start_model
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        if config.tokenizer_name_or_path is not None:
-            raise OptionError(f"--tokenizer_name_or_path {name}: {error}") from error
+    tokenizer = load_tokenizer(name, config.trust_remote_code)
+    if tokenizer is None and config.tokenizer_name_or_path is not None:
+        raise OptionError(f"--tokenizer_name_or_path {name}: there is no tokenizer")
+    if tokenizer is None:
         distributed.say(f"{name} has no tokenizer: special tokens are not known, and none is exported")
-        return None
+    return tokenizer

@@ -13,6 +13,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
 )
@@ -27,6 +28,14 @@ from unlearn_ds.options import OptionError
 # A config field that changes logits after the projection -> how our head expresses it.
 _SCALE_FIELDS = {"logit_scale": lambda x: x, "logits_scaling": lambda x: 1.0 / x, "lm_head_multiplier": lambda x: x}
 _SOFTCAP_FIELD = "final_logit_softcapping"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 _SAMPLE_BYTES = 1 << 16
 _TENSOR_SAMPLE_BYTES = 1 << 10
 
@@ -90,6 +99,21 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any | None:
+    """The tokenizer that lies with a model; None if there is none.
+
+    Raises `OptionError` for one that is there and cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        folder = model_folder(name_or_path)
+        if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+            return None
+        reason = str(error).strip().split("\n")[0]
+        raise OptionError(f"the tokenizer of {name_or_path} cannot be loaded: {reason}") from error
 
 
 def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | None:

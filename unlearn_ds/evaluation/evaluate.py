@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from unlearn_ds import distributed
 from unlearn_ds.checks import check_model
@@ -31,6 +31,7 @@ from unlearn_ds.model import (
     check_length,
     load_config,
     load_model,
+    load_tokenizer,
     logit_shape,
     model_fingerprint,
     model_size,
@@ -112,10 +113,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
     model_config = load_config(options)
     if warning := check_length(model_config, config.seq_len, options.name_or_path):
         distributed.say(f"warning: {warning}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.name_or_path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError):
-        tokenizer = None
+    tokenizer = load_tokenizer(options.name_or_path, config.trust_remote_code)
     size, node = model_size(model_config), distributed.ranks_per_node()
     ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
     impl = None if config.loss_impl == "auto" else config.loss_impl
