@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unlearn_ds import health
+from unlearn_ds import distributed, health
 
 
 def test_facts_name_device_precision_and_versions():
@@ -25,3 +25,10 @@ def test_facts_name_device_precision_and_versions():
 def test_ranks_that_differ_are_named(versions, last):
     found = health.differences([("host", {"torch": version}) for version in versions])
     assert (found[-1] if found else None) == last
+
+
+def test_the_gpu_of_a_rank_is_its_own_or_the_only_one_that_it_sees():
+    assert [distributed.gpu_of(local_rank, 4) for local_rank in range(4)] == [0, 1, 2, 3]
+    assert distributed.gpu_of(3, 1) == 0
+    with pytest.raises(ValueError, match="rank 4 of this machine has no GPU: 4 are visible, start one rank for each"):
+        distributed.gpu_of(4, 4)

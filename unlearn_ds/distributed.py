@@ -77,6 +77,18 @@ def choose_interface(environ: dict[str, str]) -> None:
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
+def gpu_of(local_rank: int, num_gpus: int) -> int:
+    """The GPU of a rank: the one with its number, or the only one that it sees (SLURM can show each task its own alone).
+
+    Raises `ValueError` for a rank that has none.
+    """
+    if local_rank >= num_gpus > 1:
+        raise ValueError(
+            f"rank {local_rank} of this machine has no GPU: {num_gpus} are visible, start one rank for each"
+        )
+    return min(local_rank, num_gpus - 1)
+
+
 def init_distributed(num_threads: int | None = None) -> torch.device:
     """Join the process group and return this rank's device.
 
@@ -85,7 +97,11 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     map_launcher_environment(os.environ)
     choose_interface(os.environ)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        try:
+            device = torch.device("cuda", gpu_of(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+        except ValueError as error:
+            print(f"unlearn-ds: {error}", file=sys.stderr, flush=True)  # the ranks have not met: rank 0 cannot say it
+            raise
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -99,6 +115,8 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     wait_for_extension_locks()
     wait_for_dead_builders_too()
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed 0.19.8 takes it for the number of the GPU
     if device.type == "cpu":
         # Before DeepSpeed sets up its shared memory, in which a rank would wait for a dead one for ever.
         if not dist.is_initialized():
