@@ -275,7 +275,7 @@ def test_forget_equal_to_approximate_is_refused(tmp_path):
 
 
 def test_a_model_with_another_vocabulary_is_refused(setting):
-    with pytest.raises(ValueError, match=f"vocabulary.*{VOCAB_SIZE - 60}"):
+    with pytest.raises(ValueError, match=f"the model.s vocabulary ends at {VOCAB_SIZE - 61}:"):
         open_data(setting["data"], VOCAB_SIZE - 60)
 
 
