@@ -60,6 +60,21 @@ def test_plain_text_files_are_one_document_each(tmp_path: Path, capsys: pytest.C
     assert read(tmp_path / "sub" / ".env") == ["PASSWORD=1"]
 
 
+def test_links_in_a_folder_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.md").write_text("2")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("1")
+    (tmp_path / "docs" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "docs")
+    assert read(tmp_path / "docs") == ["1", "2"]
+    (tmp_path / "docs" / "c.md").symlink_to(tmp_path / "nothing")
+    with pytest.raises(
+        DocumentError, match=r"docs/c.md is a link to nothing: the document that it stands for is missing"
+    ):
+        read(tmp_path / "docs")
+
+
 def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
     for name, text in zip(("[slug].tsx", "a*.py", "ab.py", "what?.md", "{x} #1.md"), "12345"):
         (tmp_path / name).write_text(text)

@@ -3,6 +3,7 @@
 import codecs
 import glob
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -80,8 +81,10 @@ def _find_in_folder(name: str, folder: Path, split: str | None) -> list[Document
         folder = folder / (split or splits[0])
     if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
         return [DocumentSource(name, "disk", tuple(sorted(folder.glob("*.arrow"))), split=split)]
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.relative_to(folder).parts)
+    found = sorted(_files_below(folder))
     files = [p for p in found if not _hidden(p.relative_to(folder))]
+    if dangling := next((file for file in files if not file.exists()), None):
+        raise DocumentError(f"{name}: {dangling} is a link to nothing: the document that it stands for is missing")
     if left_out := [p for p in found if _hidden(p.relative_to(folder))]:
         print(
             f"note: {name}: {len(left_out)} hidden file(s) left out, first {left_out[0]}: name it to read it",
@@ -90,6 +93,18 @@ def _find_in_folder(name: str, folder: Path, split: str | None) -> list[Document
     if not files:
         raise DocumentError(f"{name}: an empty folder")
     return _group(name, files)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files in a folder and, through links as well, in its folders, each folder once; what git keeps for itself left out."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name != ".git"]
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root, file) for file in files)
 
 
 def _hidden(path: Path) -> bool:
