@@ -60,6 +60,11 @@ def test_plain_text_files_are_one_document_each(tmp_path: Path, capsys: pytest.C
     assert read(tmp_path / "sub" / ".env") == ["PASSWORD=1"]
 
 
+def test_a_text_keeps_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"one\r\ntwo\rthree\n")
+    assert read(tmp_path / "a.py") == read(jsonl(tmp_path / "a.jsonl", [{"text": "one\r\ntwo\rthree\n"}]))
+
+
 def test_links_in_a_folder_are_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.md").write_text("2")

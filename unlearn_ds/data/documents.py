@@ -178,6 +178,9 @@ def _open(source: DocumentSource) -> Iterator[dict[str, Any]]:
                     f"{source.name}: name one of its splits: {', '.join(found)}, as {name}:{config}:SPLIT"
                 )
             return iter(found)
+        if source.format == "text" and not any(file.suffix in _COMPRESSED for file in source.files):
+            # As they are: `datasets` would turn every line end into \n.
+            return ({"text": file.read_bytes().decode("utf-8")} for file in source.files)
         options = {"sample_by": "document"} if source.format == "text" else {}
         files = [
             glob.escape(str(file)) for file in source.files
