@@ -45,6 +45,14 @@ def test_yaml_and_flags_win(tmp_path):
     assert parse(Sample, ["--config", str(file)], "t") == Sample("y")
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "run.yaml"
+    file.write_text("name: ~/x\nsets: [~/a, b]\n")
+    assert parse(Sample, ["--config", str(file)], "t") == Sample("/home/me/x", sets=("/home/me/a", "b"))
+    assert parse(Sample, ["--name=~/y"], "t").name == "/home/me/y"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import textwrap
 import types
 import typing
@@ -137,6 +138,13 @@ def _coerce(config_class: type, name: str, value: Any) -> Any:
         raise OptionError(f"option {name}: {value!r} is not a valid {getattr(kind, '__name__', kind)}") from error
 
 
+def _at_home(value: Any) -> Any:
+    """Paths that start with `~/`: in a file, or behind `=`, no shell has put the home folder there."""
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def check_choices(config: Any) -> None:
     """Raise `OptionError` for a value outside its field's `Literal`, and for NaN and infinity, which pass every comparison."""
     for name, (kind, _) in field_types(type(config)).items():
@@ -175,6 +183,7 @@ def parse(config_class: type[Options], argv: Sequence[str], prog: str, descripti
     merged = (load_yaml(config_file, config_class) if config_file else {}) | {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
+    merged = {name: _at_home(value) for name, value in merged.items()}
     required = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
     missing = [f"--{name}" for name in required if name not in merged]
     if missing:
