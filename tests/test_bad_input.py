@@ -76,6 +76,14 @@ CASES = {
     "no_attention": (ASCENT + " --attn flash_attention_2", "needs a CUDA device"),
     "no_triton": (ASCENT + " --loss_impl triton --global_batch_size 8", "triton.*(CUDA|device)"),
     "evaluate_no_model": (EVALUATE + " --model_name_or_path {root}/none", "cannot read the model"),
+    "evaluate_no_config": (
+        EVALUATE + " --model_name_or_path {root}/data",
+        "cannot read the model .*no config.json in it",
+    ),
+    "evaluate_in_place_of_another": (
+        EVALUATE + " --output_dir {root}/evaluated",
+        "evaluated holds the evaluation of another model .other.: choose another --output_dir",
+    ),
     "evaluate_too_long": (EVALUATE + " --model_name_or_path {root}/gpt2 --seq_len 49", "has 48 learned positions"),
     "evaluate_no_corpus": (EVALUATE + " --data_dir {root}/none", "no corpus of 'github'"),
     "evaluate_truncated": (EVALUATE + " --data_dir {root}/truncated", r"forget\.bin.*(truncated|bytes)"),
@@ -94,6 +102,8 @@ def make_inputs(root: Path) -> None:
     quantised = tiny_config()
     quantised.quantization_config = {"quant_method": "gptq", "bits": 4}
     quantised.save_pretrained(root / "quantised")
+    (root / "evaluated").mkdir()
+    (root / "evaluated" / "evaluation.json").write_text('{"model": "other", "model_fingerprint": "0"}')
     shutil.copytree(root / "model", root / "broken")
     (root / "broken" / "tokenizer.json").write_text("{")
     shutil.copytree(root / "model", root / "lfs")

@@ -214,8 +214,16 @@ def _load(
 
 
 def model_folder(name_or_path: str) -> Path:
-    """The folder that holds a model's files: the path itself, or the hub's cache, where its weights then lie too."""
-    return Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path)
+    """The folder that holds a model's files: the path itself, or the hub's cache, where its weights then lie too.
+
+    Raises `OptionError` if there is no such model.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        return _download(name_or_path)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot read the model {name_or_path!r}: {error}") from error
 
 
 @cache
@@ -244,6 +252,8 @@ def model_fingerprint(name_or_path: str) -> str:
     """
     digest = hashlib.sha256()
     folder = model_folder(name_or_path)
+    if not (folder / "config.json").is_file():
+        raise OptionError(f"cannot read the model {name_or_path!r}: there is no config.json in it")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("transformers_version", None)
     digest.update(json.dumps(config, sort_keys=True).encode())

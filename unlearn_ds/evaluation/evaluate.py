@@ -19,7 +19,7 @@ from unlearn_ds.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine import Ask, FrozenEngine
 from unlearn_ds.evaluation.card import update_card
 from unlearn_ds.evaluation.collect import collect_tables, open_sets
-from unlearn_ds.evaluation.folder import evaluated_tables, write_json
+from unlearn_ds.evaluation.folder import check_same_model, evaluated_tables, write_json
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.plots import save_roc
 from unlearn_ds.evaluation.summary import evaluate_tables, show
@@ -64,6 +64,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     Every rank calls this. Raises `ValueError` (or a subclass) for what the user can mend.
     """
     output_dir = Path(config.output_dir) if config.output_dir else _default_output(config.model_name_or_path)
+    fingerprint = model_fingerprint(config.model_name_or_path)
+    check_same_model(output_dir, fingerprint)
     if config.tasks:
         from unlearn_ds.evaluation.tasks import run_tasks
 
@@ -82,7 +84,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     tables = collect_tables(sets, subject.engine.ask, subject.device, config, subject.tokenizer)
     header = {
         "model": config.model_name_or_path,
-        "model_fingerprint": model_fingerprint(config.model_name_or_path),
+        "model_fingerprint": fingerprint,
         "options": asdict(config),
     }
     finish(output_dir, tables, header, comparison, config.seed)

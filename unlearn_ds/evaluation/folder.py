@@ -41,6 +41,16 @@ def read_robustness(folder: Path) -> dict[str, Any]:
     return {name: content for name, content in found.items() if content}
 
 
+def check_same_model(folder: Path, fingerprint: str) -> None:
+    """Raise `OptionError` if `folder` holds measures of another model: what is not measured again would pass for this one's."""
+    before = read_json(folder / "evaluation.json")
+    if before.get("model_fingerprint", fingerprint) != fingerprint:
+        raise OptionError(
+            f"{folder} holds the evaluation of another model ({before.get('model')}): choose another --output_dir, or delete "
+            "its evaluation.json and what else was measured"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
