@@ -36,6 +36,20 @@ def test_sequences_longer_than_a_rotary_model_was_made_for_are_warned_of() -> No
     assert "M was made for 64 positions" in check_length(tiny_config(), 65, "M")
 
 
+def test_a_rotary_embedding_that_depends_on_the_row_is_refused() -> None:
+    config = tiny_config()
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert check_length(config, 64, "M") is None
+    with pytest.raises(
+        OptionError, match=r"beyond 64 positions M embeds them otherwise \(dynamic\).*: --seq_len 64, or less"
+    ):
+        check_length(config, 65, "M")
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    config.rope_parameters = {"full_attention": longrope, "sliding_attention": {"rope_type": "default"}}
+    with pytest.raises(OptionError, match=r"beyond 32 positions M embeds them otherwise \(longrope\)"):
+        check_length(config, 33, "M")
+
+
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path) / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")

@@ -119,12 +119,21 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any | 
 def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | None:
     """A warning, or None, about sequences longer than the model was made for.
 
-    Raises `OptionError` where there is no way to compute on them: a table of learned positions that ends before.
+    Raises `OptionError` where there is no way to compute on them: a table of learned positions that ends before, or a rotary
+    embedding that changes, for all sequences of a row, with the longest of them.
     """
     positions = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for one in [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, dict)]:
+        unchanged = one.get("original_max_position_embeddings") or positions
+        if one.get("rope_type") in ("dynamic", "longrope") and seq_len > unchanged:
+            raise OptionError(
+                f"--seq_len {seq_len}: beyond {unchanged} positions {name} embeds them otherwise ({one['rope_type']}), in a "
+                f"packed row the short sequences' too: --seq_len {unchanged}, or less"
+            )
     if not positions or seq_len <= positions:
         return None
-    if getattr(config, "rope_parameters", None) is None:
+    if not rotary:
         raise OptionError(
             f"--seq_len {seq_len}: {name} has {positions} learned positions: --seq_len {positions}, or less"
         )
