@@ -57,6 +57,16 @@ def write_run_json(run: Run) -> None:
     distributed.on_main(write)
 
 
+def idle_gpus_note(world_size: int, visible_gpus: int) -> list[str]:
+    """What to say to one process on a machine of several GPUs: nobody started more."""
+    if world_size > 1 or visible_gpus < 2:
+        return []
+    return [
+        f"one process, on one of {visible_gpus} GPUs: `bash launch/train.sh ...` or `deepspeed --num_gpus {visible_gpus} "
+        "--module unlearn_ds.train ...` uses them all"
+    ]
+
+
 def announce(run: Run) -> None:
     """Print the arithmetic of the run before its first step."""
     config, plan, device = run.config, run.plan, run.device
@@ -76,7 +86,8 @@ def announce(run: Run) -> None:
         config.attn, device.type, caps_scores(run.model_config), torch.bfloat16 if config.bf16 else torch.float32
     )
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
-    for note in config.notes():
+    visible = torch.cuda.device_count() if device.type == "cuda" else 0
+    for note in [*config.notes(), *idle_gpus_note(world, visible)]:
         distributed.say(f"note: {note}")
     if changes_nothing(config, plan.num_steps):
         distributed.say(
