@@ -10,11 +10,11 @@ from pathlib import Path
 from unlearn_ds import distributed
 from unlearn_ds.evaluation.card import update_card
 from unlearn_ds.evaluation.collect import open_sets
-from unlearn_ds.evaluation.evaluate import load_subject
 from unlearn_ds.evaluation.folder import evaluated_tables
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.quantize import measure_quantized
 from unlearn_ds.evaluation.relearn import measure_relearning
+from unlearn_ds.evaluation.subject import load_subject
 from unlearn_ds.evaluation.verdict import Comparison
 
 RELEARN_UPDATES = 8

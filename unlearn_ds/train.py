@@ -65,7 +65,7 @@ def train(config: RunConfig) -> Path:
     run_steps(run, stop)
     evaluation = None
     if config.do_eval:
-        from unlearn_ds.evaluation.evaluate import evaluate_run
+        from unlearn_ds.evaluation.result import evaluate_run
 
         evaluation = evaluate_run(config, run.engine.ask, run.model_config, run.tokenizer, run.device)
     if config.export:

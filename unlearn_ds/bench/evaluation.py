@@ -24,8 +24,8 @@ from unlearn_ds.bench.record import Run, peak_memory, positive_int, time_interle
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.evaluation.collect import collect_tables, open_sets
-from unlearn_ds.evaluation.evaluate import load_subject
 from unlearn_ds.evaluation.options import EvaluateConfig
+from unlearn_ds.evaluation.subject import load_subject
 
 IMPLS = ("one_pass", "separate")
 _TOLERANCE = 1e-3  # nats, and standard deviations for Min-K%++; both sum in fp32

@@ -5,7 +5,7 @@ cache of keys and values, each token costs a forward pass. The teacher-forced ma
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,12 @@ from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.engine import Ask
 from unlearn_ds.evaluation.folder import write_json
 from unlearn_ds.evaluation.options import EvaluateConfig
+from unlearn_ds.evaluation.subject import Subject
 from unlearn_ds.loss_head import SampleCall
-
-if TYPE_CHECKING:
-    from unlearn_ds.evaluation.evaluate import Subject
 
 
 def measure_generation(
-    config: EvaluateConfig, subject: "Subject", sets: dict[str, SequenceIndex], output_dir: Path
+    config: EvaluateConfig, subject: Subject, sets: dict[str, SequenceIndex], output_dir: Path
 ) -> dict[str, Any]:
     """Continue `--generate` forget sequences and write generation.json. Every rank calls this."""
     sequences = sets["forget"]

@@ -6,7 +6,7 @@ multiplies by. torch's own fake-quantisation op does the rounding.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,20 +17,18 @@ from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.evaluation.collect import collect_tables
 from unlearn_ds.evaluation.folder import write_json
 from unlearn_ds.evaluation.options import EvaluateConfig
+from unlearn_ds.evaluation.subject import Subject
 from unlearn_ds.evaluation.summary import evaluate_tables, show
 from unlearn_ds.evaluation.verdict import Comparison, judge
 from unlearn_ds.options import OptionError
 from unlearn_ds.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from unlearn_ds.evaluation.evaluate import Subject
 
 _GROUP_SIZES = (128, 64, 32)  # of int4, the largest that divides the input size
 
 
 def measure_quantized(
     config: EvaluateConfig,
-    subject: "Subject",
+    subject: Subject,
     sets: dict[str, SequenceIndex],
     comparison: Comparison,
     output_dir: Path,

@@ -25,6 +25,7 @@ from unlearn_ds.evaluation.summary import evaluate_tables, show
 from unlearn_ds.objectives import CROSS_ENTROPY
 from unlearn_ds.options import OptionError
 from unlearn_ds.run_data import make_plan
+from unlearn_ds.train import accumulate
 
 _SHARED_OPTIONS = (
     "domain data_dir seq_len seed deepspeed bf16 attn loss_impl loss_workspace_mib num_threads trust_remote_code"
@@ -80,8 +81,6 @@ def measure_relearning(config: EvaluateConfig, output_dir: Path) -> dict[str, An
 
 def train(run: Any) -> None:
     """The updates of the run's plan, nothing logged."""
-    from unlearn_ds.train import accumulate
-
     with Loader(run.plan, distributed.rank(), run.device) as loader:
         for step in loader:
             accumulate(run, step)
