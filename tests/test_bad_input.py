@@ -35,6 +35,10 @@ CASES = {
     "no_sequences": (ASCENT + " --data_dir {root}/short", "a corpus without sequences"),
     "not_empty": (ASCENT + " --output_dir {root}/full", "is not empty: --overwrite_output_dir clears it, --resume"),
     "not_a_run": (ASCENT + " --output_dir {root}/full --overwrite_output_dir", "holds no run.json.*not cleared"),
+    "clears_its_model": (
+        ASCENT + " --target_model_name_or_path {root}/run/model --output_dir {root}/run --overwrite_output_dir",
+        "would clear .*run, and --target_model_name_or_path .*run/model lies in it: not cleared",
+    ),
     "is_a_file": (ASCENT + " --output_dir {root}/model/config.json", "is a file"),
     "nothing_to_resume": (ASCENT + " --resume", "--resume: no complete checkpoint in"),
     "deepspeed_key": (ASCENT + " --deepspeed {root}/ds.json", "unknown key 'gradient_cliping'"),
@@ -117,6 +121,8 @@ def make_inputs(root: Path) -> None:
     short.parent.mkdir(parents=True)
     with CorpusWriter(short, VOCAB_SIZE) as writer:
         writer.add([1, 2, 3])
+    shutil.copytree(root / "model", root / "run" / "model")
+    (root / "run" / "run.json").write_text("{}")
     (root / "full").mkdir()
     (root / "full" / "thesis.txt").write_text("precious")
     (root / "ds.json").write_text('{"gradient_cliping": 1.0, "zero_optimization": {"stage": 3}}')
@@ -150,3 +156,4 @@ def test_error(answers, name):
 def test_a_folder_of_other_files_is_kept(answers):
     root, _ = answers
     assert (root / "full" / "thesis.txt").read_text() == "precious"
+    assert (root / "run" / "model" / "model.safetensors").exists()

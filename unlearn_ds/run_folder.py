@@ -8,6 +8,8 @@ from unlearn_ds import checkpoint, distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.options import OptionError
 
+_READ_OPTIONS = "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed"
+
 
 def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
     """Create the output folder, or refuse one that an earlier run left full."""
@@ -27,6 +29,12 @@ def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
             raise OptionError(
                 f"--overwrite_output_dir: {run_dir} holds no run.json, so it is not an earlier run's: not cleared"
             )
+        for name in _READ_OPTIONS.split():
+            given = getattr(config, name)
+            if given and Path(given).resolve().is_relative_to(run_dir.resolve()):
+                raise OptionError(
+                    f"--overwrite_output_dir would clear {run_dir}, and --{name} {given} lies in it: not cleared"
+                )
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
