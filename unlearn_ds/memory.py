@@ -76,7 +76,7 @@ def require_memory(components: dict[str, tuple[int, str]], available: dict[str, 
             continue
         listing = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
         without = needed - parts.get("reference", 0)
-        cure = "more ranks, --deepspeed zero3_offload, or a smaller model"
+        cure = "more ranks (`deepspeed --num_gpus N --module unlearn_ds.train`), --deepspeed zero3_offload, --lora_r 16"
         if "reference" in parts and without <= available[place]:
             cure = f"the rest fits without the reference: --reference cache, {cure}, or a method without KL"
         raise OptionError(
