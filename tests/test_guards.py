@@ -60,6 +60,18 @@ def test_measuring_changes_no_update(setting, tmp_path):
     assert [row["loss"] for row in with_guard] == [row["loss"] for row in without]
 
 
+def test_a_resumed_run_measures_what_one_without_a_break_does(setting, tmp_path):
+    def measured(name, *more):
+        words = arguments(
+            setting, tmp_path / name, "--do_eval", "False", "--export", "False", "--save_steps", "1", *more
+        )
+        return [row["step"] for row in run_training(words) if "eval_forget_ppl" in row]
+
+    measured("run", "--max_steps", "2")
+    assert measured("run", "--max_steps", "3", "--resume") == [0, 2, 3]  # the last one is always measured
+    assert measured("run", "--max_steps", "5", "--resume", "--eval_steps", "4") == [0, 2, 3, 4, 5]
+
+
 def test_stop_when_the_level_of_approximate_is_reached(setting, tmp_path):
     """A random model has the same loss everywhere, so a step of ascent passes approximate's level at once."""
     rows = run_training(

@@ -84,11 +84,20 @@ class Guard:
 
     def before(self) -> None:
         """Measure the starting model, or find what an interrupted run measured."""
+        step = self._run.start_step
         if not self._run.config.eval_steps:
             return
-        if self._run.start_step:
-            self._start = distributed.on_main(self._recorded_start)
-        self.measure(self._run.start_step)
+        if not step:
+            self.measure(step)
+            return
+        self._start = distributed.on_main(self._recorded_start)
+        # To have a state to go back to; the metrics and the decisions stay those of a run that was not interrupted.
+        due = self.due(step)
+        self.measure(step, record=due and not distributed.on_main(lambda: self._is_recorded(step)), decide=due)
+
+    def _is_recorded(self, step: int) -> bool:
+        rows = read_metrics(self._run.run_dir)
+        return any(row["step"] == step and any(name.startswith(PREFIX) for name in row) for row in rows)
 
     def _recorded_start(self) -> Metrics:
         for row in read_metrics(self._run.run_dir):
@@ -104,17 +113,18 @@ class Guard:
         every = self._run.config.eval_steps
         return bool(every) and (done % every == 0 or done == self._run.plan.num_steps)
 
-    def measure(self, step: int) -> None:
-        """Measure the state after update `step`, and set `stopped` if the run ends here."""
+    def measure(self, step: int, record: bool = True, decide: bool = True) -> None:
+        """Measure the state after update `step`, and, to `decide`, set `stopped` if the run ends here."""
         run = self._run
         tables = collect_tables(self._sets, run.engine.ask, run.device, run.config, progress=False)
         now = metrics_of(tables)
         self._start = self._start or now
-        self._metrics.record({"step": step} | {f"{PREFIX}{name}": value for name, value in now.items()})
+        if record:
+            self._metrics.record({"step": step} | {f"{PREFIX}{name}": value for name, value in now.items()})
         too_far, reason = self._decide(now)
         distributed.assert_same("the guard's decision", (step, too_far, reason))
         self._keep(step, now, too_far)
-        if reason is not None:
+        if decide and reason is not None:
             self.stopped = True
             self._say(step, f"stopped after update {step}: {reason}")
 
