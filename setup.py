@@ -36,6 +36,7 @@ setup(
         "psutil>=5.9",
         "datasketch>=1.6",
         "jinja2>=3.1",
+        "xxhash>=3.4",
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={

@@ -10,25 +10,24 @@ import io
 import json
 import shutil
 import time
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from unlearn_ds import distributed
-from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder
+from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder, start_writing_back
 from unlearn_ds.engine import TrainingEngine
 
 MANIFEST = "checkpoint.json"
 CONVERSION_TIMEOUT_S = 6 * 3600.0
 _STATE = "state"
 _UNIVERSAL = "universal"
-_SUMMED_AT_ONCE = 4 << 20  # bytes
+_PIECE = 4 << 20  # bytes, written and summed at once
 
 
 @dataclass(frozen=True)
@@ -51,38 +50,56 @@ def folder(run_dir: Path) -> Path:
 
 
 class _SummedFile:
-    """A file whose checksum is taken beside writing it. It keeps an error for `finish`: torch's writer would hide it."""
+    """A file that is summed and sent to disk while it is written. An error waits for `finish`: torch's writer would hide it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb", buffering=0)
-        self._sum = 0
-        self._adder = ThreadPoolExecutor(1)
+        self._sum = xxhash.xxh3_64()
+        self._written = 0
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        added = self._adder.submit(zlib.crc32, view, self._sum)
-        left = view
+        for start in range(0, len(view), _PIECE):
+            self._write_piece(view[start : start + _PIECE])
+        return len(view)
+
+    def _write_piece(self, piece: memoryview) -> None:
+        self._sum.update(piece)
+        left = piece
         while left and self._error is None:
             try:
                 left = left[self._file.write(left) :]
             except OSError as error:
                 self._error = error
-        self._sum = added.result()
-        return len(view)
+        # Left to itself Linux begins with `finish`, and the disk stands idle until then. In a thread of its own this would be
+        # slower: it and the writing would wait for each other.
+        if len(piece) == _PIECE and self._error is None:
+            start_writing_back(self._file, self._written, len(piece))
+        self._written += len(piece)
 
     def flush(self) -> None:
         """Nothing is buffered."""
 
     def finish(self) -> str:
         """Force to disk and return the checksum; raises the `OSError` of an earlier write."""
-        self._adder.shutdown()
         self._file.close()
         if self._error is not None:
             raise self._error
         flush(self._path)
-        return f"{self._sum:08x}"
+        return self._sum.hexdigest()
+
+
+@contextlib.contextmanager
+def _without_torch_s_own_sums() -> Iterator[None]:
+    """torch sums every tensor on its way into the file; the whole file is summed here."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Writer(CheckpointEngine):
@@ -105,7 +122,8 @@ class _Writer(CheckpointEngine):
             return
         try:
             file = _SummedFile(Path(path))
-            torch.save(state_dict, file)
+            with _without_torch_s_own_sums():
+                torch.save(state_dict, file)
             self.checksums[str(Path(path).relative_to(self.root))] = file.finish()
         except OSError as error:
             self.failure = str(error)
@@ -182,18 +200,22 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str
 
 
 def _not_saved(run_dir: Path, step: int, why: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint of step {step} could not be written ({why}); {newest_one(run_dir)}")
+
+
+def newest_one(run_dir: Path) -> str:
+    """Which checkpoint a run would go on from, as the end of a message."""
     good = complete_checkpoints(run_dir)
-    newest = f"the newest checkpoint is {good[0].path}" if good else "there is no earlier checkpoint"
-    return CheckpointError(f"the checkpoint of step {step} could not be written ({why}); {newest}")
+    return f"the newest checkpoint is {good[0].path}" if good else "there is no earlier checkpoint"
 
 
 def _checksum(path: Path) -> str:
-    """CRC-32, as zip files carry: against torn writes and flipped bits, at the speed of a disk."""
-    found = 0
+    """XXH3 of 64 bits: against torn writes and flipped bits, ten times as fast as a disk."""
+    found = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while chunk := file.read(_SUMMED_AT_ONCE):
-            found = zlib.crc32(chunk, found)
-    return f"{found:08x}"
+        while chunk := file.read(_PIECE):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:

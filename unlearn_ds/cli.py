@@ -18,7 +18,7 @@ COMMANDS = {
     "sweep": ("unlearn_ds.sweep", "a grid of runs: under SLURM or on this machine, and their comparison"),
     "plan": ("unlearn_ds.cost_report", "memory, communication, time and GPU-hours of a run before it is started"),
     "demo": ("unlearn_ds.demo", "the whole story on one machine, offline, in ten minutes"),
-    "bench": ("unlearn_ds.cli", "benchmarks: bench loss|kernels|loader|step|scaling|evaluation"),
+    "bench": ("unlearn_ds.cli", "benchmarks: bench loss|kernels|loader|step|scaling|save|evaluation"),
 }
 # bench WHAT -> module with add_arguments(parser) and main(args) -> exit code
 BENCHES = {
@@ -32,6 +32,7 @@ BENCHES = {
         "unlearn_ds.bench.scaling",
         "time of an update against sequence length, vocabulary and documents a row",
     ),
+    "save": ("unlearn_ds.bench.save", "a checkpoint beside DeepSpeed's own and a plain write to the same disk"),
     "loader": ("unlearn_ds.bench.loader", "the token loader against every installed peer and a plain copy"),
     "evaluation": (
         "unlearn_ds.bench.evaluation",

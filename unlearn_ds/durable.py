@@ -1,18 +1,48 @@
 """Files and folders that are complete or absent, whatever dies: written beside their place, flushed, then renamed."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the operating system name what could not be written: that of a full disk says nothing of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise (
+            OSError(error.errno, error.strerror, str(path)) if error.errno else OSError(f"{path}: {error}")
+        ) from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The path of a file to be written, which takes the place of `path` if the block ends without an error."""
     partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        with naming(path):
+            yield partial
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # half a file would take room that is missing
+        raise
+
+
+def start_writing_back(file: IO[bytes], offset: int, num_bytes: int) -> None:
+    """Have Linux begin to bring a part of an open file to disk, without waiting for it; `flush` must follow.
+
+    The advice that a part is not needed any more does that for pages which are not on disk yet.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def flush(path: Path) -> None:
