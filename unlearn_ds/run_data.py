@@ -84,15 +84,33 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
     ]
 
 
-def check_same_corpora(run_dir: Path, corpora: list[list[NamedCorpus]]) -> None:
-    """Before resuming: raise `CorpusError` naming a corpus that is not the one the run in `run_dir` started with."""
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run's run.json says of its data, its start model and its length."""
+
+    corpora: dict[str, str]  # name -> fingerprint
+    num_steps: int | None = None
+    model_fingerprint: str | None = None
+
+
+def read_record(run_dir: Path) -> RunRecord:
+    """The record of the run that is gone on with; empty if there is none. Raises `CorpusError` if it is damaged."""
     record = run_dir / "run.json"
     if not record.exists():
-        return
+        return RunRecord({})
     try:
-        before = {entry["name"]: entry["digest"] for entry in json.loads(record.read_text(encoding="utf-8"))["corpora"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{record}: not the record of a run ({error})") from error
+        content = json.loads(record.read_text(encoding="utf-8"))
+        digests = {entry["name"]: entry["digest"] for entry in content["corpora"]}
+        return RunRecord(digests, int(content["plan"]["num_steps"]), content["model_fingerprint"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise CorpusError(
+            f"{record}: not the record of a run ({error!r}): delete it to go on without comparing corpora, model and length"
+        ) from error
+
+
+def check_same_corpora(run_dir: Path, corpora: list[list[NamedCorpus]]) -> None:
+    """Before resuming: raise `CorpusError` naming a corpus that is not the one the run in `run_dir` started with."""
+    before = read_record(run_dir).corpora
     for named in (named for term in corpora for named in term):
         if before.get(named.name, named.corpus.fingerprint) != named.corpus.fingerprint:
             raise CorpusError(

@@ -1,12 +1,12 @@
 """The folder of a run: claimed when it starts, and the checkpoint there that it goes on from."""
 
-import json
 import shutil
 from pathlib import Path
 
 from unlearn_ds import checkpoint, distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.options import OptionError
+from unlearn_ds.run_data import read_record
 
 _READ_OPTIONS = "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed"
 
@@ -59,8 +59,7 @@ def check_same_model(run_dir: Path, fingerprint: str) -> None:
 
     The weights come from the checkpoint, but what the original model says (labels, reference) would come from another one.
     """
-    record = run_dir / "run.json"
-    before = json.loads(record.read_text(encoding="utf-8")).get("model_fingerprint") if record.exists() else None
+    before = read_record(run_dir).model_fingerprint
     if before is not None and before != fingerprint:
         raise OptionError(
             f"the run in {run_dir} started from another model: its fingerprint was {before} and is {fingerprint}. Bring the "
@@ -70,11 +69,8 @@ def check_same_model(run_dir: Path, fingerprint: str) -> None:
 
 def warn_of_another_length(run_dir: Path, num_steps: int) -> None:
     """Say that a run goes on for another number of updates than it was started for: its learning rates change with it."""
-    record = run_dir / "run.json"
-    if not distributed.is_main() or not record.exists():
-        return
-    before = json.loads(record.read_text(encoding="utf-8"))["plan"]["num_steps"]
-    if before != num_steps:
+    before = read_record(run_dir).num_steps
+    if before not in (None, num_steps):
         distributed.say(
             f"warning: this run was started for {before} updates and goes on for {num_steps} (--max_steps, "
             f"--num_train_epochs): from here its learning rate follows a schedule of {num_steps}, so it will not end as a run "
