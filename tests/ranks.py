@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,14 @@ class ForkedRun:
                     self.kill(rank)
             time.sleep(0.02)
         return [self.server.codes[pid] for pid in self.pids]
+
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 360) -> None:
+        """Wait until `condition()` holds; fails if the run ends before."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what} in {timeout_s} s: {self.last_words()}"
+            assert not self.ended(), f"ended before {what}: {self.output()}"
+            time.sleep(0.002)
 
     def ended(self) -> bool:
         """Whether all ranks have ended."""

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 
+from tests.pages import bash_lines
 from tests.support import ROOT
 from unlearn_ds import cli
 
@@ -68,3 +69,16 @@ def test_the_readme_shows_the_two_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "bash launch/demo.sh" in text.split("## ")[0]
     assert "bash launch/test.sh" in text.split("## ")[0]
+
+
+def test_the_readme_s_cluster_lines_are_those_that_are_tried():
+    """But for the number of nodes they stand in docs/cluster.md, whose lines test_slurm.py and test_multinode.py type."""
+
+    def plain(line: str) -> str:
+        return re.sub(r"(--nodes[= ])\d+", r"\1N", line.split("#")[0].strip())
+
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## SLURM, and several hosts\n")[1]
+    shown = re.search(r"^```[a-z]*\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1].splitlines()
+    headings = ("SLURM", "Hosts without a batch system", "What will it take? `unlearn-ds plan`")
+    tried = {plain(line) for heading in headings for line in bash_lines(heading)}
+    assert [line for line in map(plain, shown) if line not in tried] == []

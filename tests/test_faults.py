@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster import TinyRun, make_tiny_run, metrics, mounted
+from tests.cluster import TinyRun, make_tiny_run, metrics
 from tests.one_bad_update import BAD_UPDATE
 from tests.ranks import ROOT, ForkedRun
 from tests.slurm import end_with_parent
@@ -31,18 +31,10 @@ def tiny(tmp_path_factory):
     run.server.stop()
 
 
-def wait_for(condition, what: str, run: ForkedRun, timeout_s: float = 360) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s: {run.last_words()}"
-        assert not run.ended(), f"ended before {what}: {run.output()}"
-        time.sleep(0.002)
-
-
 def start_and_reach(tiny: TinyRun, out: Path, step: int, **options) -> ForkedRun:
     """Start a run on two ranks and wait until update `step` is in its metrics."""
     run = tiny.server.start(tiny.arguments(out, **({"auto_resume": True} | options)))
-    wait_for(lambda: len(metrics(out)) >= step, f"update {step}", run)
+    run.wait_for(lambda: len(metrics(out)) >= step, f"update {step}")
     return run
 
 
@@ -72,7 +64,7 @@ def test_killed_ranks_leave_nothing_in_shared_memory(tiny, tmp_path):
     out = tmp_path / "run"
     # By this variable of the deepspeed launcher DeepSpeed knows that ranks can share memory.
     run = tiny.server.start(tiny.arguments(out, save_steps=0), LOCAL_SIZE="2")
-    wait_for(lambda: metrics(out), "the first update", run)
+    run.wait_for(lambda: bool(metrics(out)), "the first update")
     for pid in run.pids:
         maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
         buffers = [line for line in maps if "deepspeed_allreduce_buffer" in line]
@@ -92,7 +84,7 @@ def test_kill_before_in_and_after_a_checkpoint_write(tiny, tmp_path):
     }
     for number, (what, reached) in enumerate(moments.items()):
         run = tiny.server.start(tiny.arguments(out, auto_resume=True))
-        wait_for(reached, what, run)
+        run.wait_for(reached, what)
         run.kill(number % 2)
         run.wait()
     resume(tiny, out)
@@ -111,7 +103,7 @@ def test_twenty_random_kills_of_one_rank(tiny, tmp_path):
         # Some die while they start; most get at most three updates further, so that all of the run is visited.
         if rng.random() < 0.75:
             goal = min(done + rng.randrange(1, 4), tiny.num_steps - 1)
-            wait_for(lambda goal=goal: len(metrics(out)) >= goal, "progress", run)
+            run.wait_for(lambda goal=goal: len(metrics(out)) >= goal, "progress")
             time.sleep(rng.random() * 0.1)
         else:
             time.sleep(rng.random() * 1.5)
@@ -162,7 +154,7 @@ def stopped_early(tiny):
     """A run that was killed after its checkpoints of updates 4 and 6."""
     out = tiny.folder / "stopped"
     run = start_and_reach(tiny, out, 6)
-    wait_for(lambda: (out / "checkpoints" / "step_6").exists(), "step 6", run)
+    run.wait_for((out / "checkpoints" / "step_6").exists, "step 6")
     run.kill(0)
     run.wait()
     for later in (out / "checkpoints").glob("step_8"):
@@ -206,42 +198,6 @@ def test_nothing_intact_is_an_error_not_a_new_start(tiny, stopped_early, tmp_pat
     assert "is damaged: start afresh with --overwrite_output_dir" in run.output()
 
 
-@pytest.fixture
-def checkpoint_disk(tmp_path):
-    """`run/checkpoints` on a file system of its own, with room for one checkpoint and a half."""
-    with mounted(tmp_path / "run" / "checkpoints", "600k") as disk:
-        yield disk
-
-
-def test_full_disk_leaves_the_old_state_usable(tiny, checkpoint_disk, tmp_path):
-    run = tiny.server.run(tiny.arguments(tmp_path / "run", auto_resume=True))
-    assert "the checkpoint of step 4 could not be written (rank" in run.output()
-    assert "No space left on device" in run.output()
-    assert f"the newest checkpoint is {checkpoint_disk / 'step_2'}. Training goes on" in run.output()
-    assert [path.name for path in checkpoint_disk.iterdir()] == ["step_2"]
-    tiny.assert_same_as_uninterrupted(tmp_path / "run")
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    resume(tiny, tmp_path / "again")
-    tiny.assert_same_as_uninterrupted(tmp_path / "again")
-
-
-def test_output_that_becomes_read_only(tiny, checkpoint_disk, tmp_path):
-    run = tiny.server.start(tiny.arguments(tmp_path / "run", auto_resume=True, save_steps=10))
-    wait_for((checkpoint_disk / "step_10").exists, "step 10", run)
-    remount = ["mount", "-o", "remount,ro", str(checkpoint_disk)]
-    wait_for(
-        lambda: subprocess.run(remount, capture_output=True, check=False).returncode == 0,
-        "a moment without writes",
-        run,
-    )
-    assert run.wait() == [0, 0], run.output()
-    assert "Read-only file system" in run.output()
-    tiny.assert_same_as_uninterrupted(tmp_path / "run")
-    again = tiny.server.start(tiny.arguments(checkpoint_disk / "run"))
-    assert again.wait() == [2, 2]
-    assert "error: [Errno 30] Read-only file system" in again.output()
-
-
 def test_a_lock_left_by_a_dead_build_is_taken_away(tiny, tmp_path):
     cache = tmp_path / "extensions"
     lock = cache / "deepspeed_shm_comm" / "lock"
@@ -249,7 +205,7 @@ def test_a_lock_left_by_a_dead_build_is_taken_away(tiny, tmp_path):
     lock.touch()
     os.utime(lock, (0, time.time() - 3600))
     run = tiny.server.start(tiny.arguments(tmp_path / "run", max_steps=1), num_ranks=1, TORCH_EXTENSIONS_DIR=str(cache))
-    wait_for(lambda: not lock.exists() or "built" in run.output(), "the lock", run, TO_THE_MESSAGE_S)
+    run.wait_for(lambda: not lock.exists() or "built" in run.output(), "the lock", TO_THE_MESSAGE_S)
     assert f"{lock} was left by a process that died while building: removed" in run.output()
     run.kill(0)
     run.wait()
@@ -293,7 +249,7 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny, tmp_path):
     run = start_and_reach(tiny, out, 5, hang_timeout=3)
     run.kill(1, signal.SIGSTOP)
     stopped = time.monotonic()
-    wait_for(lambda: "has taken" in run.output(), "the watchdog", run, TO_THE_MESSAGE_S)
+    run.wait_for(lambda: "has taken" in run.output(), "the watchdog", TO_THE_MESSAGE_S)
     run.kill(1, signal.SIGCONT)  # a moment of life, in which it can still write its stacks
     assert set(run.wait()) <= {EXIT_HANG, EXIT_PEER_LOST}
     assert time.monotonic() - stopped < TO_THE_MESSAGE_S
@@ -364,3 +320,14 @@ def test_going_on_for_longer_is_said(tiny, tmp_path):
     assert len(metrics(out)) == 6
     again = tiny.server.run(tiny.arguments(out, max_steps=6, resume=True), num_ranks=1)
     assert "was started for" not in again.output()
+
+
+@pytest.mark.parametrize("content", ['{"plan": ', "[]", '{"corpora": []}'])
+def test_a_damaged_record_of_the_run_is_named(tiny, stopped_early, tmp_path, content):
+    out = tmp_path / "run"
+    shutil.copytree(stopped_early, out)
+    (out / "run.json").write_text(content)
+    run = tiny.server.start(tiny.arguments(out, auto_resume=True))
+    assert run.wait() == [2, 2]
+    assert f"error: {out / 'run.json'}: not the record of a run (" in run.output()
+    assert "delete it to go on without comparing corpora, model and length" in run.output()

@@ -110,6 +110,8 @@ def test_the_page_s_lines_on_two_nodes_requeued_and_at_the_time_limit_equal_one_
     """`scontrol requeue`, then the signal that SLURM sends before the time limit, in one run: bit for bit the same."""
     out = tmp_path / "run"
     (terminal.clone / "run.yaml").write_text(yaml.safe_dump(tiny.options(out)))
+    (plan,) = bash_lines("What will it take? `unlearn-ds plan`")
+    assert "memory of a GPU" in terminal.type(plan)
     submit_line, tail = LINES[3:5]
     (job,) = re.findall(r"^Submitted batch job (\d+)$", terminal.type(submit_line), re.MULTILINE)
     wait_until(slurm, job, lambda: len(metrics(out)) >= 5, "the first updates")

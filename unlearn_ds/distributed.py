@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -274,6 +275,29 @@ def on_main(function: Callable[[], Result], timeout_s: float | None = None) -> R
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+class KeptFailure:
+    """The first thing that this rank could not write, kept until all ranks hear of it.
+
+    Raised where it happens it would leave the others waiting for this rank in their next collective.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """For writing: an `OSError` ends the block and is kept."""
+        try:
+            yield
+        except OSError as error:
+            self.reason = self.reason or str(error)
+
+    def everywhere(self) -> str | None:
+        """What the first rank with a failure says, None if none has one. Every rank calls this."""
+        found = [f"rank {r}: {reason}" for r, reason in enumerate(gather_objects(self.reason)) if reason]
+        return found[0] if found else None
 
 
 def assert_same(name: str, value: Any) -> None:

@@ -1,16 +1,18 @@
 """From ZeRO partitions to a Hugging Face folder: safetensors, config, tokenizer and a model card."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from unlearn_ds import __version__, distributed
-from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
+from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.evaluation.card import evaluation_section
 from unlearn_ds.lora import adapter_state, merged_state
 
@@ -51,12 +53,12 @@ def export_model(
     """Write `target` (complete or absent) with the causal LM `model`, its tokenizer and a README. Every rank calls this.
 
     adapter: peft's configuration of the adapters in the model, which are merged into its weights or, unless `merge`, written
-    alone, as peft reads them.
+    alone, as peft reads them. Raises `OSError` on every rank if it cannot be written; what was there before stays.
     """
     state = gathered_state_dict(model)
+    partial = target.with_name(f".{target.name}.partial")
 
     def write() -> None:
-        partial = target.with_name(f".{target.name}.partial")
         fresh_folder(partial)
         if adapter is not None and not merge:
             save_file(adapter_state(state), partial / "adapter_model.safetensors")
@@ -70,7 +72,15 @@ def export_model(
         flush_tree(partial)
         publish_folder(partial, target)
 
-    distributed.on_main(write)
+    def write_or_clean_up() -> None:
+        try:
+            with naming(target):
+                write()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise error if isinstance(error, OSError) else OSError(f"{target}: {error}") from error
+
+    distributed.on_main(write_or_clean_up)
 
 
 def model_card(options: dict[str, Any], forgotten: list[dict[str, Any]], evaluation: dict[str, Any] | None) -> str:

@@ -22,12 +22,13 @@ from unlearn_ds import distributed
 from unlearn_ds.cache_key import cache_path, make_cache_folder
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
+from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine import TrainingEngine
 from unlearn_ds.options import OptionError
 
 _MANIFEST = "cache.json"
 _PART = 1 << 40
+_BATCHES_BETWEEN_CHECKS = 32  # of whether all ranks can still write
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -131,7 +132,8 @@ def _fill(
 
     def prepare() -> None:
         make_cache_folder(folder)
-        needed = (num_tokens + vocab_size) * hidden_size * _DTYPES[key["dtype"]].itemsize + 8 * num_tokens
+        # States and head; the index, and the offsets that it is made of.
+        needed = (num_tokens + vocab_size) * hidden_size * _DTYPES[key["dtype"]].itemsize + 2 * 8 * num_tokens
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise OptionError(
@@ -149,16 +151,33 @@ def _fill(
         seq_len=sequences.seq_len,
         device=engine.device,
     )
-    offsets = []
-    with (partial / f"part_{distributed.rank()}.bin").open("wb") as file:
-        for batch in tqdm(batches, desc="reference", unit="batch", disable=not (progress and distributed.is_main())):
-            hidden = engine.ask(batch.rows, pick=batch.ce_rows)
+    part = partial / f"part_{distributed.rank()}.bin"
+    offsets, failure = [], distributed.KeptFailure()
+    bar = tqdm(batches, desc="reference", unit="batch", disable=not (progress and distributed.is_main()))
+    for number, batch in enumerate(bar):
+        hidden = engine.ask(batch.rows, pick=batch.ce_rows)
+        with failure.keep(), naming(part), part.open("ab") as file:
             file.write(hidden.cpu().contiguous().view(torch.uint8).numpy())
-            offsets.append(batch.token_offsets.cpu().numpy() - 1)  # of the position, whose target is the next token
-    np.concatenate(offsets).tofile(partial / f"offsets_{distributed.rank()}.bin")
-    distributed.barrier()
+        offsets.append(batch.token_offsets.cpu().numpy() - 1)  # of the position, whose target is the next token
+        if number % _BATCHES_BETWEEN_CHECKS == 0:
+            _end_on(failure, partial)
+    with failure.keep(), naming(partial):
+        (partial / f"offsets_{distributed.rank()}.bin").write_bytes(np.concatenate(offsets))
+    _end_on(failure, partial)
     state = _whole(head)
-    distributed.on_main(lambda: _publish(partial, folder, key, state, num_tokens))
+    with failure.keep():
+        distributed.on_main(lambda: _publish(partial, folder, key, state, num_tokens))
+    _end_on(failure, partial)
+
+
+def _end_on(failure: distributed.KeptFailure, partial: Path) -> None:
+    """Raise `OptionError` on every rank, with nothing left behind, if any could not write. Every rank calls this."""
+    if why := failure.everywhere():
+        distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise OptionError(
+            f"--reference cache: the hidden states could not be written ({why}): make room, choose another folder with "
+            "--cache_dir, or use --reference live"
+        )
 
 
 def _whole(head: nn.Module) -> dict[str, Tensor]:
@@ -175,10 +194,11 @@ def _publish(partial: Path, folder: Path, key: dict[str, Any], head: dict[str, T
         offsets = np.fromfile(path, dtype=np.int64)
         index[offsets] = rank * _PART + np.arange(len(offsets))
         path.unlink()
-    index.tofile(partial / "index.bin")
-    for name, file in (("weight", "head.bin"), ("bias", "bias.bin")):
-        if name in head:
-            head[name].contiguous().view(torch.uint8).numpy().tofile(partial / file)
+    with naming(partial):
+        (partial / "index.bin").write_bytes(index)
+        for name, file in (("weight", "head.bin"), ("bias", "bias.bin")):
+            if name in head:
+                (partial / file).write_bytes(head[name].contiguous().view(torch.uint8).numpy())
     manifest = {
         "key": key,
         "vocab_size": head["weight"].shape[0],

@@ -37,18 +37,57 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _keep_rows(run_dir: Path, start_step: int) -> None:
+    """Leave in metrics.jsonl what belongs to the updates that a run goes on from."""
+    kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
+    with replacing(run_dir / METRICS_FILE) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+class _Rows:
+    """metrics.jsonl, appended to. Rows for which the disk has no room wait in memory: no training ends for a line of a log."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._fails = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._waiting += json.dumps(row).encode() + b"\n"
+        error = self._write_waiting()
+        if error is not None and not self._fails:
+            distributed.say(f"warning: {self._path} cannot be written ({error}): its lines are kept until it can be")
+        if error is None and self._fails:
+            distributed.say(f"{self._path} can be written again: no line is missing")
+        self._fails = error is not None
+
+    def close(self) -> None:
+        """Write what still waits, or say how much is lost."""
+        if self._write_waiting() is not None:
+            lost = self._waiting.count(b"\n")
+            distributed.say(f"warning: the last {lost} lines of {self._path} are lost: there was no room to the end")
+        self._file.close()
+
+    def _write_waiting(self) -> OSError | None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
+
+
 class MetricsWriter:
     """Rank 0's record of the run; the other ranks hold one that does nothing."""
 
     def __init__(self, config: RunConfig, run_dir: Path, num_steps: int, start_step: int) -> None:
         self._active = distributed.is_main()
         self._wandb = None
+        distributed.on_main(lambda: _keep_rows(run_dir, start_step))
         if not self._active:
             return
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
-        with replacing(run_dir / METRICS_FILE) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._rows = _Rows(run_dir / METRICS_FILE)
         if config.report_to == "wandb":
             self._wandb = _start_wandb(config, run_dir)
         self._bar = tqdm(
@@ -74,8 +113,7 @@ class MetricsWriter:
         """Record anything else that has a `step`: an evaluation, an event."""
         if not self._active:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._rows.add(row)
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
 
@@ -86,7 +124,7 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._active:
-            self._file.close()
+            self._rows.close()
             self._bar.close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=0 if kind is None else 1)

@@ -5,6 +5,7 @@ runs beside it, so it is a line of its own: how long collectives were in flight,
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from unlearn_ds import distributed
 from unlearn_ds.config import profiled_steps
+from unlearn_ds.durable import replacing
 
 FORWARD = "unlearn_ds.forward"
 BACKWARD = "unlearn_ds.backward"
@@ -110,11 +112,20 @@ class StepProfiler:
             self._profile = None
 
     def _write(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._folder / f"rank{distributed.rank()}.json"))
         parts = breakdown(self._profile.events(), self._total_s, self._wait_s)
         num_steps = self._last - self._first + 1
-        if distributed.is_main():
-            content = {"num_steps": num_steps, "total_s": self._total_s, "parts_s": parts}
-            (self._folder / "breakdown.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         distributed.say(table(parts, num_steps, self._total_s))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write_trace(self._folder / f"rank{distributed.rank()}.json")
+            if distributed.is_main():
+                content = {"num_steps": num_steps, "total_s": self._total_s, "parts_s": parts}
+                with replacing(self._folder / "breakdown.json") as partial:
+                    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        except OSError as error:  # training goes on without it
+            print(f"warning: the profile of rank {distributed.rank()} could not be written: {error}", file=sys.stderr)
+
+    def _write_trace(self, path: Path) -> None:
+        self._profile.export_chrome_trace(str(path))
+        if not path.exists():  # torch 2.13 does not raise
+            raise OSError(f"{path}: torch's profiler found no room for it, or may not write there")

@@ -19,6 +19,7 @@ from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.engine import Ask
 from unlearn_ds.loss_head import SampleCall
+from unlearn_ds.options import OptionError
 from unlearn_ds.run_data import NamedCorpus
 
 
@@ -75,6 +76,7 @@ def _draw(
         seq_len=config.seq_len,
         device=device,
     )
+    failure = distributed.KeptFailure()
     bar = tqdm(batches, desc="drawing labels", unit="batch", disable=config.disable_tqdm or not distributed.is_main())
     for batch in bar:
         call = SampleCall(
@@ -86,7 +88,17 @@ def _draw(
             seed=config.seed,
         )
         labels = ask(batch.rows, call).cpu().numpy()
-        cache.write(batch.token_offsets.cpu().numpy(), labels.astype(np.int64))
-    cache.flush()
+        with failure.keep():
+            cache.write(batch.token_offsets.cpu().numpy(), labels.astype(np.int64))
+    with failure.keep():
+        cache.flush()
     distributed.barrier()
-    distributed.on_main(cache.commit)
+    if not failure.everywhere():
+        with failure.keep():
+            distributed.on_main(cache.commit)
+    if why := failure.everywhere():
+        cache.discard()
+        raise OptionError(
+            f"the labels that the original model draws could not be written beside {path} ({why}): make room, or choose "
+            "another folder with --cache_dir"
+        )

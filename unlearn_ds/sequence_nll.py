@@ -14,7 +14,7 @@ from unlearn_ds import distributed
 from unlearn_ds.cache_key import cache_path, make_cache_folder
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.durable import flush_tree, fresh_folder, publish_folder
+from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine import Ask
 from unlearn_ds.evaluation.collect import collect_table
 from unlearn_ds.options import OptionError
@@ -65,11 +65,14 @@ def reference_nll(
 
 
 def _write(folder: Path, key: dict[str, Any], values: np.ndarray) -> None:
-    partial = fresh_folder(folder.with_name(f".{folder.name}.partial"))
-    values.astype("<f8").tofile(partial / _VALUES)
-    (partial / _MANIFEST).write_text(json.dumps({"key": key, "num_sequences": len(values)}, indent=1), encoding="utf-8")
-    flush_tree(partial)
-    publish_folder(partial, folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    with naming(folder):
+        fresh_folder(partial)
+        (partial / _VALUES).write_bytes(values.astype("<f8"))
+        manifest = {"key": key, "num_sequences": len(values)}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        flush_tree(partial)
+        publish_folder(partial, folder)
 
 
 def _read(folder: Path, key: dict[str, Any], num_sequences: int) -> np.ndarray:  # (S,) fp64

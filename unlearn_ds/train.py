@@ -63,26 +63,42 @@ def train(config: RunConfig) -> Path:
     if probe := time_all_reduce(run.device):
         distributed.say(f"  network       {probe}")
     run_steps(run, stop)
-    evaluation = None
-    if config.do_eval:
-        from unlearn_ds.evaluation.result import evaluate_run
+    with resumable(run):
+        evaluation = None
+        if config.do_eval:
+            from unlearn_ds.evaluation.result import evaluate_run
 
-        evaluation = evaluate_run(config, run.engine.ask, run.model_config, run.tokenizer, run.device)
-    if config.export:
-        card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
-        merge = config.lora_export == "merged"
-        export_model(run.engine.engine.module.model, run.tokenizer, run.run_dir / "model", card, run.adapter, merge)
-        distributed.say(f"model written to {run.run_dir / 'model'}")
+            evaluation = evaluate_run(config, run.engine.ask, run.model_config, run.tokenizer, run.device)
+        if config.export:
+            export_run(run, evaluation)
     return run.run_dir
+
+
+def export_run(run: Run, evaluation: dict[str, Any] | None) -> None:
+    """Write the model with a card that says what it is. Every rank calls this."""
+    config, target = run.config, run.run_dir / "model"
+    card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
+    merge = config.lora_export == "merged"
+    export_model(run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge)
+    distributed.say(f"model written to {target}")
+
+
+@contextmanager
+def resumable(run: Run) -> Iterator[None]:
+    """What cannot be written after the last update is an error that says from which state it can be made again."""
+    try:
+        yield
+    except OSError as error:
+        newest = checkpoint.newest_one(run.run_dir)
+        raise OSError(f"{error}. Mend this and start again with --resume: {newest}") from error
 
 
 def run_steps(run: Run, stop: StopRequest) -> None:
     """The loop: every update of the plan that is not done yet."""
-    config, engine, plan = run.config, run.engine, run.plan
-    skipped_in_a_row = 0
+    config, plan = run.config, run.plan
     with (
         MetricsWriter(config, run.run_dir, plan.num_steps, run.start_step) as metrics,
-        Loader(plan, distributed.rank(), engine.device, run.start_step, run.reference.hidden_cache) as loader,
+        Loader(plan, distributed.rank(), run.engine.device, run.start_step, run.reference.hidden_cache) as loader,
         frozen_garbage(),
         Watchdog(config.hang_timeout, run.run_dir, distributed.rank(), distributed.lifeline()) as watchdog,
         stop.deferred(),
@@ -90,38 +106,15 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         guard = Guard(run, metrics)
         guard.before()
         profiler = StepProfiler(config.profile_steps, run.run_dir)
+        skips = SkippedUpdates(run, watchdog)
         watchdog.step(run.start_step + 1)
         for step in loader:
             if guard.stopped:
                 break
-            profiler.before(step.index + 1)
-            started, waited_s = time.perf_counter(), step.wait_s
-            learning_rate = engine.learning_rate
-            sums = accumulate(run, step)
-            result = engine.update()
             done = step.index + 1
-            profiler.after(done, time.perf_counter() - started + waited_s, step.wait_s)
-            if done % config.logging_steps == 0 or done == plan.num_steps or not result.applied:
-                elapsed = time.perf_counter() - started + waited_s
-                metrics.write(metrics_row(run, step, sums, result, learning_rate, elapsed))
-            metrics.advance()
-            if not result.applied:
-                distributed.say(f"update {done}: the gradient was not finite: left out, the weights are as before it")
-            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-            if skipped_in_a_row >= config.max_skipped_steps:
-                with watchdog.paused():
-                    save_checkpoint(run, done, must=False)
-                raise ValueError(
-                    f"the gradient was not finite in {skipped_in_a_row} updates in a row (last: {done}): the weights are as "
-                    f"after update {done - skipped_in_a_row}, and saved. Lower --learning_rate, or look at "
-                    "the data of these updates"
-                )
-            stopping = stop.agreed(engine.device) and done < plan.num_steps
-            if stopping or (config.save_steps and (done % config.save_steps == 0 or done == plan.num_steps)):
-                with watchdog.paused():
-                    save_checkpoint(run, done, must=stopping)
-            if stopping:
-                raise StopRequested(f"stopped after update {done} of {plan.num_steps}: --resume goes on from here")
+            applied = carry_out(run, step, metrics, profiler)
+            skips.count(done, applied)
+            save_or_stop(run, watchdog, stop, done)
             if guard.due(done):
                 with watchdog.paused():
                     guard.measure(done)
@@ -129,10 +122,57 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         guard.finish()
 
 
-def save_checkpoint(run: Run, done: int, must: bool) -> None:
+def carry_out(run: Run, step: Step, metrics: MetricsWriter, profiler: StepProfiler) -> bool:
+    """One update, measured; whether it was applied. Every rank calls this."""
+    config, engine, done = run.config, run.engine, step.index + 1
+    profiler.before(done)
+    started, learning_rate = time.perf_counter(), engine.learning_rate
+    sums = accumulate(run, step)
+    result = engine.update()
+    profiler.after(done, time.perf_counter() - started + step.wait_s, step.wait_s)
+    if done % config.logging_steps == 0 or done == run.plan.num_steps or not result.applied:
+        elapsed_s = time.perf_counter() - started + step.wait_s
+        metrics.write(metrics_row(run, step, sums, result, learning_rate, elapsed_s))
+    metrics.advance()
+    return result.applied
+
+
+class SkippedUpdates:
+    """Counts updates in a row that were left out because their gradient was not finite."""
+
+    def __init__(self, run: Run, watchdog: Watchdog) -> None:
+        self._run, self._watchdog = run, watchdog
+        self._in_a_row = 0
+
+    def count(self, done: int, applied: bool) -> None:
+        """After update `done`. Raises `ValueError`, with the state saved, after --max_skipped_steps of them."""
+        self._in_a_row = 0 if applied else self._in_a_row + 1
+        if not applied:
+            distributed.say(f"update {done}: the gradient was not finite: left out, the weights are as before it")
+        if self._in_a_row >= self._run.config.max_skipped_steps:
+            save_checkpoint(self._run, self._watchdog, done, must=False)
+            raise ValueError(
+                f"the gradient was not finite in {self._in_a_row} updates in a row (last: {done}): the weights are as "
+                f"after update {done - self._in_a_row}, and saved. Lower --learning_rate, or look at "
+                "the data of these updates"
+            )
+
+
+def save_or_stop(run: Run, watchdog: Watchdog, stop: StopRequest, done: int) -> None:
+    """Save where a checkpoint is due after update `done`; if a rank was asked to stop, save and raise `StopRequested`."""
+    every, last = run.config.save_steps, run.plan.num_steps
+    stopping = stop.agreed(run.engine.device) and done < last
+    if stopping or (every and (done % every == 0 or done == last)):
+        save_checkpoint(run, watchdog, done, must=stopping)
+    if stopping:
+        raise StopRequested(f"stopped after update {done} of {last}: --resume goes on from here")
+
+
+def save_checkpoint(run: Run, watchdog: Watchdog, done: int, must: bool) -> None:
     """Save the state after update `done`; where it need not (`must`), a full disk is reported and training goes on."""
     try:
-        checkpoint.save(run.engine, run.run_dir, done, run.plan_id, run.config.save_total_limit)
+        with watchdog.paused():
+            checkpoint.save(run.engine, run.run_dir, done, run.plan_id, run.config.save_total_limit)
     except checkpoint.CheckpointError as error:
         if must:
             raise

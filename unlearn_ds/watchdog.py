@@ -75,9 +75,11 @@ class Watchdog:
                 file.write(f"{reason}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+                file.write("\n")  # an error if there is no room: faulthandler's own are silent
             where += f"; its stacks are in {path}"
         except OSError as error:
-            where += f"; its stacks cannot be written: {error}"
+            where += f"; its stacks cannot be written ({error}), so they stand here"
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
         os.write(sys.stderr.fileno(), f"unlearn-ds: {where}\n".encode())
 
     def __enter__(self) -> "Watchdog":

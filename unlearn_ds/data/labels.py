@@ -15,6 +15,7 @@ import numpy as np
 from unlearn_ds import distributed
 from unlearn_ds.data.corpus import CorpusError, with_suffix
 from unlearn_ds.data.hashing import derive_key, mix
+from unlearn_ds.durable import flush, replacing
 
 
 class TrueTargets:
@@ -96,13 +97,17 @@ class LabelCache:
 
     def write(self, offsets: np.ndarray, labels: np.ndarray) -> None:  # both (n,) int64
         """Add labels for the tokens at these offsets."""
-        np.stack([offsets, labels], axis=1).astype("<i8").tofile(self._file)
+        self._file.write(np.stack([offsets, labels], axis=1).astype("<i8"))
 
     def flush(self) -> None:
         """Put this rank's labels on disk; a barrier and the main rank's `commit` follow."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def discard(self) -> None:
+        """Take this rank's labels away, after one could not write."""
+        _part(self._path, distributed.rank()).unlink(missing_ok=True)
 
     def commit(self) -> None:
         """Join what all ranks drew and publish it. The main rank alone calls this."""
@@ -114,12 +119,9 @@ class LabelCache:
         content = {"num_tokens": self._num_tokens, "dtype": self._dtype.name, "key": self._key}
         with_suffix(self._path, ".json").unlink(missing_ok=True)
         for suffix, data in ((".bin", labels.tobytes()), (".json", json.dumps(content, indent=1).encode())):
-            partial = self._path.parent / f".{self._path.name}{suffix}.partial"
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(with_suffix(self._path, suffix))
+            with replacing(with_suffix(self._path, suffix)) as partial:
+                partial.write_bytes(data)
+                flush(partial)
         for part in parts:
             part.unlink()
 
