@@ -7,7 +7,7 @@
 #   cuda | cpu    `cpu` walks through the same steps with small shapes, to check the script itself (default: cuda)
 #   STEP          which of them, where time is short               (default: tests kernels step reference)
 #
-#     tests       the kernels against fp64, under Triton on the device          tests.log, tests.xml
+#     tests       the kernels against fp64, attention, loader, on the device         tests.log, tests.xml
 #     kernels     loss kernels beside every installed peer                      kernels.json, kernels.png
 #     step        whole updates of GA, GA+GD and GA+KL beside the published way step.json, step.png, traces/
 #     reference   GA+KL with a cached reference beside GA+GD                    reference.json, reference.png, traces/
@@ -34,7 +34,8 @@ cuda)
         echo "gpu_check: torch sees no CUDA device; 'bash launch/gpu_check.sh $OUT cpu' checks the script alone" >&2
         exit 2
     fi
-    TESTS=(tests/test_kernels.py tests/test_kernel_stats.py tests/test_kernel_sequence.py tests/test_kernels_gpu.py)
+    TESTS=(tests/test_kernels.py tests/test_kernel_stats.py tests/test_kernel_sequence.py tests/test_kernels_gpu.py
+        tests/test_attention.py tests/test_loader.py)
     KERNELS=(--repeats 10)
     MODEL=yi-6b
     if [ "$memory" -lt 130 ]; then

@@ -23,7 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unlearn_ds import checkpoint, distributed
+from unlearn_ds import distributed  # before whatever imports DeepSpeed: it chooses the accelerator
+
+# isort: split
+from unlearn_ds import checkpoint
 from unlearn_ds.build import Run, build_run
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.loader import Loader, Step
@@ -150,11 +153,11 @@ class SkippedUpdates:
         if not applied:
             distributed.say(f"update {done}: the gradient was not finite: left out, the weights are as before it")
         if self._in_a_row >= self._run.config.max_skipped_steps:
-            save_checkpoint(self._run, self._watchdog, done, must=False)
+            saved = save_checkpoint(self._run, self._watchdog, done, must=False)
             raise ValueError(
                 f"the gradient was not finite in {self._in_a_row} updates in a row (last: {done}): the weights are as "
-                f"after update {done - self._in_a_row}, and saved. Lower --learning_rate, or look at "
-                "the data of these updates"
+                f"after update {done - self._in_a_row}, and {'' if saved else 'could not be '}saved. Lower --learning_rate, or "
+                "look at the data of these updates"
             )
 
 
@@ -168,8 +171,8 @@ def save_or_stop(run: Run, watchdog: Watchdog, stop: StopRequest, done: int) -> 
         raise StopRequested(f"stopped after update {done} of {last}: --resume goes on from here")
 
 
-def save_checkpoint(run: Run, watchdog: Watchdog, done: int, must: bool) -> None:
-    """Save the state after update `done`; where it need not (`must`), a full disk is reported and training goes on."""
+def save_checkpoint(run: Run, watchdog: Watchdog, done: int, must: bool) -> bool:
+    """Save the state after update `done`; where it need not (`must`), a full disk is reported: False, and training goes on."""
     try:
         with watchdog.paused():
             checkpoint.save(run.engine, run.run_dir, done, run.plan_id, run.config.save_total_limit)
@@ -178,6 +181,8 @@ def save_checkpoint(run: Run, watchdog: Watchdog, done: int, must: bool) -> None
             raise
         again = run.config.save_steps
         distributed.say(f"warning: {error}. Training goes on; the next checkpoint is due {again} updates later")
+        return False
+    return True
 
 
 @contextmanager
