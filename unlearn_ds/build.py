@@ -24,13 +24,12 @@ from unlearn_ds.loss_head import HeadOptions
 from unlearn_ds.memory import num_parameters
 from unlearn_ds.model import (
     ModelOptions,
-    check_length,
-    load_config,
+    head_options,
     load_model,
     load_tokenizer,
-    logit_shape,
     model_fingerprint,
     model_size,
+    open_config,
 )
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import OptionError
@@ -152,17 +151,14 @@ def open_subject(config: RunConfig) -> Subject:
         config.trust_remote_code,
         config.loading,
     )
-    model_config = load_config(options)
-    if warning := check_length(model_config, config.seq_len, options.name_or_path):
-        distributed.say(f"warning: {warning}")
-    impl = None if config.loss_impl == "auto" else config.loss_impl
+    model_config = open_config(options, config.seq_len)
     parameters = num_parameters(model_config)
     return Subject(
         options=options,
         config=model_config,
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
-        head=HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl),
+        head=head_options(model_config, config.loss_impl, config.loss_workspace_mib),
         num_parameters=parameters,
         num_trainable=trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters,
     )

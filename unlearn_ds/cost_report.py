@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from unlearn_ds import cost
 from unlearn_ds.config import RunConfig
 from unlearn_ds.distributed import choose_accelerator
@@ -93,7 +91,7 @@ class Estimator:
         from unlearn_ds.flops import model_flops
         from unlearn_ds.lora import trainable_parameters
         from unlearn_ds.memory import num_parameters
-        from unlearn_ds.model import ModelOptions, load_config, model_size
+        from unlearn_ds.model import ModelOptions, load_config, model_size, parameter_dtype
         from unlearn_ds.run_data import make_sources, open_run_corpora
 
         self.config, self.run = config, run
@@ -107,7 +105,7 @@ class Estimator:
             layer_parameters=model_size(model_config).layer,
             num_layers=model_config.num_hidden_layers,
             head_parameters=model_config.vocab_size * model_config.hidden_size,
-            activations=layer_activations(model_config, torch.bfloat16 if run.bf16 else torch.float32),
+            activations=layer_activations(model_config, parameter_dtype(run.bf16)),
         )
         self.flops = model_flops(model_config, adapters)
         corpora = open_run_corpora(run, model_config.vocab_size, None)

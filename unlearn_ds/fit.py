@@ -9,7 +9,7 @@ from unlearn_ds import distributed
 from unlearn_ds.activations import choose_checkpointing, fixed_bytes, layer_activations
 from unlearn_ds.config import RunConfig
 from unlearn_ds.memory import available_bytes, require_memory, state_bytes
-from unlearn_ds.model import model_size
+from unlearn_ds.model import model_size, parameter_dtype
 
 
 def check_memory(
@@ -56,7 +56,7 @@ def fit_checkpointing(
     # The parameters are there already; what else the state takes is still to come.
     to_come = sum(size for name, (size, place) in components.items() if place == "device" and name != "parameters")
     free = least_available(device)["device"] - to_come
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = parameter_dtype(config.bf16)
     tokens = config.per_device_train_batch_size * config.seq_len
     workspace = int(config.loss_workspace_mib * 2**20)
     choice, needed = choose_checkpointing(

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from unlearn_ds import attention, weights
+from unlearn_ds import attention, distributed, weights
 from unlearn_ds.ds_config import ModelSize
 from unlearn_ds.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
 from unlearn_ds.memory import blank_model
@@ -53,7 +53,12 @@ class ModelOptions:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 else torch.float32
+        return parameter_dtype(self.bf16)
+
+
+def parameter_dtype(bf16: bool) -> torch.dtype:
+    """What `--bf16` says of the parameters."""
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 class ZeroInit:
@@ -116,6 +121,14 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any | 
         raise OptionError(f"the tokenizer of {name_or_path} cannot be loaded: {reason}") from error
 
 
+def open_config(options: ModelOptions, seq_len: int) -> PreTrainedConfig:
+    """The config of a model for sequences of `seq_len`; says what `check_length` warns of, and raises what it raises."""
+    config = load_config(options)
+    if warning := check_length(config, seq_len, options.name_or_path):
+        distributed.say(f"warning: {warning}")
+    return config
+
+
 def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | None:
     """A warning, or None, about sequences longer than the model was made for.
 
@@ -138,6 +151,12 @@ def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | Non
             f"--seq_len {seq_len}: {name} has {positions} learned positions: --seq_len {positions}, or less"
         )
     return f"--seq_len {seq_len}: {name} was made for {positions} positions, and may be poor beyond them: --seq_len {positions}"
+
+
+def head_options(config: PreTrainedConfig, loss_impl: str, workspace_mib: float) -> HeadOptions:
+    """How a run's or an evaluation's loss head computes, by --loss_impl and --loss_workspace_mib."""
+    impl = None if loss_impl == "auto" else loss_impl
+    return HeadOptions(logit_shape(config), int(workspace_mib * 2**20), impl)
 
 
 def logit_shape(config: PreTrainedConfig) -> LogitShape:

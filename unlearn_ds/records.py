@@ -12,6 +12,7 @@ from unlearn_ds.build import Run
 from unlearn_ds.durable import replacing
 from unlearn_ds.engine import changes_nothing
 from unlearn_ds.memory import state_bytes
+from unlearn_ds.model import parameter_dtype
 from unlearn_ds.reference import LiveReference
 from unlearn_ds.run_data import NamedCorpus
 
@@ -82,9 +83,7 @@ def announce(run: Run) -> None:
         trainable=run.num_trainable,
     )
     shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in state.items())
-    attn, why = choose_attention(
-        config.attn, device.type, caps_scores(run.model_config), torch.bfloat16 if config.bf16 else torch.float32
-    )
+    attn, why = choose_attention(config.attn, device.type, caps_scores(run.model_config), parameter_dtype(config.bf16))
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     visible = torch.cuda.device_count() if device.type == "cuda" else 0
     for note in [*config.notes(), *idle_gpus_note(world, visible)]:

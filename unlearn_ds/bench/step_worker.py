@@ -27,9 +27,9 @@ from unlearn_ds.ds_config import inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine, make_optimizer
 from unlearn_ds.hidden_cache import open_or_fill
 from unlearn_ds.layers import decoder_layer_classes, wrap_layers
-from unlearn_ds.loss_head import HeadOptions, PackedCausalLM, attach
+from unlearn_ds.loss_head import PackedCausalLM, attach
 from unlearn_ds.memory import blank_model
-from unlearn_ds.model import ZeroInit, logit_shape, model_size
+from unlearn_ds.model import ZeroInit, head_options, model_size, parameter_dtype
 from unlearn_ds.objectives import KL
 from unlearn_ds.profile import breakdown
 from unlearn_ds.reference import CachedReference, LiveReference, NoReference, Reference
@@ -55,8 +55,7 @@ def main(case: StepCase) -> None:
     config = RunConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in case.run.items()})
     device = distributed.init_distributed(config.num_threads)
     shape = model_config(case.model, config.seq_len)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    caps = attention.caps_scores(shape)
+    dtype, caps = parameter_dtype(config.bf16), attention.caps_scores(shape)
     shape._attn_implementation = attention.choose_attention(config.attn, device.type, caps, dtype)[0]
     corpora = open_run_corpora(config, shape.vocab_size, None)
     plan = make_plan(config, make_sources(config, corpora, shape.vocab_size, ()), distributed.world_size())
@@ -148,8 +147,8 @@ def _draw(values: torch.Tensor, num_dimensions: int, seed: int) -> None:
 def packed_model(config: RunConfig, shape: Any, ds_config: dict[str, Any]) -> PackedCausalLM:
     """A sharded causal LM of random weights, ours to train: with the loss in its head and attention for packed rows."""
     attention.register()
-    model = random_sharded(shape, torch.bfloat16 if config.bf16 else torch.float32, ds_config)
-    attach(model.get_output_embeddings(), HeadOptions(logit_shape(shape), int(config.loss_workspace_mib * 2**20)))
+    model = random_sharded(shape, parameter_dtype(config.bf16), ds_config)
+    attach(model.get_output_embeddings(), head_options(shape, config.loss_impl, config.loss_workspace_mib))
     return PackedCausalLM(model)
 
 
@@ -166,7 +165,7 @@ def training_ds_config(config: RunConfig, shape: Any) -> dict[str, Any]:
 
 
 def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks: dict[str, int]) -> Any:
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = parameter_dtype(config.bf16)
     ds_config = training_ds_config(config, shape)
     model = packed_model(config, shape, ds_config)
     wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
@@ -205,7 +204,7 @@ def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks
 
 def _baseline(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks: dict[str, int]) -> Any:
     shape._attn_implementation = "sdpa"
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    dtype = parameter_dtype(config.bf16)
     ds_config = training_ds_config(config, shape)
     model = random_sharded(shape, dtype, ds_config)
     wrap_layers(model, config.activation_checkpointing, False)

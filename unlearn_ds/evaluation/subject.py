@@ -12,16 +12,7 @@ from unlearn_ds.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine import FrozenEngine
 from unlearn_ds.evaluation.collect import open_sets
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.loss_head import HeadOptions
-from unlearn_ds.model import (
-    ModelOptions,
-    check_length,
-    load_config,
-    load_model,
-    load_tokenizer,
-    logit_shape,
-    model_size,
-)
+from unlearn_ds.model import ModelOptions, head_options, load_model, load_tokenizer, model_size, open_config
 
 
 @dataclass(frozen=True)
@@ -41,14 +32,11 @@ def load_subject(config: EvaluateConfig) -> Subject:
     options = ModelOptions(
         config.model_name_or_path, config.bf16, config.attn, trust_remote_code=config.trust_remote_code
     )
-    model_config = load_config(options)
-    if warning := check_length(model_config, config.seq_len, options.name_or_path):
-        distributed.say(f"warning: {warning}")
+    model_config = open_config(options, config.seq_len)
     tokenizer = load_tokenizer(options.name_or_path, config.trust_remote_code)
     size, node = model_size(model_config), distributed.ranks_per_node()
     ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
-    impl = None if config.loss_impl == "auto" else config.loss_impl
-    head = HeadOptions(logit_shape(model_config), int(config.loss_workspace_mib * 2**20), impl)
+    head = head_options(model_config, config.loss_impl, config.loss_workspace_mib)
     # What is wrong with the data is said before anything is loaded.
     open_sets(config, model_config.vocab_size, tokenizer)
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
