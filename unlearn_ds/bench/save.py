@@ -14,14 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import LlamaConfig
 
-from unlearn_ds import attention, checkpoint, distributed
+from unlearn_ds import checkpoint, distributed
 from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
-from unlearn_ds.bench.scaling import update
-from unlearn_ds.bench.step_worker import packed_model, training_ds_config
-from unlearn_ds.config import RunConfig
+from unlearn_ds.bench.small_engine import small_engine, update
 from unlearn_ds.durable import flush
 from unlearn_ds.engine import TrainingEngine
 
@@ -73,10 +70,7 @@ def build_engine(hidden_size: int, num_layers: int) -> TrainingEngine:
         num_attention_heads=hidden_size // 64 or 1,
         vocab_size=1000,
     )
-    shape._attn_implementation = attention.choose_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")[0]
-    config = RunConfig("gradient_ascent", "-", target_model_name_or_path="-", loss_workspace_mib=64)
-    ds_config = training_ds_config(config, shape)
-    engine = TrainingEngine(packed_model(config, shape, ds_config).train(), config, ds_config, num_steps=1)
+    engine = small_engine(shape, bf16=True)
     update(engine, [16], shape.vocab_size)()
     return engine
 

@@ -13,15 +13,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from unlearn_ds import attention, distributed
+from unlearn_ds import distributed
 from unlearn_ds.bench.plots import plot_scaling
 from unlearn_ds.bench.record import positive_int, time_interleaved, version, write_json
-from unlearn_ds.bench.step_worker import packed_model, training_ds_config
-from unlearn_ds.checks import pack
-from unlearn_ds.config import RunConfig
+from unlearn_ds.bench.small_engine import small_engine, update
 from unlearn_ds.engine import TrainingEngine
-from unlearn_ds.layers import decoder_layer_classes
-from unlearn_ds.loss_head import LossCall
 from unlearn_ds.options import OptionError
 
 _SHAPE = {
@@ -84,13 +80,7 @@ def main(args: argparse.Namespace) -> int:
 def build_engine(vocab_size: int, max_length: int) -> TrainingEngine:
     """A training engine on the small model, in fp32."""
     shape = LlamaConfig(**_SHAPE, vocab_size=vocab_size, max_position_embeddings=max_length)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    shape._attn_implementation = attention.choose_attention("auto", device_type, dtype=torch.float32)[0]
-    config = RunConfig("gradient_ascent", "-", target_model_name_or_path="-", bf16=False, loss_workspace_mib=64)
-    ds_config = training_ds_config(config, shape)
-    model = packed_model(config, shape, ds_config)
-    ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
-    return TrainingEngine(model.train(), config, ds_config, num_steps=1000)
+    return small_engine(shape, bf16=False)
 
 
 def document_lengths(row_tokens: int, count: int) -> list[int]:
@@ -98,23 +88,6 @@ def document_lengths(row_tokens: int, count: int) -> list[int]:
     edges = np.linspace(0, 1, count + 1)
     ends = np.round(row_tokens * (edges + edges**2) / 2).astype(int)  # lengths grow along the row
     return np.diff(ends).tolist()
-
-
-def update(engine: TrainingEngine, lengths: list[int], vocab_size: int) -> Any:
-    """A whole update on one row of random documents of these lengths."""
-    generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(vocab_size, (n,), generator=generator).to(engine.device) for n in lengths]
-    targets = torch.cat([document[1:] for document in documents])
-    ends = np.cumsum(lengths) - 1
-    rows = torch.from_numpy(np.delete(np.arange(sum(lengths)), ends)).to(engine.device)
-    packed = pack(documents)
-    call = LossCall(rows, targets, torch.full((len(targets),), -1.0 / len(targets), device=engine.device))
-
-    def run() -> None:
-        engine.micro_step(packed, call)
-        engine.update()
-
-    return run
 
 
 def fit(results: list[dict[str, Any]], row_tokens: int) -> dict[str, dict[str, float]]:
