@@ -112,27 +112,22 @@ class _Writer(CheckpointEngine):
         super().__init__()
         self.root = root
         self.checksums: dict[str, str] = {}
-        self.failure: str | None = None
+        self.failure = distributed.KeptFailure()
 
     def create(self, info: CheckpointCommitInfo) -> None:
         pass
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        if self.failure is not None:
+        if self.failure.reason is not None:
             return
-        try:
+        with self.failure.keep(), _without_torch_s_own_sums():
             file = _SummedFile(Path(path))
-            with _without_torch_s_own_sums():
-                torch.save(state_dict, file)
+            torch.save(state_dict, file)
             self.checksums[str(Path(path).relative_to(self.root))] = file.finish()
-        except OSError as error:
-            self.failure = str(error)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
+        with self.failure.keep():
             Path(path).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self.failure = str(error)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         raise AssertionError("this engine only writes")
@@ -169,14 +164,14 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str
     writer = _Writer(partial)
     with _writing_through(engine.engine, writer):
         engine.engine.save_checkpoint(str(partial), tag=_STATE, client_state={"step": step}, save_latest=False)
-    answers = distributed.gather_objects((writer.checksums, writer.failure))
-    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure]
-    checksums = {name: checksum for written, _ in answers for name, checksum in sorted(written.items())}
+    why = writer.failure.everywhere()
+    written = distributed.gather_objects(writer.checksums)
+    checksums = {name: checksum for part in written for name, checksum in sorted(part.items())}
 
     def publish() -> None:
-        if failures:
+        if why:
             shutil.rmtree(partial, ignore_errors=True)
-            raise _not_saved(run_dir, step, failures[0])
+            raise _not_saved(run_dir, step, why)
         try:
             manifest = {
                 "step": step,

@@ -92,7 +92,6 @@ def _draw(
             cache.write(batch.token_offsets.cpu().numpy(), labels.astype(np.int64))
     with failure.keep():
         cache.flush()
-    distributed.barrier()
     if not failure.everywhere():
         with failure.keep():
             distributed.on_main(cache.commit)
