@@ -148,7 +148,7 @@ class SkippedUpdates:
         self._in_a_row = 0
 
     def count(self, done: int, applied: bool) -> None:
-        """After update `done`. Raises `ValueError`, with the state saved, after --max_skipped_steps of them."""
+        """After update `done`. Raises `ValueError`, after a try to save the state, after --max_skipped_steps of them."""
         self._in_a_row = 0 if applied else self._in_a_row + 1
         if not applied:
             distributed.say(f"update {done}: the gradient was not finite: left out, the weights are as before it")

@@ -182,9 +182,8 @@ def _open(source: DocumentSource) -> Iterator[dict[str, Any]]:
             # As they are: `datasets` would turn every line end into \n.
             return ({"text": file.read_bytes().decode("utf-8")} for file in source.files)
         options = {"sample_by": "document"} if source.format == "text" else {}
-        files = [
-            glob.escape(str(file)) for file in source.files
-        ]  # `datasets` takes a name such as [id].js for a pattern
+        # Escaped: `datasets` takes a name such as [id].js for a pattern.
+        files = [glob.escape(str(file)) for file in source.files]
         return iter(datasets.load_dataset(source.format, data_files=files, split="train", streaming=True, **options))
 
 
