@@ -60,6 +60,9 @@ def test_a_launcher_without_its_number_or_a_shared_folder(words, capsys):
         ("scaling", "--lengths", "-1"),
         ("scaling", "--repeats", "0"),
         ("evaluation", "--sequences", "x"),
+        ("kernels", "--repeats", "0"),
+        ("loader", "--rows", "-3"),
+        ("loss", "--threads", "0"),
     ],
 )
 def test_a_count_below_one_is_refused(bench, flag, value, capsys):
@@ -67,3 +70,11 @@ def test_a_count_below_one_is_refused(bench, flag, value, capsys):
         main(["bench", bench, flag, value])
     assert ended.value.code == 2
     assert f"{value} is not a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bench", "flag"), [("step", "--warmup_steps"), ("loss", "--repeats")])
+def test_a_count_below_zero_is_refused(bench, flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", bench, flag, "-1"])
+    assert ended.value.code == 2
+    assert "-1 is not a whole number of at least 0" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from unlearn_ds.bench.contestants import (
 )
 from unlearn_ds.bench.loss import DTYPES, TOLERANCE, Shape, show
 from unlearn_ds.bench.plots import plot_kernels
-from unlearn_ds.bench.record import Run, quantiles, time_interleaved, version, write_json
+from unlearn_ds.bench.record import Run, positive_int, quantiles, time_interleaved, version, write_json
 from unlearn_ds.options import OptionError
 
 # N, D, V of the models the kernels are for: Llama-2, Yi-6B, Llama-3, Qwen, Gemma
@@ -163,8 +163,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on CPU")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="N,D,V", help="default: real models' on a GPU")
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), help="default: all")
-    parser.add_argument("--repeats", type=int, default=10, help="timed rounds (default: 10)")
-    parser.add_argument("--workspace_mib", type=int, default=1024, help="what ours may use for logits (default: 1024)")
+    parser.add_argument("--repeats", type=positive_int, default=10, help="timed rounds (default: 10)")
+    parser.add_argument(
+        "--workspace_mib", type=positive_int, default=1024, help="what ours may use for logits (default: 1024)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

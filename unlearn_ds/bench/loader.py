@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from unlearn_ds.bench.loader_peers import PEERS, Rows
-from unlearn_ds.bench.record import quantiles, version, write_json
+from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
 from unlearn_ds.data.batch import StepBuilder, plan_layout
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
 from unlearn_ds.data.labels import TrueTargets
@@ -362,10 +362,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `unlearn-ds bench loader`."""
     parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rows", "open"], help="what to measure")
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens of the corpora for rows (default: 2e7)")
-    parser.add_argument("--rows", type=int, default=1000, help="rows of one timed round (default: 1000)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--prepare_mb", type=int, nargs="+", default=[64], help="text for prepare, in MB (default: 64)")
+    parser.add_argument(
+        "--tokens", type=positive_int, default=20_000_000, help="tokens of the corpora for rows (default: 2e7)"
+    )
+    parser.add_argument("--rows", type=positive_int, default=1000, help="rows of one timed round (default: 1000)")
+    parser.add_argument("--repeats", type=positive_int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument(
+        "--prepare_mb", type=positive_int, nargs="+", default=[64], help="text for prepare, MB (default: 64)"
+    )
     parser.add_argument("--folder", help="where the files go (default: a temporary folder, deleted)")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from unlearn_ds.bench.contestants import NUM_PRODUCTS, available, errors, make_inputs, outcome, products
-from unlearn_ds.bench.record import Run, peak_memory, time_interleaved, write_json
+from unlearn_ds.bench.record import Run, peak_memory, positive_int, time_interleaved, whole_number, write_json
 
 OPS = ("cross_entropy", "kl")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # beyond naive's own error against fp64
@@ -87,15 +87,19 @@ def show(results: list[dict[str, Any]]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `unlearn-ds bench loss`."""
     parser.add_argument("--json", metavar="FILE", help="write the results here")
-    parser.add_argument("--rows", type=int, default=4096, help="N, tokens with a loss (default: 4096)")
-    parser.add_argument("--hidden_size", type=int, default=512, help="D (default: 512)")
-    parser.add_argument("--vocab_size", type=int, default=64000, help="V (default: 64000)")
+    parser.add_argument("--rows", type=positive_int, default=4096, help="N, tokens with a loss (default: 4096)")
+    parser.add_argument("--hidden_size", type=positive_int, default=512, help="D (default: 512)")
+    parser.add_argument("--vocab_size", type=positive_int, default=64000, help="V (default: 64000)")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="fp32", help="of hidden states and weight (default: fp32)"
     )
-    parser.add_argument("--workspace_mib", type=int, default=1024, help="what ours may use for logits (default: 1024)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; 0 measures memory alone (default: 3)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--workspace_mib", type=positive_int, default=1024, help="what ours may use for logits (default: 1024)"
+    )
+    parser.add_argument(
+        "--repeats", type=whole_number, default=3, help="timed rounds; 0 measures memory alone (default: 3)"
+    )
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="what to measure (default: all)")
 
 

@@ -75,11 +75,16 @@ def time_interleaved(
     return {name: quantiles(values) for name, values in times.items()}
 
 
+def whole_number(text: str, at_least: int = 0) -> int:
+    """The type of a flag that counts something and may be 0, for argparse."""
+    if not text.isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {at_least}")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     """The type of a flag that counts something, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
+    return whole_number(text, at_least=1)
 
 
 def quantiles(times_ms: list[float]) -> dict[str, float]:

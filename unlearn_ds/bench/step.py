@@ -17,7 +17,7 @@ import torch
 
 from unlearn_ds.bench.geometry import GEOMETRIES, model_config, write_documents
 from unlearn_ds.bench.plots import plot_step
-from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
+from unlearn_ds.bench.record import positive_int, quantiles, version, whole_number, write_json
 from unlearn_ds.config import RunConfig
 from unlearn_ds.flops import model_flops, peak_flops
 from unlearn_ds.memory import num_parameters
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="starts the ranks, such as 'srun --nodes=2 --ntasks=16'; needs --num_ranks (default: this machine's)",
     )
     parser.add_argument("--scratch", type=Path, help="folder that all ranks see (default: a temporary one here)")
-    parser.add_argument("--warmup_steps", type=int, default=2)
+    parser.add_argument("--warmup_steps", type=whole_number, default=2)
     parser.add_argument("--steps", type=positive_int, default=8)
     parser.add_argument("--rounds", type=positive_int, default=1, help="how often every way is started, in turn")
     parser.add_argument("--baseline", action="store_true", help="the published way too, on the same sequences")
