@@ -86,6 +86,7 @@ class TinyRun:
             "learning_rate": 1e-3,
             "max_steps": self.num_steps,
             "bf16": False,
+            "num_threads": 1,  # whatever the launcher leaves a rank: more would sum in another order
             "save_steps": 2,
             "save_total_limit": 2,
             "disable_tqdm": True,

@@ -69,7 +69,7 @@ def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
     check_same_corpora(tmp_path, corpora)
     record = [{"name": named.name, "digest": named.corpus.fingerprint} for term in corpora for named in term]
     (tmp_path / "run.json").write_text(
-        json.dumps({"corpora": record, "plan": {"num_steps": 3}, "model_fingerprint": "m"})
+        json.dumps({"corpora": record, "plan": {"num_steps": 3}, "model_fingerprint": "m", "options": {"bf16": False}})
     )
     check_same_corpora(tmp_path, corpora)
     write_corpora(tmp_path, seed=1)
@@ -83,7 +83,9 @@ def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
 
 def test_a_model_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
     check_same_model(tmp_path, "b")
-    (tmp_path / "run.json").write_text(json.dumps({"corpora": [], "plan": {"num_steps": 3}, "model_fingerprint": "a"}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"corpora": [], "plan": {"num_steps": 3}, "model_fingerprint": "a", "options": {"bf16": False}})
+    )
     check_same_model(tmp_path, "a")
     with pytest.raises(OptionError, match=r"started from another model: its fingerprint was a and is b. Bring the old"):
         check_same_model(tmp_path, "b")

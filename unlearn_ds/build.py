@@ -33,6 +33,7 @@ from unlearn_ds.model import (
 )
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import OptionError
+from unlearn_ds.precision import settle
 from unlearn_ds.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.relabel import sampled_targets
 from unlearn_ds.run_data import (
@@ -44,7 +45,14 @@ from unlearn_ds.run_data import (
     with_reference_nll,
     with_targets,
 )
-from unlearn_ds.run_folder import check_same_model, claim_run_dir, find_checkpoint, warn_of_another_length
+from unlearn_ds.run_folder import (
+    begun_in_bf16,
+    check_same_model,
+    claim_run_dir,
+    find_checkpoint,
+    note_other_threads,
+    warn_of_another_length,
+)
 from unlearn_ds.sequence_nll import reference_nll
 
 
@@ -92,6 +100,7 @@ def build_run(config: RunConfig) -> Run:
     device = distributed.init_distributed(config.num_threads)
     check_device(ds_file, device.type, config.deepspeed)
     distributed.on_main(lambda: claim_run_dir(config, config.run_dir))
+    config = settle(config, device, begun_in_bf16(config))
     torch.manual_seed(config.seed)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
@@ -114,6 +123,7 @@ def build_run(config: RunConfig) -> Run:
     if resumed_from is not None:
         check_same_model(config.run_dir, subject.fingerprint)
         warn_of_another_length(config.run_dir, plan.num_steps)
+        note_other_threads(config.run_dir, device)
         checkpoint.prepare_resume(resumed_from, ds_config)
     engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
     # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.

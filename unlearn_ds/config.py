@@ -103,8 +103,8 @@ class RunConfig:
 
     deepspeed: str = "zero3"
     """a file of DeepSpeed options, or one of those shipped: zero3, zero3_offload, zero3_hpz, zero3_zeropp, zero2"""
-    bf16: bool = True
-    """bf16 parameters with fp32 master weights; False trains in fp32"""
+    bf16: bool | None = None
+    """bf16 parameters with fp32 master weights; False trains in fp32; auto: bf16 where the device has instructions for it"""
     attn: str = "auto"
     """attention for packed rows: auto, varlen (torch), sdpa, flash_attention_2, flash_attention_3 or flash_attention_4"""
     activation_checkpointing: str = "none"

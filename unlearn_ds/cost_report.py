@@ -94,6 +94,8 @@ class Estimator:
         from unlearn_ds.model import ModelOptions, load_config, model_size, parameter_dtype
         from unlearn_ds.run_data import make_sources, open_run_corpora
 
+        if run.bf16 is None:
+            run = dataclasses.replace(run, bf16=True)  # every kind of GPU that is known here computes in it
         self.config, self.run = config, run
         options = ModelOptions(run.start_model, run.bf16, run.attn, run.random_init, run.trust_remote_code, run.loading)
         model_config = load_config(options)

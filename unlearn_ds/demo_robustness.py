@@ -16,19 +16,23 @@ from unlearn_ds.evaluation.quantize import measure_quantized
 from unlearn_ds.evaluation.relearn import measure_relearning
 from unlearn_ds.evaluation.subject import load_subject
 from unlearn_ds.evaluation.verdict import Comparison
+from unlearn_ds.options import AUTO
+from unlearn_ds.precision import settle
 
 RELEARN_UPDATES = 8
 _RELEARN_LEARNING_RATE = 1e-3  # the demo's model is small: the default rate is one for models of billions
 
 
 def main(argv: Sequence[str]) -> int:
-    """Arguments: the demo's folder, seq_len, seed, then the names of the models; returns the exit code."""
-    root, seq_len, seed, *names = argv
-    return distributed.guarded("unlearn-ds demo", lambda: measure(Path(root), int(seq_len), int(seed), names))
+    """Arguments: the demo's folder, seq_len, seed, bf16, then the names of the models; returns the exit code."""
+    root, seq_len, seed, bf16, *names = argv
+    chosen = None if bf16 == AUTO else bf16 == "True"
+    return distributed.guarded("unlearn-ds demo", lambda: measure(Path(root), int(seq_len), int(seed), chosen, names))
 
 
-def measure(root: Path, seq_len: int, seed: int, names: Sequence[str]) -> None:
+def measure(root: Path, seq_len: int, seed: int, bf16: bool | None, names: Sequence[str]) -> None:
     """Measure each model in int4 and after relearning, and write both into its folder."""
+    device = distributed.init_distributed()
     for name in names:
         config = EvaluateConfig(
             model_name_or_path=str(root / name / "model"),
@@ -38,9 +42,11 @@ def measure(root: Path, seq_len: int, seed: int, names: Sequence[str]) -> None:
             quantize=("int4",),
             relearn=RELEARN_UPDATES,
             relearn_learning_rate=_RELEARN_LEARNING_RATE,
+            bf16=bf16,
             seed=seed,
         )
-        subject = load_subject(config)
+        config = settle(config, device)
+        subject = load_subject(config, device)
         sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer)
         original, retrained = (evaluated_tables(root / yardstick) for yardstick in ("original", "retrained"))
         measure_quantized(config, subject, sets, Comparison(original, retrained, config), root / name)

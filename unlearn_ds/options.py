@@ -22,6 +22,8 @@ import yaml
 
 Options = TypeVar("Options")
 
+AUTO = "auto"  # how the user writes None in a field of `bool | None`: the program decides
+
 
 class OptionError(ValueError):
     """An option the user gave is unknown, malformed or cannot take effect."""
@@ -63,11 +65,27 @@ def field_types(config_class: type) -> dict[str, tuple[Any, bool]]:
     return resolved
 
 
+@cache
+def decided_by_program(config_class: type) -> frozenset[str]:
+    """The fields of `bool | None`, of which None, written `auto`, leaves the choice to the program."""
+    hints = typing.get_type_hints(config_class)
+    return frozenset(name for name, hint in hints.items() if set(typing.get_args(hint)) == {bool, type(None)})
+
+
 def _to_bool(text: str) -> bool:
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if str(text).lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return words[str(text).lower()]
+
+
+def _to_bool_or_auto(text: str) -> bool | None:
+    if str(text).lower() == AUTO:
+        return None
+    try:
+        return _to_bool(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} nor {AUTO}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,12 +102,16 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
         default = defaults[name]
         if default is dataclasses.MISSING:
             text += " (required)"
+        elif name in decided_by_program(config_class) and default is None:
+            text += f" (default: {AUTO})"
         elif default not in (None, "", (), False):
             shown = " ".join(map(str, default)) if is_list else default
             text += f" (default: {shown})"
         flags = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
         arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-        if kind is bool:
+        if name in decided_by_program(config_class):
+            arguments |= {"type": _to_bool_or_auto, "nargs": "?", "const": True, "metavar": f"BOOL|{AUTO}"}
+        elif kind is bool:
             arguments |= {"type": _to_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
         elif typing.get_origin(kind) is Literal:
             arguments |= {"type": str, "metavar": "|".join(map(str, typing.get_args(kind)))}
@@ -127,6 +149,8 @@ def _coerce(config_class: type, name: str, value: Any) -> Any:
         value = value if isinstance(value, list) else [value]
         return tuple(value)
     try:
+        if name in decided_by_program(config_class):
+            return _to_bool_or_auto(value)
         if kind is bool:
             return _to_bool(value)
         if typing.get_origin(kind) is Literal:

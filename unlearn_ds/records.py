@@ -13,6 +13,7 @@ from unlearn_ds.durable import replacing
 from unlearn_ds.engine import changes_nothing
 from unlearn_ds.memory import state_bytes
 from unlearn_ds.model import parameter_dtype
+from unlearn_ds.precision import name_of
 from unlearn_ds.reference import LiveReference
 from unlearn_ds.run_data import NamedCorpus
 
@@ -49,6 +50,7 @@ def write_run_json(run: Run) -> None:
             "steps_per_epoch": run.plan.steps_per_epoch,
         },
         "world_size": distributed.world_size(),
+        "num_threads": torch.get_num_threads(),
     }
 
     def write() -> None:
@@ -103,7 +105,7 @@ def announce(run: Run) -> None:
         f"  run           {plan.num_steps} updates, {plan.steps_per_epoch} an epoch"
         f"{f', resumed after {run.start_step}' if run.start_step else ''}\n"
         f"  parameters    {run.num_parameters:,}; GiB a rank: {shares}\n"
-        f"  device        {device.type} x {world}, {'bf16' if config.bf16 else 'fp32'}, DeepSpeed {config.deepspeed}\n"
+        f"  device        {device.type} x {world}, {name_of(config.bf16)}, DeepSpeed {config.deepspeed}\n"
         f"  loaded        {run.engine.engine.module.loading}\n"
         f"  attention     {attn} ({why})"
     )

@@ -86,11 +86,13 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run's run.json says of its data, its start model and its length."""
+    """What a run's run.json says of its data, its start model, its length and how it computes."""
 
     corpora: dict[str, str]  # name -> fingerprint
     num_steps: int | None = None
     model_fingerprint: str | None = None
+    bf16: bool | None = None  # what it computes in
+    num_threads: int | None = None  # CPU threads of a rank
 
 
 def read_record(run_dir: Path) -> RunRecord:
@@ -101,7 +103,13 @@ def read_record(run_dir: Path) -> RunRecord:
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         digests = {entry["name"]: entry["digest"] for entry in content["corpora"]}
-        return RunRecord(digests, int(content["plan"]["num_steps"]), content["model_fingerprint"])
+        return RunRecord(
+            corpora=digests,
+            num_steps=int(content["plan"]["num_steps"]),
+            model_fingerprint=content["model_fingerprint"],
+            bf16=content["options"]["bf16"],
+            num_threads=content.get("num_threads"),
+        )
     except (ValueError, LookupError, TypeError) as error:
         raise CorpusError(
             f"{record}: not the record of a run ({error!r}): delete it to go on without comparing corpora, model and length"

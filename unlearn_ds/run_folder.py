@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import torch
+
 from unlearn_ds import checkpoint, distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.options import OptionError
@@ -64,6 +66,21 @@ def check_same_model(run_dir: Path, fingerprint: str) -> None:
         raise OptionError(
             f"the run in {run_dir} started from another model: its fingerprint was {before} and is {fingerprint}. Bring the "
             "old model back, or start a new run"
+        )
+
+
+def begun_in_bf16(config: RunConfig) -> bool | None:
+    """Whether the run that `config` goes on with computes in bf16; None for a new one."""
+    return read_record(config.run_dir).bf16 if config.resume or config.auto_resume else None
+
+
+def note_other_threads(run_dir: Path, device: torch.device) -> None:
+    """Say that a run on CPUs goes on with another number of threads a rank: they sum in another order."""
+    before, now = read_record(run_dir).num_threads, torch.get_num_threads()
+    if device.type == "cpu" and before not in (None, now):
+        distributed.say(
+            f"note: this run began with {before} CPU threads a rank and goes on with {now}: its figures will equal those of an "
+            f"uninterrupted run up to rounding, not bit for bit (--num_threads {before} does that)"
         )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unlearn_ds import distributed
 from unlearn_ds.bench.record import Run, peak_memory, positive_int, time_interleaved, write_json
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
@@ -82,7 +83,7 @@ def prepare(impl: str, folder: Path, seq_len: int, workspace_mib: float) -> Run:
         loss_workspace_mib=workspace_mib,
         num_threads=torch.get_num_threads(),
     )
-    subject = load_subject(config)
+    subject = load_subject(config, distributed.init_distributed(config.num_threads))
     sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer)
     if impl == "one_pass":
         return partial(_one_pass, config, subject, sets)

@@ -21,6 +21,7 @@ from unlearn_ds.evaluation.subject import load_subject
 from unlearn_ds.evaluation.verdict import Comparison
 from unlearn_ds.model import model_fingerprint
 from unlearn_ds.options import OptionError, parse
+from unlearn_ds.precision import settle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,9 @@ def evaluate(config: EvaluateConfig) -> Path:
         config.retrained_model and evaluated_tables(Path(config.retrained_model)),
         config,
     )
-    subject = load_subject(config)
+    device = distributed.init_distributed(config.num_threads)
+    config = settle(config, device)
+    subject = load_subject(config, device)
     sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer, config.max_sequences)
     for flag in ("generate", "relearn"):
         if getattr(config, flag) and "forget" not in sets:

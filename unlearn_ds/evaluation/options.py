@@ -81,8 +81,8 @@ class EvaluateConfig(Thresholds):
     """seed of that sample, of bootstrap intervals and of relearning's data order"""
     deepspeed: str = "zero3"
     """a file of DeepSpeed options, or one of those shipped"""
-    bf16: bool = True
-    """bf16 parameters; False measures in fp32"""
+    bf16: bool | None = None
+    """bf16 parameters; False measures in fp32; auto: bf16 where the device has instructions for it"""
     attn: str = "auto"
     """attention for packed rows"""
     loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"

@@ -25,10 +25,9 @@ class Subject:
     device: torch.device
 
 
-def load_subject(config: EvaluateConfig) -> Subject:
-    """Load the model into a frozen engine and check it. Every rank calls this."""
+def load_subject(config: EvaluateConfig, device: torch.device) -> Subject:
+    """Load the model into a frozen engine and check it; `config` says in which precision. Every rank calls this."""
     ds_file = load_ds_file(config.deepspeed)
-    device = distributed.init_distributed(config.num_threads)
     options = ModelOptions(
         config.model_name_or_path, config.bf16, config.attn, trust_remote_code=config.trust_remote_code
     )
