@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.patience import finish
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
 from unlearn_ds.processes import rank_command, rank_environment
 
@@ -81,19 +82,9 @@ def environment(**extra: str) -> dict[str, str]:
     return rank_environment(**({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | extra))
 
 
-def launch(
-    module: str, arguments: list[str], num_ranks: int = 1, timeout_s: float = 300, **extra: str
-) -> subprocess.CompletedProcess[str]:
+def launch(module: str, arguments: list[str], num_ranks: int = 1, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a module as a plain process, or on several ranks under the deepspeed launcher."""
-    return subprocess.run(
-        rank_command(module, arguments, num_ranks),
-        cwd=ROOT,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    return finish(rank_command(module, arguments, num_ranks), ROOT, environment(**extra))
 
 
 def run_training(arguments: list[str], num_ranks: int = 1, **extra: str) -> list[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from tests.patience import finish
 from tests.support import ROOT
 from unlearn_ds import cli
 from unlearn_ds.bench import contestants
@@ -73,7 +73,7 @@ def test_errors_say_what_is_wrong(capsys, monkeypatch):
 def gpu_check(*words):
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / "launch" / "gpu_check.sh", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return finish(command, env=environment)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     """All lines that one launch of two ranks printed."""
-    finished = launch("tests.engine_worker", [str(folder)], num_ranks=2, timeout_s=600)
+    finished = launch("tests.engine_worker", [str(folder)], num_ranks=2)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     return [json.loads(line.split("RESULT ")[1]) for line in finished.stdout.splitlines() if "RESULT " in line]
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.patience import finish
 from tests.support import ROOT, save_tiny_model
 from unlearn_ds.model import model_fingerprint
 
@@ -78,15 +78,7 @@ def test_the_weights_are_there_before_anything_depends_on_them(hub: tuple[Path, 
         "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1",
     }
-    finished = subprocess.run(
-        [sys.executable, "-c", CODE],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = finish([sys.executable, "-c", CODE], ROOT, os.environ | settings)
     assert finished.returncode == 0, finished.stderr[-3000:]
     fingerprint, count = finished.stdout.split()[-2:]
     assert fingerprint == model_fingerprint(str(folder))

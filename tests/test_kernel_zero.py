@@ -32,7 +32,7 @@ def recorded(tmp_path_factory):
         for impl in ("chunked", "triton")
     ]
     (root / "spec.json").write_text(json.dumps(cases))
-    finished = launch("tests.record_runs", [str(root / "spec.json"), str(root)], 2, timeout_s=300, **ON_CPU)
+    finished = launch("tests.record_runs", [str(root / "spec.json"), str(root)], 2, **ON_CPU)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     return {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
 

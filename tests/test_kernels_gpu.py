@@ -198,7 +198,7 @@ def recorded(tmp_path_factory):
         for impl in ("chunked", "triton")
     ]
     (root / "spec.json").write_text(json.dumps(cases))
-    finished = launch("tests.record_runs", [str(root / "spec.json"), str(root)], timeout_s=900, DS_ACCELERATOR="cuda")
+    finished = launch("tests.record_runs", [str(root / "spec.json"), str(root)], DS_ACCELERATOR="cuda")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     return {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
 

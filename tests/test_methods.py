@@ -82,7 +82,7 @@ def recorded(tmp_path_factory) -> tuple[Path, dict]:
         ]
         spec = root / f"spec-{ranks}.json"
         spec.write_text(json.dumps(cases))
-        finished = launch("tests.record_runs", [str(spec), str(root)], ranks, timeout_s=900)
+        finished = launch("tests.record_runs", [str(spec), str(root)], ranks)
         assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
 

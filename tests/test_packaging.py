@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import finish
 from tests.support import ROOT, environment
 
 PROBE = """
@@ -21,9 +22,7 @@ def run(code: str, cwd: Path, **extra: str) -> str:
     variables = environment(**extra)
     if "PYTHONPATH" not in extra:
         del variables["PYTHONPATH"]
-    finished = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=variables, capture_output=True, text=True, timeout=120, check=False
-    )
+    finished = finish([sys.executable, "-c", code], cwd, variables)
     assert finished.returncode == 0, finished.stderr[-2000:]
     return finished.stdout.strip().splitlines()[-1]
 
@@ -46,7 +45,7 @@ def wheel(tmp_path_factory) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(copy)], check=True, timeout=300, capture_output=True)
+    subprocess.run([*command, "--wheel-dir", str(folder), str(copy)], check=True, capture_output=True)
     return next(folder.glob("*.whl"))
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 
 import matplotlib.image
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 from tests.cluster import require
 from tests.evaluation_support import random_tables, save_evaluation, save_models
+from tests.patience import finish
 from unlearn_ds.evaluation.plots import colours, draw_tradeoff, new_figure, to_svg
 from unlearn_ds.evaluation.report import main, write_report
 from unlearn_ds.options import OptionError
@@ -47,7 +47,9 @@ def browse(page, folder, *flags):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     require([] if browser else ["chromium"])
     command = [browser, *CHROMIUM, f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    finished = finish(command)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return finished
 
 
 def test_json_holds_what_other_tools_read(report_dir, models):

@@ -66,7 +66,7 @@ def recorded(tmp_path_factory):
             cases.append({"name": f"{method}-{layout}", "arguments": words, "num_updates": 4})
         spec = root / f"spec-{ranks}.json"
         spec.write_text(json.dumps(cases))
-        finished = launch("tests.record_runs", [str(spec), str(root)], ranks, timeout_s=600)
+        finished = launch("tests.record_runs", [str(spec), str(root)], ranks)
         assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
 

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.naive import sequence_logits
+from tests.patience import finish
 from tests.support import environment, launch, run_training, save_tiny_model, write_corpora
 from tests.test_config import PUBLISHED
 from unlearn_ds.data.corpus import Corpus, corpus_path
@@ -115,15 +115,7 @@ def test_the_published_command_line_runs_as_it_stands(tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start)).save_pretrained(start)
     arguments = shlex.split(PUBLISHED.replace("--target_model_name_or_path m", "--target_model_name_or_path start"))
-    finished = subprocess.run(
-        rank_command("unlearn_ds.train", arguments, 2),
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    finished = finish(rank_command("unlearn_ds.train", arguments, 2), tmp_path, environment())
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     said = finished.stdout + finished.stderr
     assert "note: --fsdp: DeepSpeed ZeRO-3 shards" in said
@@ -141,13 +133,8 @@ def test_torchrun_wandb_and_a_yaml_file(root):
     file = root / "run.yaml"
     file.write_text(yaml.safe_dump(options))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, "-m", "unlearn_ds.train", "--config", str(file)],
-        env=environment(WANDB_MODE="offline"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    finished = finish(
+        [*command, "-m", "unlearn_ds.train", "--config", str(file)], env=environment(WANDB_MODE="offline")
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert json.loads((root / "yaml" / "run.json").read_text())["world_size"] == 2
