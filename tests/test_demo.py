@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.cluster import largest_difference, make_tiny_run, metrics, weights
 from tests.support import launch
 from unlearn_ds.demo import GUARDS, TRAINING, UNLEARNING, DemoConfig, claim_folder
 from unlearn_ds.demo_robustness import RELEARN_UPDATES
@@ -31,6 +32,31 @@ def test_every_model_is_in_the_report(tmp_path):
     assert all(name in page for name in UNLEARNING)
     rows = [json.loads(line) for line in (folder / "ascent_plus_kl" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["retain_loss"] == 0.0
+
+
+def test_runs_in_the_same_ranks_equal_runs_of_their_own(tmp_path):
+    """What a run leaves in its process must not reach the next one."""
+    tiny = make_tiny_run(tmp_path)
+    methods = {
+        "ascent": {},
+        "kl": {"unlearn_method": "ascent_plus_kl_divergence", "do_eval": True},
+        "labels": {"unlearn_method": "adversarial", "bf16": True},
+    }
+
+    def arguments(folder: str, method: str) -> list[str]:
+        return tiny.arguments(tmp_path / folder / method, **{"max_steps": 4, "save_steps": 0} | methods[method])
+
+    try:
+        runs = tmp_path / "runs.json"
+        runs.write_text(json.dumps({method: arguments("together", method) for method in methods}))
+        together = tiny.server.start([str(runs)], module="unlearn_ds.demo_runs")
+        assert together.wait() == [0, 0], together.output()
+        for method in methods:
+            tiny.server.run(arguments("alone", method))
+            assert metrics(tmp_path / "together" / method) == metrics(tmp_path / "alone" / method)
+            assert largest_difference(*(weights(tmp_path / folder / method) for folder in ("together", "alone"))) == 0.0
+    finally:
+        tiny.server.stop()
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path):

@@ -104,12 +104,19 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     num_ranks = config.num_ranks or default_num_ranks(at_most=2)
     start_model = make_data(root, config.seed)
     names = [*TRAINING, *UNLEARNING, *GUARDS]
+    runs = root / "runs.json"
+    runs.write_text(json.dumps({name: run_arguments(config, root, name, start_model) for name in names}, indent=1))
     with tqdm(total=len(names) + 1, bar_format="{desc:<42}{bar}{n_fmt}/{total_fmt} steps, {elapsed}") as bar:
-        for name in names:
-            bar.set_description(f"{name} ({num_ranks} ranks, ZeRO-3)")
-            arguments = run_arguments(config, root, name, start_model)
-            run_ranks("unlearn_ds.train", arguments, num_ranks, root / f"{name}.log")
-            bar.update()
+
+        def show_progress() -> None:
+            done = sum((root / name / "model").is_dir() for name in names)
+            if done != bar.n or not bar.desc:
+                bar.n = done
+                bar.set_description(f"{names[min(done, len(names) - 1)]} ({num_ranks} ranks, ZeRO-3)")
+
+        show_progress()
+        run_ranks("unlearn_ds.demo_runs", [str(runs)], num_ranks, root / "runs.log", meanwhile=show_progress)
+        show_progress()
         bar.set_description("rounding and relearning")
         arguments = [str(root), str(SEQ_LEN), str(config.seed), precision_word(config), *TRAINING, *UNLEARNING]
         run_ranks("unlearn_ds.demo_robustness", arguments, 1, root / "robustness.log")

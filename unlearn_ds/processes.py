@@ -1,10 +1,11 @@
 """Start a module of ours on this machine: as one process, or as several ranks under the deepspeed launcher."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+_GLANCE_S = 0.2
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -57,21 +59,34 @@ def rank_environment(one_machine: bool = True, **extra: str) -> dict[str, str]:
     return defaults | inherited | {"PYTHONPATH": search_path} | extra
 
 
-def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, log: Path, launcher: Sequence[str] = ()) -> None:
+def run_ranks(
+    module: str,
+    arguments: Sequence[str],
+    num_ranks: int,
+    log: Path,
+    launcher: Sequence[str] = (),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
     """Run to the end, with all output in `log`. Raises `RuntimeError` with the log's end if it fails.
 
-    launcher: a command that starts one process a rank of what follows it, such as `srun --ntasks=16`.
+    launcher: a command that starts one process a rank of what follows it, such as `srun --ntasks=16`. meanwhile: called several
+    times a second until the end.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        finished = subprocess.run(
+        process = subprocess.Popen(
             rank_command(module, arguments, num_ranks, launcher),
             env=rank_environment(one_machine=not launcher),
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            check=False,
         )
-    if finished.returncode != 0:
+    with process:  # waits for it, also where this one is interrupted
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GLANCE_S)
+                break
+            meanwhile()
+    if process.returncode != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
-        raise RuntimeError(f"{module} ended with code {finished.returncode}; the end of {log}:\n{tail}")
+        raise RuntimeError(f"{module} ended with code {process.returncode}; the end of {log}:\n{tail}")

@@ -61,6 +61,7 @@ def train(config: RunConfig) -> Path:
     """
     stop = StopRequest()
     run = build_run(config)
+    config = run.config  # with what was left to the program decided
     write_run_json(run)
     announce(run)
     if probe := time_all_reduce(run.device):
