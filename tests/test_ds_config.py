@@ -64,6 +64,15 @@ def test_inference_drops_the_optimizer():
         ('{"zero_optimization": {"stage": 1}}', "stage 1: choose 2 or 3"),
         ('{"train_batch_size": 8, "zero_optimization": {"stage": 3}}', "use --global_batch_size"),
         ('{"fp16": {}, "zero_optimization": {"stage": 3}}', "fp16 overflows under ascent"),
+        (
+            '{"data_types": {"buffer_dtype": "bf16"}, "zero_optimization": {"stage": 3}}',
+            "would round what models keep in fp32",
+        ),
+        (
+            '{"data_types": {"param_dtype": "bf16"}, "zero_optimization": {"stage": 3}}',
+            "'param_dtype' comes from the run",
+        ),
+        ('{"data_types": {"grad_acum_dtype": "fp32"}, "zero_optimization": {"stage": 3}}', r"'grad_accum_dtype'\?"),
         ("{", "not valid JSON"),
         ("[]", "expected an object"),
     ],

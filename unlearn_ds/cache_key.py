@@ -8,6 +8,14 @@ from typing import Any
 
 from unlearn_ds.options import OptionError
 
+# Raised by one whenever the original model answers the same question otherwise than before: what is cached is then made anew.
+ANSWERS = 2
+
+
+def original_model(fingerprint: str) -> dict[str, Any]:
+    """The part of a key that says whose answers are kept."""
+    return {"model": fingerprint, "answers": ANSWERS}
+
 
 def cache_path(corpus: Path, kind: str, key: dict[str, Any], cache_dir: str | None) -> Path:
     """Where the `kind` with this key lies: in `cache_dir`, or beside the files of `corpus`; one name a key."""

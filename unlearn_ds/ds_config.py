@@ -30,6 +30,7 @@ ALLOWED_KEYS = (
     "checkpoint",
     "flops_profiler",
 )
+_DATA_TYPES = ("grad_accum_dtype", "keep_in_fp32_modules")
 FROM_THE_RUN = {
     "train_batch_size": "--global_batch_size",
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
@@ -81,6 +82,17 @@ def check_keys(content: dict[str, Any], source: str) -> None:
             raise OptionError(f"--deepspeed {source}: {key!r} comes from the run: use {FROM_THE_RUN[key]}")
         if key not in ALLOWED_KEYS:
             raise OptionError(f"--deepspeed {source}: unknown key {key!r}.{did_you_mean(key, ALLOWED_KEYS)}")
+    for key in content.get("data_types", {}):
+        if key == "param_dtype":
+            raise OptionError(f"--deepspeed {source}: {key!r} comes from the run: use --bf16")
+        if key == "buffer_dtype":
+            raise OptionError(
+                f"--deepspeed {source}: {key!r} would round what models keep in fp32, rotary frequencies first: leave it out"
+            )
+        if key not in _DATA_TYPES:
+            raise OptionError(
+                f"--deepspeed {source}: unknown key {key!r} in 'data_types'.{did_you_mean(key, _DATA_TYPES)}"
+            )
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values() if field.alias}
     zero = content.get("zero_optimization", {})

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from unlearn_ds.config import RunConfig
+from unlearn_ds.fixed_tensors import fixed_tensors_kept
 from unlearn_ds.loss_head import HeadCall, PackedCausalLM
 from unlearn_ds.profile import BACKWARD, FORWARD, OPTIMIZER
 
@@ -80,12 +81,13 @@ class TrainingEngine:
                 num_training_steps=num_steps,
             )
 
-        self.engine, _, _, self.scheduler = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(config, model, offloaded),
-            lr_scheduler=scheduler,
-            config=ds_config,
-        )
+        with fixed_tensors_kept(model):
+            self.engine, _, _, self.scheduler = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(config, model, offloaded),
+                lr_scheduler=scheduler,
+                config=ds_config,
+            )
         self.world_size = dist.get_world_size()
         self.device = self.engine.device
 
@@ -140,7 +142,8 @@ class FrozenEngine:
     def __init__(self, model: PackedCausalLM, ds_config: dict[str, Any]) -> None:
         model.requires_grad_(False)
         model.eval()
-        self.engine = deepspeed.initialize(model=model, config=ds_config)[0]
+        with fixed_tensors_kept(model):
+            self.engine = deepspeed.initialize(model=model, config=ds_config)[0]
         self.engine.eval()
         self.device = self.engine.device
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlearn_ds import distributed
-from unlearn_ds.cache_key import cache_path, make_cache_folder
+from unlearn_ds.cache_key import cache_path, make_cache_folder, original_model
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
@@ -36,7 +36,7 @@ def cache_key(sequences: SequenceIndex, model_fingerprint: str, dtype: torch.dty
     """Everything the hidden states depend on."""
     return {
         "corpora": [corpus.fingerprint for corpus in sequences.corpora],
-        "model": model_fingerprint,
+        **original_model(model_fingerprint),
         "seq_len": sequences.seq_len,
         "dtype": str(dtype).removeprefix("torch."),
     }

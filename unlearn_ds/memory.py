@@ -12,11 +12,17 @@ from unlearn_ds.options import OptionError
 
 
 def blank_model(config: Any, **options: Any) -> Any:
-    """The causal LM that `config` describes, with shapes and no memory; `options` are those of `from_config`."""
+    """The causal LM that `config` describes, its parameters shapes without memory, its buffers as transformers computes them.
+
+    options: those of `from_config`.
+    """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **options)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.tie_weights()  # inside, a parameter that is registered twice becomes two
+    return model
 
 
 def num_parameters(config: Any) -> int:

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from unlearn_ds import attention, distributed, weights
 from unlearn_ds.ds_config import ModelSize
+from unlearn_ds.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
 from unlearn_ds.memory import blank_model
 from unlearn_ds.options import OptionError
@@ -223,7 +224,7 @@ def _load(
     set_hf_deepspeed_config(zero_init)
     try:
         if reason is None:
-            model = weights.build_sharded(type(blank), config, options.dtype)
+            model = weights.build_sharded(blank, config, options.dtype)
             num_bytes = weights.fill_partitions(model, found)
             if (folder / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -234,6 +235,7 @@ def _load(
             )
             if info["missing_keys"]:
                 raise OptionError(f"its files hold no {sorted(info['missing_keys'])[0]!r}")
+            restore(model, fixed_tensors(blank))
             loading = watch.loading("transformers", reason)
     finally:
         unset_hf_deepspeed_config()

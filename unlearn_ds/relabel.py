@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from unlearn_ds import distributed
-from unlearn_ds.cache_key import cache_path, make_cache_folder
+from unlearn_ds.cache_key import cache_path, make_cache_folder, original_model
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.labels import CachedTargets, LabelCache
 from unlearn_ds.data.loader import evaluation_batches
@@ -28,7 +28,7 @@ def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) ->
     top_k, top_p, rm_groundtruth = config.sampling
     return {
         "corpus": corpus.corpus.fingerprint,
-        "model": model_fingerprint,
+        **original_model(model_fingerprint),
         "bf16": config.bf16,
         "seq_len": config.seq_len,
         "top_k": top_k,

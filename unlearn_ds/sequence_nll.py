@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from unlearn_ds import distributed
-from unlearn_ds.cache_key import cache_path, make_cache_folder
+from unlearn_ds.cache_key import cache_path, make_cache_folder, original_model
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
@@ -28,7 +28,7 @@ def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) ->
     """Everything the numbers depend on."""
     return {
         "corpus": corpus.corpus.fingerprint,
-        "model": model_fingerprint,
+        **original_model(model_fingerprint),
         "bf16": config.bf16,
         "seq_len": config.seq_len,
     }

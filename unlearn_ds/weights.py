@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_ds.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.options import OptionError
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -86,7 +87,7 @@ def _file_header(path: Path) -> Iterator[Stored]:
 
 
 def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[str, Stored], str | None]:
-    """Map the parameters and buffers of `model` (on the meta device) to stored tensors, by transformers' own renaming rules.
+    """Map the parameters and buffers of `model` (a blank one) to stored tensors, by transformers' own renaming rules.
 
     Returns (the tensors that are stored as the model wants them, why the rest is not; None when there is no rest).
     """
@@ -136,16 +137,19 @@ def why_not_direct(model: nn.Module, ds_config: dict[str, Any], problem: str | N
     return problem
 
 
-def build_sharded(model_class: type[nn.Module], config: Any, dtype: torch.dtype) -> nn.Module:
+def build_sharded(blank: nn.Module, config: Any, dtype: torch.dtype) -> nn.Module:
     """A model whose parameters are ZeRO-3 partitions of uninitialised memory, built one parameter at a time.
 
+    blank: the same model (`blank_model`, in `dtype`), for its fixed tensors.
     Must run while transformers knows the DeepSpeed config (`set_hf_deepspeed_config`).
     """
+    model_class = type(blank)
     with ExitStack() as stack:
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model = model_class(config)
     model.tie_weights()
+    restore(model, fixed_tensors(blank))
     return model.eval()
 
 

@@ -25,6 +25,7 @@ from unlearn_ds.data.loader import Loader
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.ds_config import inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine, make_optimizer
+from unlearn_ds.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.hidden_cache import open_or_fill
 from unlearn_ds.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.loss_head import PackedCausalLM, attach
@@ -124,11 +125,11 @@ def _peak(device: torch.device) -> int:
 
 def random_sharded(shape: Any, dtype: torch.dtype, ds_config: dict[str, Any]) -> nn.Module:
     """A sharded causal LM, every rank's slices drawn by itself: the same at every call."""
-    model_class = type(blank_model(shape))
+    blank = blank_model(shape, dtype=dtype)
     zero_init = ZeroInit(ds_config)
     set_hf_deepspeed_config(zero_init)
     try:
-        model = weights.build_sharded(model_class, shape, dtype)
+        model = weights.build_sharded(blank, shape, dtype)
     finally:
         unset_hf_deepspeed_config()
     for index, parameter in enumerate(model.parameters()):
@@ -213,11 +214,10 @@ def _baseline(config: RunConfig, shape: Any, plan: Plan, device: torch.device, m
     optimizer = make_optimizer(config, model, offloaded="offload_optimizer" in ds_config["zero_optimization"])
     reference = None
     if config.objective.needs_reference:
-        reference = blank_model(shape, dtype=dtype)
-        buffers = dict(model.named_buffers())
-        reference = reference.to_empty(device=device).eval().requires_grad_(False)
-        for name, buffer in reference.named_buffers():
-            buffer.copy_(buffers[name])
+        blank = blank_model(shape, dtype=dtype)
+        fixed = fixed_tensors(blank)
+        reference = blank.to_empty(device=device).eval().requires_grad_(False)
+        restore(reference, fixed)
         for index, parameter in enumerate(reference.parameters()):
             _draw(parameter, parameter.dim(), index)
     step = PublishedStep(model, reference, optimizer, ds_config)
