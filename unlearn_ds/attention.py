@@ -121,6 +121,8 @@ def _attend(
 ) -> Tensor:  # (n, H, L, E)
     """Causal attention; with a window or a cap, block by block of queries against the keys that these can see."""
     length = query.shape[2]
+    if query.is_cuda:  # grouped, all but the flash kernel (16 bits, no mask) would write whole score matrices
+        key, value = _repeated(key, query), _repeated(value, query)
     grouped = query.shape[1] != key.shape[1]
     if softcap is None and (window is None or window >= length):
         return F.scaled_dot_product_attention(
@@ -144,6 +146,15 @@ def _attend(
     return torch.cat(outputs, dim=2)
 
 
+def _repeated(
+    x: Tensor,  # (n, G, L, E)
+    query: Tensor,  # (n, H, L, E)
+) -> Tensor:  # (n, H, L, E)
+    """A head of `x` for each head of `query`."""
+    groups = query.shape[1] // x.shape[1]
+    return x.repeat_interleave(groups, dim=1) if groups > 1 else x
+
+
 def _capped(
     query: Tensor,  # (n, H, L, E)
     key: Tensor,  # (n, G, K, E)
@@ -152,8 +163,7 @@ def _capped(
     scaling: float | None,
     softcap: float,
 ) -> Tensor:  # (n, H, L, E)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _repeated(key, query), _repeated(value, query)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     probabilities = scores.masked_fill(~band, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)

@@ -54,6 +54,7 @@ from unlearn_ds.run_folder import (
     warn_of_another_length,
 )
 from unlearn_ds.sequence_nll import reference_nll
+from unlearn_ds.tf32 import EXACT, training_precision
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ def build_run(config: RunConfig) -> Run:
     distributed.on_main(lambda: claim_run_dir(config, config.run_dir))
     config = settle(config, device, begun_in_bf16(config))
     torch.manual_seed(config.seed)
-    if config.tf32:
-        torch.set_float32_matmul_precision("high")
 
     subject = open_subject(config)
+    if config.tf32 and training_precision(config.tf32, subject.options.dtype) == EXACT:
+        distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
     corpora = open_run_corpora(config, subject.config.vocab_size, subject.tokenizer)
     if config.resume:
         check_same_corpora(config.run_dir, corpora)

@@ -181,7 +181,7 @@ class RunConfig:
     do_unlearn: bool = True
     """accepted for the published command line"""
     tf32: bool = False
-    """TF32 for what fp32 matrix products remain on the GPU"""
+    """TF32 for the matrix products of an update in fp32, on the GPU; in bf16 there is none that it should round"""
     fsdp: str | None = None
     """accepted for the published command line: DeepSpeed's ZeRO-3 (--deepspeed) takes its place"""
     fsdp_transformer_layer_cls_to_wrap: str | None = None

@@ -19,6 +19,7 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.fixed_tensors import fixed_tensors_kept
 from unlearn_ds.loss_head import HeadCall, PackedCausalLM
 from unlearn_ds.profile import BACKWARD, FORWARD, OPTIMIZER
+from unlearn_ds.tf32 import EXACT, fp32_products, keep_rotary_exact, training_precision
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class TrainingEngine:
             )
         self.world_size = dist.get_world_size()
         self.device = self.engine.device
+        self._precision = training_precision(config.tf32, next(model.parameters()).dtype)
+        if self._precision != EXACT:
+            keep_rotary_exact(model)
 
     @property
     def learning_rate(self) -> float:
@@ -98,11 +102,12 @@ class TrainingEngine:
 
     def micro_step(self, rows: Any, call: HeadCall) -> tuple[Tensor, ...]:
         """One forward and backward; returns the head's answer, detached and still on the device."""
-        with record_function(FORWARD):
-            answer = self.engine(rows, call)
-        with record_function(BACKWARD):
-            # DeepSpeed averages gradients over ranks; the weights in the call already sum over the whole step.
-            self.engine.backward(answer[0] * self.world_size, scale_wrt_gas=False)
+        with fp32_products(self._precision):
+            with record_function(FORWARD):
+                answer = self.engine(rows, call)
+            with record_function(BACKWARD):
+                # DeepSpeed averages gradients over ranks; the weights in the call already sum over the whole step.
+                self.engine.backward(answer[0] * self.world_size, scale_wrt_gas=False)
         return tuple(tensor.detach() for tensor in answer)
 
     def update(self) -> UpdateResult:
