@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from deepspeed.comm import comm
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tests.architectures import EQUALITY, tiny_model
 from tests.naive import naive_attention
@@ -49,6 +50,7 @@ EACH = {
     "checkpointing_offloaded": {"activation_checkpointing": "offloaded"},
     "attention_by_definition": {"attention": "by_definition"},
     "compiled": {"reference": "cache", "torch_compile": True},
+    "compiled_and_recomputed": {"reference": "cache", "torch_compile": True, "activation_checkpointing": "full"},
 }
 # Every option by itself on one architecture; on the others all of them in one run, and the compiler.
 VARIANTS = {
@@ -225,7 +227,9 @@ def main(folder: Path) -> None:
         # Graph capture is what can go wrong with an architecture; generating code for each takes minutes.
         torch.compile = whole_compiler if model == "llama" else functools.partial(whole_compiler, backend="aot_eager")
         for variant, options in VARIANTS[model].items():
-            tell(kind="curve", model=model, variant=variant, **curve(prepare(folder, model, **options)))
+            counters.clear()
+            measured = curve(prepare(folder, model, **options))
+            tell(kind="curve", model=model, variant=variant, breaks=list(counters["graph_break"]), **measured)
     torch.compile = whole_compiler
     for variant, options in LORA.items():
         tell(kind="lora", variant=variant, **curve(prepare(folder, "llama", lora_r=4, **options)))

@@ -49,6 +49,15 @@ def test_same_losses_however_the_step_runs(results, model, variant):
     assert_same_curve(only(results, kind="curve", model=model, variant=variant), live)
 
 
+@pytest.mark.parametrize(
+    ("model", "variant"), [(model, name) for model in EQUALITY for name in VARIANTS[model] if "compiled" in name]
+)
+def test_zeros_hooks_break_no_compiled_layer(results, model, variant):
+    breaks = only(results, kind="curve", model=model, variant=variant)["breaks"]
+    assert len(breaks) == 1, breaks
+    assert "packed_sdpa" in breaks[0]
+
+
 @pytest.mark.parametrize("variant", [name for name in LORA if name != "live"])
 def test_same_losses_of_adapters(results, variant):
     assert_same_curve(only(results, kind="lora", variant=variant), only(results, kind="lora", variant="live"))

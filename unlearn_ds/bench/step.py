@@ -199,6 +199,7 @@ def result_row(
             "dtype": "bf16" if measured["device"] != "cpu" and not args.fp32 else "fp32",
             "activation_checkpointing": args.activation_checkpointing,
             "attention": measured["attention"],
+            "compiled": args.torch_compile and impl == "ours",
         },
         "steps": len(seconds),
         **quantiles([second * 1e3 for second in seconds]),
