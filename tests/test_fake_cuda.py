@@ -11,7 +11,7 @@ from tests.support import launch
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What one process printed of all cases."""
-    finished = launch("tests.fake_cuda_worker", [str(tmp_path_factory.mktemp("data"))], timeout_s=900)
+    finished = launch("tests.fake_cuda_worker", [str(tmp_path_factory.mktemp("data"))])
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     lines = [line.split("RESULT ")[1] for line in finished.stdout.splitlines() if "RESULT " in line]
     return {row["case"]: row for row in map(json.loads, lines)}
