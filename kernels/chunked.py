@@ -31,9 +31,11 @@ class Needs(NamedTuple):
     dx: bool
     dw: bool
     dbias: bool
+    keep_dz: bool  # instead of dW: the backward makes it from the gradient by the logits
 
 
-Answer = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # loss (), loss of each row (M,), dX, dW, dbias
+# loss (), loss of each row (M,), dX, dW, dbias, dZ, factor of each row of dZ (M,); what is not asked for is empty
+Answer = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def cross_entropy(
@@ -58,7 +60,7 @@ def cross_entropy(
         )
         if gradients.any_needed:
             gradients.add(start, stop, z)
-    return weighted_sum(token_weight, nll), nll, gradients.dx, gradients.dw, gradients.dbias
+    return weighted_sum(token_weight, nll), nll, *gradients.tensors()
 
 
 def kl(
@@ -77,7 +79,7 @@ def kl(
     divergence = hidden.new_empty(num_rows, dtype=dtype)
     gradients = HeadGradients(hidden, head.weight, head.bias, *needs)
     separate_dz = gradients.any_needed and hidden.dtype != dtype
-    bytes_per_logit = 2 * dtype.itemsize + (hidden.element_size() if separate_dz else 0)
+    bytes_per_logit = kl_bytes_per_logit(hidden.dtype, gradients.any_needed)
     z = z_ref = dz = None
     for start, stop in _chunks(rows, hidden, num_tokens, bytes_per_logit, workspace_bytes):
         z = _buffer(rows, z, stop - start, num_tokens, hidden, dtype)
@@ -88,7 +90,13 @@ def kl(
         rows.kl(z, z_ref, head, ref_head, token_weight[start:stop], divergence[start:stop], dz, gradients.any_needed)
         if gradients.any_needed:
             gradients.add(start, stop, dz)
-    return weighted_sum(token_weight, divergence), divergence, gradients.dx, gradients.dw, gradients.dbias
+    return weighted_sum(token_weight, divergence), divergence, *gradients.tensors()
+
+
+def kl_bytes_per_logit(dtype: torch.dtype, backward: bool) -> int:
+    """Of the workspace: two logits in fp32, and their gradient where it does not fit into one of them."""
+    fp32 = accumulation_dtype(dtype)
+    return 2 * fp32.itemsize + (dtype.itemsize if backward and dtype != fp32 else 0)
 
 
 def token_stats(
@@ -147,7 +155,10 @@ def _chunks(
     workspace_bytes: int,
 ) -> Iterator[tuple[int, int]]:
     bytes_per_row = rows.row_length(num_tokens, hidden.device) * bytes_per_logit
-    return chunk_bounds(len(hidden), bytes_per_row, workspace_bytes, hidden.device.type)
+    num_sms = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else None
+    return chunk_bounds(
+        len(hidden), bytes_per_row, workspace_bytes, hidden.device.type, num_sms, hidden_size=hidden.shape[1]
+    )
 
 
 def _buffer(

@@ -1,7 +1,8 @@
 """The differentiable loss ops as `torch.library` custom ops: a graph capture sees one node with a known shape.
 
-Both compute their gradients in the forward, scaled by the token weights, and multiply them by the upstream scalar in the
-backward; the weight itself is never saved, so ZeRO-3 may take it away in between.
+They compute their gradients in the forward, scaled by the token weights, and multiply them by the upstream scalar in the
+backward. dW alone may wait for the backward, as the gradient by the logits that it is a product of, where those fit one chunk
+and are smaller than dW in fp32. The weight itself is never saved, so ZeRO-3 may take it away in between.
 """
 
 import importlib
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from unlearn_ds.kernels import chunked
 from unlearn_ds.kernels.chunked import Answer, Head, Needs
-from unlearn_ds.kernels.projection import accumulation_dtype
+from unlearn_ds.kernels.projection import accumulation_dtype, dw_of_one_chunk, times
 from unlearn_ds.kernels.sequence import sequence_loss
 
 
@@ -33,9 +34,9 @@ def cross_entropy_op(
     softcap: float | None,
     workspace_bytes: int,
     impl: str,
-    needs: list[bool],  # dX, dW, dbias
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, CE of each row, dX, dW (fp32), dbias (fp32); empty where not needed."""
+    needs: list[bool],  # as in Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, CE of each row, dX, dW (fp32), dbias (fp32), dZ, its rows' factor; empty where not needed."""
     head = Head(weight, bias, logit_scale, softcap)
     return chunked.cross_entropy(row_ops(impl), hidden, head, targets, token_weight, workspace_bytes, Needs(*needs))
 
@@ -53,9 +54,9 @@ def kl_op(
     softcap: float | None,
     workspace_bytes: int,
     impl: str,
-    needs: list[bool],  # dX, dW, dbias
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, KL of each row, dX, dW (fp32), dbias (fp32); empty where not needed."""
+    needs: list[bool],  # as in Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, KL of each row, dX, dW (fp32), dbias (fp32), dZ, its rows' factor; empty where not needed."""
     head = Head(weight, bias, logit_scale, softcap)
     ref_head = Head(ref_weight, ref_bias, logit_scale, softcap)
     return chunked.kl(row_ops(impl), hidden, head, ref_hidden, ref_head, token_weight, workspace_bytes, Needs(*needs))
@@ -76,28 +77,43 @@ def sequence_loss_op(
     softcap: float | None,
     workspace_bytes: int,
     impl: str,
-    needs: list[bool],  # dX, dW, dbias
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, loss of each sequence, dX, dW (fp32), dbias (fp32); empty where not needed."""
+    needs: list[bool],  # as in Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, loss of each sequence, dX, dW (fp32), dbias (fp32), dZ, its rows' factor; empty where not needed."""
     head = Head(weight, bias, logit_scale, softcap)
     weights = (sequence_weight, nll_scale, shift, beta)
     return sequence_loss(row_ops(impl), hidden, head, targets, bounds, *weights, workspace_bytes, Needs(*needs))
 
 
-def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], num_losses: int) -> Answer:
+def _shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    impl: str,
+    needs: list[bool],
+    num_losses: int,
+    has_row_scale: bool = False,
+) -> Answer:
     dtype = accumulation_dtype(hidden.dtype)
+    wants, (num_rows, num_tokens) = Needs(*needs), (hidden.shape[0], weight.shape[0])
+    if wants.keep_dz:
+        dz = hidden.new_empty(num_rows, row_ops(impl).row_length(num_tokens, hidden.device))[:, :num_tokens]
+    else:
+        dz = hidden.new_empty(0)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(num_losses, dtype=dtype),
-        hidden.new_empty(hidden.shape if needs[0] else 0),
-        hidden.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
-        hidden.new_empty(bias.shape if needs[2] else 0, dtype=dtype),
+        hidden.new_empty(hidden.shape if wants.dx else 0),
+        hidden.new_empty(weight.shape if wants.dw and not wants.keep_dz else 0, dtype=dtype),
+        hidden.new_empty(bias.shape if wants.dbias else 0, dtype=dtype),
+        dz,
+        hidden.new_empty(num_rows if wants.keep_dz and has_row_scale else 0, dtype=dtype),
     )
 
 
 @cross_entropy_op.register_fake
 def _(hidden, weight, bias, targets, token_weight, logit_scale, softcap, workspace_bytes, impl, needs):
-    return _shapes(hidden, weight, bias, needs, hidden.shape[0])
+    return _shapes(hidden, weight, bias, impl, needs, hidden.shape[0])
 
 
 @kl_op.register_fake
@@ -115,7 +131,7 @@ def _(
     impl,
     needs,
 ):
-    return _shapes(hidden, weight, bias, needs, hidden.shape[0])
+    return _shapes(hidden, weight, bias, impl, needs, hidden.shape[0])
 
 
 @sequence_loss_op.register_fake
@@ -135,14 +151,14 @@ def _(
     impl,
     needs,
 ):
-    return _shapes(hidden, weight, bias, needs, len(bounds) - 1)
+    return _shapes(hidden, weight, bias, impl, needs, len(bounds) - 1, has_row_scale=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Answer) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
-    ctx.needs = inputs[-1]
+    ctx.needs = Needs(*inputs[-1])
+    ctx.save_for_backward(*output[2:], *(inputs[:1] if ctx.needs.keep_dz else ()))
     ctx.dtypes = (inputs[1].dtype, inputs[2].dtype if inputs[2] is not None else None)
     ctx.num_inputs = len(inputs)
 
@@ -151,16 +167,19 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if upstream is None:
         return tuple(grads)
-    dx, dw, dbias = ctx.saved_tensors
-    need_dx, need_dw, need_dbias = ctx.needs
-    if need_dx:
-        grads[0] = dx * upstream.to(dx.dtype)
-    if need_dw:
+    dx, dw, dbias, dz, row_scale, *hidden = ctx.saved_tensors
+    if ctx.needs.dx:
+        grads[0] = times(dx, upstream, dx.dtype)
+    if ctx.needs.keep_dz:
+        grads[1] = dw_of_one_chunk(*hidden, dz, row_scale, upstream)
+    elif ctx.needs.dw and dw.dtype != ctx.dtypes[0]:
+        grads[1] = times(dw, upstream, ctx.dtypes[0])
+    elif ctx.needs.dw:
         # In place, or a second dW would exist for a moment; unless the caller wants to come back.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        grads[1] = (dw * upstream if keep else dw.mul_(upstream)).to(ctx.dtypes[0])
-    if need_dbias:
-        grads[2] = (dbias * upstream).to(ctx.dtypes[1])
+        grads[1] = dw * upstream if keep else dw.mul_(upstream)
+    if ctx.needs.dbias:
+        grads[2] = times(dbias, upstream, ctx.dtypes[1])
     return tuple(grads)
 
 

@@ -32,7 +32,10 @@ def project(
 
 
 class HeadGradients:
-    """dX, dW and dbias of a head, filled in chunk by chunk; an empty tensor stands for one that nobody wants."""
+    """dX, dW and dbias of a head, filled in chunk by chunk; an empty tensor stands for one that nobody wants.
+
+    With `keep_dz` there is one chunk, and no dW: the gradient by its logits is kept for `dw_of_one_chunk`.
+    """
 
     def __init__(
         self,
@@ -42,19 +45,26 @@ class HeadGradients:
         need_dx: bool,
         need_dw: bool,
         need_dbias: bool,
+        keep_dz: bool,
     ) -> None:
         dtype = accumulation_dtype(hidden.dtype)
         allocate = torch.empty if len(hidden) else torch.zeros
         self.dx = allocate(hidden.shape if need_dx else 0, dtype=hidden.dtype, device=hidden.device)
-        self.dw = allocate(weight.shape if need_dw else 0, dtype=dtype, device=hidden.device)
+        self.dw = allocate(weight.shape if need_dw and not keep_dz else 0, dtype=dtype, device=hidden.device)
         self.dbias = torch.zeros(bias.shape if need_dbias else 0, dtype=dtype, device=hidden.device)
+        self.dz, self.row_scale = hidden.new_empty(0), hidden.new_empty(0, dtype=dtype)
         self._need = (need_dx, need_dw, need_dbias)
+        self._keep_dz = keep_dz
         self._hidden = hidden
         self._weight = weight
 
     @property
     def any_needed(self) -> bool:
         return any(self._need)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dX, dW, dbias, dZ, the factor of each row of dZ."""
+        return self.dx, self.dw, self.dbias, self.dz, self.row_scale
 
     def add(
         self,
@@ -73,7 +83,11 @@ class HeadGradients:
             torch.mm(dz, self._weight, out=self.dx[start:stop])
             if row_scale is not None:
                 self.dx[start:stop].mul_(row_scale[:, None])
-        if need_dw:
+        if need_dw and self._keep_dz:
+            assert stop - start == len(self._hidden), f"rows {start} to {stop}: dZ is kept of one chunk alone"
+            self.dz = dz
+            self.row_scale = self.row_scale if row_scale is None else row_scale
+        elif need_dw:
             self._add_dw(x if row_scale is None else (x * row_scale[:, None]).to(x.dtype), dz, start == 0)
         if need_dbias and row_scale is None:
             self.dbias += dz.sum(0, dtype=self.dbias.dtype)
@@ -105,3 +119,29 @@ class HeadGradients:
                     dw[begin : begin + step].copy_(part)
                 else:
                     dw[begin : begin + step].add_(part)
+
+
+def dw_of_one_chunk(
+    hidden: Tensor,  # (M, D)
+    dz: Tensor,  # (M, V), the dtype of hidden
+    row_scale: Tensor,  # (M,) or empty
+    upstream: Tensor,  # ()
+) -> Tensor:  # (V, D), the dtype of hidden
+    """`upstream * dz.T @ (row_scale * hidden)`; the factors go to hidden, which is small, and in one rounding."""
+    factor = upstream * row_scale if row_scale.numel() else upstream.expand(len(hidden))
+    return torch.mm(dz.T, (hidden * factor[:, None]).to(hidden.dtype))
+
+
+def times(
+    tensor: Tensor,  # (A, ...)
+    upstream: Tensor,  # ()
+    dtype: torch.dtype,
+) -> Tensor:  # (A, ...)
+    """`tensor * upstream`, computed in the wider dtype and rounded once, in one pass and with no copy between."""
+    out = torch.empty_like(tensor, dtype=dtype)
+    factor = upstream.reshape(1)  # one of no dimension would first be rounded to the tensor's dtype
+    # The CPU computes in a buffer of the wider dtype: let it be small.
+    step = len(tensor) if tensor.is_cuda else UPCAST_ELEMENTS // max(1, tensor[:1].numel())
+    for start in range(0, len(tensor), max(1, step)):
+        torch.mul(tensor[start : start + step], factor, out=out[start : start + step])
+    return out

@@ -1,20 +1,22 @@
 """What happens to a chunk of logits between the products, as Triton kernels: one program a row, two passes over it.
 
-The first pass finds the peak and the sum of exponentials, the second turns logits into their gradient. All arithmetic is fp32.
-Legend: C rows, V vocabulary; a row of logits is `stride` >= V long, a multiple of 64, so that loads are 16 bytes wide even
-where V is odd: they are masked by the stride, and what lies beyond V is taken out afterwards. Gradients there are 0.
+The first pass finds the peak and the sum of exponentials, the second turns logits into their gradient; neither waits for other
+threads on the way. All arithmetic is fp32, exponentials to the base 2. Legend: C rows, V vocabulary; a row of logits is
+`stride` >= V long, a multiple of 64, and gradients beyond V are 0.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
 from unlearn_ds.kernels.rows_torch import finish  # elementwise, and off the training path
-from unlearn_ds.kernels.tuning import launch, padded
+from unlearn_ds.kernels.triton_logits import FLOOR, LOG2_E, block, log2_p, logit, natural_rate, peak_and_total, tile
+from unlearn_ds.kernels.tuning import BIASED_KL_REGISTERS, LOAD_BYTES, launch, padded
 
 if TYPE_CHECKING:
     from unlearn_ds.kernels.chunked import Head
@@ -22,68 +24,45 @@ if TYPE_CHECKING:
 __all__ = ["cross_entropy", "finish", "kl", "row_length", "token_stats"]
 
 _IGNORED = tl.constexpr(IGNORED)
-_FLOOR = tl.constexpr(-1.0e38)  # stands in for -inf, so that no difference or product of two is NaN
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _logit(u, at, inside, bias_ptr, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Raw products u at the vocabulary entries `at` -> the model's logits and their derivative by u."""
-    z = u.to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    z *= scale
-    slope = scale
-    if HAS_SOFTCAP:
-        # tanh(y) = 1 - 2 / (e^2y + 1): right at both ends, and no library call
-        t = 1.0 - 2.0 / (tl.exp(2.0 * (z / softcap)) + 1.0)
-        z = softcap * t
-        slope = scale * (1.0 - t * t)
-    return z, slope
-
-
-@triton.jit
-def _block(
+def _cross_entropy_gradient(
     row_ptr,
-    start,
+    at,
     stride,
     V,
     bias_ptr,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    peak,
+    rate,
+    log2_total,
+    a,
+    FLIPPED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """One block of a row: positions, logits (the floor beyond V, and where a logit is -inf) and derivatives."""
-    at = start + tl.arange(0, BLOCK)
-    inside = at < V
-    u = tl.where(inside, tl.load(row_ptr + at, mask=at < stride, other=0.0), 0.0)
-    z, slope = _logit(u, at, inside, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    return at, tl.where(inside, tl.where(z < _FLOOR, _FLOOR, z), _FLOOR), slope
-
-
-@triton.jit
-def _grow(peak, total, z):
-    """Take a block into the running peak and sum of exponentials."""
-    new_peak = tl.maximum(peak, tl.max(z, 0))
-    return new_peak, total * tl.exp(peak - new_peak) + tl.sum(tl.exp(z - new_peak), 0)
+    z, bend = block(row_ptr, at, stride, V, bias_ptr, scale, softcap, FLIPPED, MASKED)
+    dz = a * tl.exp2(log2_p(z, peak, rate, log2_total)) * bend
+    tl.store(row_ptr + at, dz.to(row_ptr.dtype.element_ty), mask=at < stride if MASKED else None)
 
 
 @triton.jit
 def cross_entropy_kernel(
     z_ptr,  # (C, stride) raw products in, gradient out if BACKWARD
-    bias_ptr,  # (V,)
+    bias_ptr,  # (stride,) or None
     targets_ptr,  # (C,) int64
     weight_ptr,  # (C,) fp32
     nll_ptr,  # (C,) fp32 out
     stride,
     V,
     scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    softcap,  # or None
+    FLIPPED: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
 ):
     """nll = logsumexp(z) - z[target];  dz = a * (p - onehot)."""
     row = tl.program_id(0).to(tl.int64)
@@ -91,85 +70,178 @@ def cross_entropy_kernel(
     given = tl.load(targets_ptr + row)
     counts = given != _IGNORED
     target = tl.where(counts, given, 0)
-    z_target, _slope = _logit(tl.load(row_ptr + target), target, True, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    z_target, bend_target = logit(tl.load(row_ptr + target), target, None, bias_ptr, scale, softcap, FLIPPED)
 
-    peak = _FLOOR
-    total = 0.0
-    for start in range(0, V, BLOCK):
-        _, z, _ = _block(row_ptr, start, stride, V, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK)
-        peak, total = _grow(peak, total, z)
-    log_total = tl.log(total)
-    tl.store(nll_ptr + row, tl.where(counts, (peak - z_target) + log_total, 0.0))
+    peak, total = peak_and_total(row_ptr, stride, V, bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
+    rate = natural_rate(scale, softcap)
+    tl.store(nll_ptr + row, tl.where(counts, (peak - z_target) * rate + tl.log(total), 0.0))
 
     if BACKWARD:
-        a = tl.where(counts, tl.load(weight_ptr + row), 0.0)
-        for start in range(0, V, BLOCK):
-            at, z, slope = _block(row_ptr, start, stride, V, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK)
-            p = tl.exp((z - peak) - log_total)
-            dz = a * (p - tl.where(at == target, 1.0, 0.0)) * slope
-            tl.store(row_ptr + at, dz.to(z_ptr.dtype.element_ty), mask=at < stride)
+        a = tl.where(counts, tl.load(weight_ptr + row), 0.0) * scale
+        rate *= LOG2_E
+        log2_total = tl.log2(total)
+        inner = tile(BLOCK, LINE)
+        full = V // BLOCK * BLOCK
+        for start in range(0, full, BLOCK):
+            _cross_entropy_gradient(
+                row_ptr, start + inner, stride, V, bias_ptr, scale, softcap, peak, rate, log2_total, a, FLIPPED, False
+            )
+        if full < V:
+            _cross_entropy_gradient(
+                row_ptr, full + inner, stride, V, bias_ptr, scale, softcap, peak, rate, log2_total, a, FLIPPED, True
+            )
+        # The target's own entry once more: one subtraction for the row, in fp32, and not one for every entry.
+        dz = a * (tl.exp2(log2_p(z_target, peak, rate, log2_total)) - 1.0) * bend_target
+        tl.debug_barrier()
+        tl.store(row_ptr + target, dz.to(z_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _kl_block(
+    row_ptr,
+    ref_row_ptr,
+    dz_row_ptr,
+    at,
+    stride,
+    V,
+    bias_ptr,
+    ref_bias_ptr,
+    scale,
+    softcap,
+    peak,
+    ref_peak,
+    rate,
+    log2_total,
+    ref_log2_total,
+    b,
+    FLIPPED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The summands of the KL, after the gradient is written.
+
+    Both probabilities go through the same operations and are subtracted as they are: equal logits give exact zeros.
+    """
+    z, bend = block(row_ptr, at, stride, V, bias_ptr, scale, softcap, FLIPPED, MASKED)
+    s, _bend = block(ref_row_ptr, at, stride, V, ref_bias_ptr, scale, softcap, FLIPPED, MASKED)
+    log_p = log2_p(z, peak, rate, log2_total)
+    log_ref = log2_p(s, ref_peak, rate, ref_log2_total)
+    p_ref = tl.exp2(log_ref)
+    difference = tl.exp2(log_p) - p_ref
+    if BACKWARD:
+        dz = b * difference * bend
+        tl.store(dz_row_ptr + at, dz.to(dz_row_ptr.dtype.element_ty), mask=at < stride if MASKED else None)
+    # The floors keep 0 * log 0 at 0, and hide no NaN: that is in the difference, too.
+    return p_ref * ((tl.maximum(log_ref, FLOOR) - tl.maximum(log_p, FLOOR)) * _LN_2) + difference
 
 
 @triton.jit
 def kl_kernel(
     z_ptr,  # (C, stride) raw products of the student
     ref_ptr,  # (C, stride) raw products of the reference
-    bias_ptr,  # (V,)
-    ref_bias_ptr,  # (V,)
+    bias_ptr,  # (stride,) or None
+    ref_bias_ptr,  # (stride,) or None
     weight_ptr,  # (C,) fp32
     kl_ptr,  # (C,) fp32 out
     dz_ptr,  # (C, stride) out if BACKWARD; may be z_ptr
     stride,
     V,
     scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_REF_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    softcap,  # or None
+    FLIPPED: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
 ):
-    """kl = sum p_ref * d + (p - p_ref) with d = log p_ref - log p;  dz = b * (p - p_ref).
-
-    Both probabilities go through the same operations and are subtracted as they are: equal logits give exact zeros, whatever
-    the compiler fuses.
-    """
+    """kl = sum p_ref * d + (p - p_ref) with d = log p_ref - log p;  dz = b * (p - p_ref)."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = z_ptr + row * stride
     ref_row_ptr = ref_ptr + row * stride
+    dz_row_ptr = dz_ptr + row * stride
+    peak, total = peak_and_total(row_ptr, stride, V, bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
+    ref_peak, ref_total = peak_and_total(ref_row_ptr, stride, V, ref_bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
 
-    peak = _FLOOR
-    total = 0.0
-    ref_peak = _FLOOR
-    ref_total = 0.0
-    for start in range(0, V, BLOCK):
-        _, z, _ = _block(row_ptr, start, stride, V, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK)
-        _, s, _ = _block(ref_row_ptr, start, stride, V, ref_bias_ptr, scale, softcap, HAS_REF_BIAS, HAS_SOFTCAP, BLOCK)
-        peak, total = _grow(peak, total, z)
-        ref_peak, ref_total = _grow(ref_peak, ref_total, s)
-    log_total = tl.log(total)
-    ref_log_total = tl.log(ref_total)
+    rate = natural_rate(scale, softcap) * LOG2_E
+    log2_total = tl.log2(total)
+    ref_log2_total = tl.log2(ref_total)
+    b = tl.load(weight_ptr + row) * scale
+    kl = tl.zeros((BLOCK // LINE, LINE), tl.float32)
+    inner = tile(BLOCK, LINE)
+    full = V // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        kl += _kl_block(
+            row_ptr,
+            ref_row_ptr,
+            dz_row_ptr,
+            start + inner,
+            stride,
+            V,
+            bias_ptr,
+            ref_bias_ptr,
+            scale,
+            softcap,
+            peak,
+            ref_peak,
+            rate,
+            log2_total,
+            ref_log2_total,
+            b,
+            FLIPPED,
+            BACKWARD,
+            False,
+        )
+    if full < V:
+        kl += _kl_block(
+            row_ptr,
+            ref_row_ptr,
+            dz_row_ptr,
+            full + inner,
+            stride,
+            V,
+            bias_ptr,
+            ref_bias_ptr,
+            scale,
+            softcap,
+            peak,
+            ref_peak,
+            rate,
+            log2_total,
+            ref_log2_total,
+            b,
+            FLIPPED,
+            BACKWARD,
+            True,
+        )
+    tl.store(kl_ptr + row, tl.sum(kl))
 
-    b = tl.load(weight_ptr + row)
-    kl = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        at, z, slope = _block(row_ptr, start, stride, V, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK)
-        _, s, _ = _block(ref_row_ptr, start, stride, V, ref_bias_ptr, scale, softcap, HAS_REF_BIAS, HAS_SOFTCAP, BLOCK)
-        log_p = (z - peak) - log_total
-        log_ref = (s - ref_peak) - ref_log_total
-        p = tl.exp(log_p)
-        p_ref = tl.exp(log_ref)
-        difference = p - p_ref
-        kl += p_ref * (log_ref - log_p) + difference
-        if BACKWARD:
-            tl.store(dz_ptr + row * stride + at, (b * difference * slope).to(dz_ptr.dtype.element_ty), mask=at < stride)
-    tl.store(kl_ptr + row, tl.sum(kl, 0))
+
+@triton.jit
+def _stats_block(
+    row_ptr,
+    at,
+    stride,
+    V,
+    bias_ptr,
+    scale,
+    softcap,
+    peak,
+    rate,
+    log2_total,
+    FLIPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Where the peak stands (V elsewhere), p log2 p and p log2^2 p."""
+    z, _bend = block(row_ptr, at, stride, V, bias_ptr, scale, softcap, FLIPPED, MASKED)
+    log_p = log2_p(z, peak, rate, log2_total)
+    p = tl.exp2(log_p)
+    log_p = tl.maximum(log_p, FLOOR)  # 0 * log 0 is 0; a NaN stays in p
+    return tl.where(z == peak, at, V), p * log_p, p * log_p * log_p
 
 
 @triton.jit
 def token_stats_kernel(
     z_ptr,  # (C, stride) raw products
-    bias_ptr,  # (V,)
+    bias_ptr,  # (stride,) or None
     targets_ptr,  # (C,) int64
     log_prob_ptr,  # (C,) fp32 out
     correct_ptr,  # (C,) bool out
@@ -178,38 +250,44 @@ def token_stats_kernel(
     stride,
     V,
     scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    softcap,  # or None
+    FLIPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
 ):
     """log p[target], whether the target is the first of the likeliest, E[log p], E[log^2 p]."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = z_ptr + row * stride
     target = tl.load(targets_ptr + row)
-    z_target, _slope = _logit(tl.load(row_ptr + target), target, True, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    z_target, _bend = logit(tl.load(row_ptr + target), target, None, bias_ptr, scale, softcap, FLIPPED)
 
-    peak = _FLOOR
-    total = 0.0
-    for start in range(0, V, BLOCK):
-        _, z, _ = _block(row_ptr, start, stride, V, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK)
-        peak, total = _grow(peak, total, z)
-    log_total = tl.log(total)
-
-    first = tl.zeros((BLOCK,), tl.int32) + V
-    sum_p_logp = tl.zeros((BLOCK,), tl.float32)
-    sum_p_logp2 = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        at, z, _ = _block(row_ptr, start, stride, V, bias_ptr, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK)
-        first = tl.minimum(first, tl.where(z == peak, at, V))
-        log_p = (z - peak) - log_total
-        p = tl.exp(log_p)
-        sum_p_logp += p * log_p
-        sum_p_logp2 += p * log_p * log_p
-    tl.store(log_prob_ptr + row, (z_target - peak) - log_total)
-    tl.store(correct_ptr + row, tl.min(first, 0) == target)
-    tl.store(sum_p_logp_ptr + row, tl.sum(sum_p_logp, 0))
-    tl.store(sum_p_logp2_ptr + row, tl.sum(sum_p_logp2, 0))
+    peak, total = peak_and_total(row_ptr, stride, V, bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
+    natural = natural_rate(scale, softcap)
+    rate = natural * LOG2_E
+    log2_total = tl.log2(total)
+    first = tl.zeros((BLOCK // LINE, LINE), tl.int32) + V
+    sum_p_logp = tl.zeros((BLOCK // LINE, LINE), tl.float32)
+    sum_p_logp2 = tl.zeros((BLOCK // LINE, LINE), tl.float32)
+    inner = tile(BLOCK, LINE)
+    full = V // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        at, p_logp, p_logp2 = _stats_block(
+            row_ptr, start + inner, stride, V, bias_ptr, scale, softcap, peak, rate, log2_total, FLIPPED, False
+        )
+        first = tl.minimum(first, at)
+        sum_p_logp += p_logp
+        sum_p_logp2 += p_logp2
+    if full < V:
+        at, p_logp, p_logp2 = _stats_block(
+            row_ptr, full + inner, stride, V, bias_ptr, scale, softcap, peak, rate, log2_total, FLIPPED, True
+        )
+        first = tl.minimum(first, at)
+        sum_p_logp += p_logp
+        sum_p_logp2 += p_logp2
+    tl.store(log_prob_ptr + row, (z_target - peak) * natural - tl.log(total))
+    tl.store(correct_ptr + row, tl.min(tl.min(first, 1), 0) == target)
+    tl.store(sum_p_logp_ptr + row, tl.sum(sum_p_logp) * _LN_2)
+    tl.store(sum_p_logp2_ptr + row, tl.sum(sum_p_logp2) * (_LN_2 * _LN_2))
 
 
 def row_length(num_tokens: int, device: torch.device) -> int:
@@ -236,8 +314,7 @@ def cross_entropy(
         z.shape[1],
         float(head.logit_scale),
         _softcap(head),
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
+        FLIPPED=head.logit_scale < 0,
         BACKWARD=backward,
         **_launch(z),
     )
@@ -266,10 +343,9 @@ def kl(
         z.shape[1],
         float(head.logit_scale),
         _softcap(head),
-        HAS_BIAS=head.bias is not None,
-        HAS_REF_BIAS=ref_head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
+        FLIPPED=head.logit_scale < 0,
         BACKWARD=backward,
+        maxnreg=None if head.bias is None and ref_head.bias is None else BIASED_KL_REGISTERS,
         **_launch(z),
     )
 
@@ -293,22 +369,25 @@ def token_stats(
         z.shape[1],
         float(head.logit_scale),
         _softcap(head),
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
+        FLIPPED=head.logit_scale < 0,
         **_launch(z),
     )
 
 
-def _bias(head: "Head", z: Tensor) -> Tensor:
-    """The bias, or any pointer where there is none to read."""
-    return z if head.bias is None else head.bias.detach().contiguous()
+def _bias(
+    head: "Head",
+    z: Tensor,  # (C, V)
+) -> Tensor | None:  # (stride,)
+    """The bias, padded like a row of logits, so that it is read in the same way."""
+    return None if head.bias is None else F.pad(head.bias.detach(), (0, z.stride(0) - z.shape[1]))
 
 
-def _softcap(head: "Head") -> float:
-    return 1.0 if head.softcap is None else float(head.softcap)
+def _softcap(head: "Head") -> float | None:
+    return None if head.softcap is None else float(head.softcap)
 
 
 def _launch(z: Tensor) -> dict[str, int]:
     chosen = launch(z.shape[1], z.element_size())
+    line = LOAD_BYTES // z.element_size()
     # Fusing is safe here, and said aloud because Triton's default changes in 3.10.
-    return {"BLOCK": chosen.block, "num_warps": chosen.num_warps, "enable_fp_fusion": True}
+    return {"BLOCK": chosen.block, "LINE": line, "num_warps": chosen.num_warps, "enable_fp_fusion": True}

@@ -70,7 +70,7 @@ def sequence_loss(
             z = read(start, stop, row_slope[start - group[0] : stop - group[0]], True)
             gradients.add(start, stop, z)
     losses = losses.to(nll.dtype)
-    return weighted_sum(sequence_weight, losses), losses, gradients.dx, gradients.dw, gradients.dbias
+    return weighted_sum(sequence_weight, losses), losses, *gradients.tensors()
 
 
 def group_sequences(bounds: list[int], max_rows: int) -> list[list[int]]:

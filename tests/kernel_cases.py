@@ -24,6 +24,7 @@ SHAPES = {
     "plain": {},
     "bias": {"bias": True},
     "scale": {"logit_scale": 0.4},
+    "negative": {"bias": True, "logit_scale": -1.3},
     "softcap": {"softcap": 4.0},
     "all": {"bias": True, "logit_scale": 1.7, "softcap": 6.0},
 }

@@ -1,5 +1,6 @@
 """The front door of the kernels: the chunk rule, what an error says, what an import needs."""
 
+import math
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from tests.kernel_cases import cross_entropy, error, kl, make_case, outcome
 from tests.support import ROOT
 from unlearn_ds.kernels import KernelError, linear_cross_entropy, linear_sample
-from unlearn_ds.kernels.tuning import chunk_bounds
+from unlearn_ds.kernels.tuning import WAVES_PER_DW_PASS, chunk_bounds, keeps_dz
 
 
 def test_chunks_are_few_equal_and_within_the_workspace():
@@ -23,6 +24,50 @@ def test_chunks_are_few_equal_and_within_the_workspace():
         assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
         assert bounds[-1][1] == num_rows
         assert max(stop - start for start, stop in bounds) * 1000 <= 600_000
+
+
+H200 = {"device_type": "cuda", "num_sms": 132, "hidden_size": 4096}
+
+
+def test_chunks_on_a_gpu_fill_its_waves():
+    """KL of 4096 rows at V = 64000 in bf16, 1 GiB: 1536 rows fill 73 % of two waves of dX's tiles, 1024 fill 97 % of one."""
+    row = 64000 * 10
+    sizes = [stop - start for start, stop in chunk_bounds(4096, row, 2**30, **H200)]
+    assert sizes == [1024] * 4
+    # With more room: as few chunks as before, and full waves.
+    assert [stop - start for start, stop in chunk_bounds(4096, row, 2**31, **H200)] == [3072, 1024]
+    assert [stop - start for start, stop in chunk_bounds(16384, 64000 * 2, 2**30, **H200)] == [8192, 8192]
+    assert list(chunk_bounds(1500, row, 2**30, **H200)) == [(0, 1500)]  # what fits is one chunk
+
+
+@pytest.mark.parametrize("num_sms", [108, 132, 148])
+@pytest.mark.parametrize("hidden_size", [576, 2048, 4096, 8192])
+@pytest.mark.parametrize("num_rows", [1, 1000, 1700, 4096, 5000, 16384])
+def test_chunks_by_waves_cover_all_rows_within_the_workspace(num_rows, hidden_size, num_sms):
+    row, workspace = 128256 * 10, 2**31
+    bounds = list(chunk_bounds(num_rows, row, workspace, "cuda", num_sms, hidden_size))
+    assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
+    assert bounds[-1][1] == num_rows
+    assert max(stop - start for start, stop in bounds) * row <= workspace
+    assert all(start % 128 == 0 for start, _ in bounds)
+    # Never worse than the fewest equal chunks, counted in waves and passes over dW.
+    plain = [stop - start for start, stop in chunk_bounds(num_rows, row, workspace, "cuda")]
+    sizes = [stop - start for start, stop in bounds]
+
+    def cost(chunks):
+        waves = [math.ceil(math.ceil(rows / 128) * math.ceil(hidden_size / 256) / num_sms) for rows in chunks]
+        return sum(waves) + len(chunks) * hidden_size * WAVES_PER_DW_PASS
+
+    assert cost(sizes) <= cost(plain)
+
+
+def test_dw_waits_for_the_backward_only_where_that_takes_no_more_memory():
+    one_chunk = {"vocab_size": 128256, "hidden_size": 4096, "bytes_per_logit": 2, "workspace": 2**30, "device": "cuda"}
+    assert keeps_dz(4096, dtype=torch.bfloat16, **one_chunk)
+    assert not keeps_dz(4352, dtype=torch.bfloat16, **one_chunk)  # two chunks
+    assert not keeps_dz(4096, dtype=torch.float16, **one_chunk)
+    assert not keeps_dz(0, dtype=torch.bfloat16, **one_chunk)
+    assert not keeps_dz(4096, dtype=torch.bfloat16, **one_chunk | {"hidden_size": 2047})  # dZ is larger than dW in fp32
 
 
 def test_a_workspace_below_one_row_still_works():

@@ -22,6 +22,7 @@ __path__ = [str(_HERE / "kernels" if (_HERE / "kernels").is_dir() else _HERE.par
 
 from unlearn_ds.kernels import chunked, ops, reference  # noqa: E402  (after __path__)
 from unlearn_ds.kernels.reference import IGNORED, TokenStats  # noqa: E402
+from unlearn_ds.kernels.tuning import keeps_dz  # noqa: E402
 
 __all__ = [
     "IGNORED",
@@ -68,8 +69,9 @@ def linear_cross_entropy(
     _check_rows(x, targets=targets, token_weight=token_weight)
     if impl == "reference":
         return reference.linear_cross_entropy(x, weight, bias, targets, token_weight, logit_scale, softcap)
+    needs = _needs(x, weight, bias, x.element_size(), workspace_bytes)
     loss, nll, *_ = ops.cross_entropy_op(
-        x, weight, bias, targets, token_weight, logit_scale, softcap, workspace_bytes, impl, _needs(x, weight, bias)
+        x, weight, bias, targets, token_weight, logit_scale, softcap, workspace_bytes, impl, needs
     )
     return loss, nll
 
@@ -120,7 +122,7 @@ def linear_kl(
         softcap,
         workspace_bytes,
         impl,
-        _needs(x, weight, bias),
+        _needs(x, weight, bias, chunked.kl_bytes_per_logit(x.dtype, True), workspace_bytes),
     )
     return loss, kl
 
@@ -161,7 +163,8 @@ def linear_sequence_loss(
     parts = (x, weight, bias, targets, list(bounds), *per_sequence.values(), beta, logit_scale, softcap)
     if impl == "reference":
         return reference.linear_sequence_loss(*parts)
-    loss, losses, *_ = ops.sequence_loss_op(*parts, workspace_bytes, impl, _needs(x, weight, bias))
+    needs = _needs(x, weight, bias, x.element_size(), workspace_bytes)
+    loss, losses, *_ = ops.sequence_loss_op(*parts, workspace_bytes, impl, needs)
     return loss, losses
 
 
@@ -243,10 +246,18 @@ def _used(hidden: Tensor, rows: Tensor | None) -> Tensor:  # (M, D)
     return hidden if rows is None else torch.index_select(hidden, 0, rows)
 
 
-def _needs(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
-    """Which of dX, dW, dbias autograd will ask for: none in no_grad, no dW for a frozen head."""
+def _needs(
+    x: Tensor,  # (M, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    bytes_per_logit: int,
+    workspace_bytes: int,
+) -> list[bool]:
+    """`chunked.Needs`: what autograd will ask for, nothing under no_grad, no dW for a frozen head; how dW is made."""
     recording = torch.is_grad_enabled()
-    return [recording and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
+    needs = [recording and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
+    keep_dz = needs[1] and keeps_dz(x.shape[0], *weight.shape, x.dtype, bytes_per_logit, workspace_bytes, x.device.type)
+    return [*needs, keep_dz]
 
 
 def _check(
