@@ -1,4 +1,6 @@
-"""Activations counted without memory are those that a real layer keeps, and the choice of checkpointing follows from them."""
+"""Activations counted without memory are those that a real layer keeps."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from tests.architectures import tiny_model
 from tests.support import saved_for_backward
 from unlearn_ds import attention
-from unlearn_ds.activations import LayerActivations, choose_checkpointing, fixed_bytes, layer_activations
+from unlearn_ds.activations import layer_activations
 from unlearn_ds.layers import decoder_layers
+from unlearn_ds.lora import LoraOptions, add_adapters
 
 NUM_TOKENS = 128
 
@@ -41,18 +44,8 @@ def test_half_the_width_is_half_the_bytes():
     assert half < 0.75 * single, "norms keep fp32"
 
 
-def test_the_fastest_that_fits():
-    layer = LayerActivations(all=100, input=10)
-    # 8 layers, 10 tokens: all 8000; of every fourth, second or no layer all, one layer recomputed on top; inputs elsewhere.
-    needed = {"none": 8000, "4": 7200, "2": 5400, "full": 1800, "offloaded": 1000}
-    for choice, size in needed.items():
-        assert choose_checkpointing(layer, 8, 10, int(size / 0.9) + 1, 0) == (choice, size)
-    assert choose_checkpointing(layer, 8, 10, 0, 0) == ("offloaded", 1000), (
-        "nothing fits: the smallest, and what it needs"
-    )
-    assert choose_checkpointing(layer, 8, 10, 10**9, 5) == ("none", 8005)
-
-
-def test_what_is_there_beside_the_layers():
+def test_adapters_are_counted():
     config = tiny_model("llama").config
-    assert fixed_bytes(config, torch.bfloat16, 1000, 70) == 1000 + 131 * 32 * (4 + 2) + 3 * 70 * 2
+    plain = layer_activations(config, torch.float32)
+    adapted = layer_activations(config, torch.float32, partial(add_adapters, options=LoraOptions(4, 8.0, ())))
+    assert 0 < adapted.all != plain.all

@@ -14,7 +14,7 @@ from unlearn_ds.ds_config import (
 )
 from unlearn_ds.options import OptionError
 
-SIZE = ModelSize(layer=1000, hidden=16)
+SIZE = ModelSize(layer=1000, hidden=16, head=5000)
 
 
 def complete(name: str) -> dict:
@@ -44,6 +44,31 @@ def test_buckets_follow_the_layer():
     zero = complete("zero3")["zero_optimization"]
     assert zero["stage3_prefetch_bucket_size"] == 2000
     assert zero["stage3_param_persistence_threshold"] == 160
+    # A layer in use, two ahead, and the output projection at the turn: DeepSpeed fetches nothing ahead beyond this.
+    assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 3 * 1000 + 5000
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED_DIR.glob("zero3*.json")))
+def test_no_size_of_a_shipped_file_is_a_model_s(name):
+    zero = load_ds_file(name)["zero_optimization"]
+    numbers = {
+        key: value for key, value in zero.items() if isinstance(value, int | float) and value not in (True, False)
+    }
+    assert numbers == {"stage": 3}
+    assert zero["stage3_max_live_parameters"] == "auto"
+
+
+def test_states_in_bf16_are_asked_of_deepspeed_or_refused():
+    common = {"max_grad_norm": 1.0, "micro_batch_size": 1, "world_size": 2, "size": SIZE, "bf16_states": True}
+    config = training_config(load_ds_file("zero3"), bf16=True, **common)
+    assert config["bf16"] == {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+    for name, bf16 in (("zero1", True), ("zero3", False)):
+        with pytest.raises(OptionError, match="--optimizer_states bf16 needs parameters in bf16"):
+            training_config(load_ds_file(name), bf16=bf16, **common)
 
 
 def test_inference_drops_the_optimizer():
@@ -61,7 +86,7 @@ def test_inference_drops_the_optimizer():
             r"unknown key 'zero_optimization.stage'. Did you mean 'zero_optimization'\?",
         ),
         ('{"zero_optimization": {"stage": 3, "overlap_com": true}}', r"Did you mean 'overlap_comm'\?"),
-        ('{"zero_optimization": {"stage": 1}}', "stage 1: choose 2 or 3"),
+        ('{"zero_optimization": {"stage": 0}}', "stage 0: choose 1, 2 or 3"),
         ('{"train_batch_size": 8, "zero_optimization": {"stage": 3}}', "use --global_batch_size"),
         ('{"fp16": {}, "zero_optimization": {"stage": 3}}', "fp16 overflows under ascent"),
         (

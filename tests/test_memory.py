@@ -15,24 +15,48 @@ def test_parameters_are_counted_without_building():
     assert untied - tied == 131 * 32
 
 
+def state(stage=3, parameters=1000, world_size=4, bf16=True, data_types=None, precision=None, **options):
+    """Bytes of each component; `zero` in `options` adds to the ZeRO section."""
+    zero = {"stage": stage, "reduce_bucket_size": 10} | options.pop("zero", {})
+    ds_config = {"zero_optimization": zero, "data_types": data_types or {}, "bf16": precision or {}}
+    return state_bytes(parameters, ds_config, bf16=bf16, world_size=world_size, **options)
+
+
+def sizes(**given):
+    return {name: size for name, (size, _) in state(**given).items()}
+
+
 def test_bytes_of_a_parameter():
-    zero3 = {"stage": 3}
-    parts = state_bytes(1000, zero3, bf16=True, reference=True, world_size=4)
-    assert {name: size for name, (size, _) in parts.items()} == {
+    assert sizes(reference="live") == {
         "parameters": 500,
         "gradients": 1000,
         "optimizer": 3000,
+        "gradient buckets": 20,
         "reference": 500,
     }
-    assert (
-        sum(size for size, _ in state_bytes(1000, zero3, bf16=False, reference=False, world_size=1).values()) == 16000
-    )
-    assert state_bytes(1000, {"stage": 2}, bf16=True, reference=False, world_size=4)["parameters"] == (2000, "device")
-    offloaded = state_bytes(
-        8, zero3 | {"offload_optimizer": {"device": "cpu"}}, bf16=True, reference=False, world_size=1
-    )
-    assert offloaded["optimizer"][1] == "host"
-    assert offloaded["parameters"][1] == "device"
+    assert sum(sizes(bf16=False, world_size=1).values()) == 16000 + 40
+    assert sizes(stage=2)["parameters"] == 2000
+    offloaded = state(zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme"}})
+    assert (offloaded["optimizer"][1], offloaded["parameters"][1]) == ("host", "disk")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"stage": 1}, {"parameters": 2000, "gradients": 4000, "optimizer": 3000}),
+        ({"stage": 0}, {"optimizer": 12000}),
+        ({"zero": {"zero_hpz_partition_size": 2}}, {"parameters, copy within the node": 1000}),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, {"gradients": 500}),
+        ({"precision": {"bf16_optimizer_states": True}}, {"optimizer": 1500, "gradients": 1000}),
+        ({"bf16": False, "precision": {"bf16_optimizer_states": True}}, {"optimizer": 2000}),
+        ({"stage": 2, "zero": {"overlap_comm": True}}, {"gradient buckets": 40}),
+        ({"reference": "cache", "head": 100}, {"reference": 50}),
+        ({"trainable": 40}, {"gradients": 40, "optimizer": 120, "parameters": 500}),
+    ],
+)
+def test_options_that_change_the_state_are_counted(options, expected):
+    counted = sizes(**options)
+    assert {name: counted[name] for name in expected} == expected
 
 
 def test_a_reference_too_many_is_named():

@@ -14,7 +14,7 @@ from unlearn_ds.data.corpus import tokenizer_fingerprint
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.ds_config import ModelSize, check_device, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
-from unlearn_ds.fit import check_memory, fit_checkpointing
+from unlearn_ds.fit import check_memory, model_facts, setting_of, settle_memory
 from unlearn_ds.flops import ModelFlops, model_flops
 from unlearn_ds.health import compare_ranks, rank_facts
 from unlearn_ds.hidden_cache import open_or_fill
@@ -33,6 +33,7 @@ from unlearn_ds.model import (
 )
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import OptionError
+from unlearn_ds.peak import state
 from unlearn_ds.precision import settle
 from unlearn_ds.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.relabel import sampled_targets
@@ -69,6 +70,7 @@ class Run:
     model_fingerprint: str
     num_parameters: int  # of the whole model, without adapters
     num_trainable: int
+    state: dict[str, tuple[int, str]]  # of a rank: component -> (bytes, where)
     flops: ModelFlops
     corpora: list[list[NamedCorpus]]  # per term of the objective
     plan: Plan
@@ -77,6 +79,7 @@ class Run:
     reference: Reference
     adapter: Any | None  # peft's configuration, with LoRA
     start_step: int  # updates already done
+    chosen: dict[str, Any]  # options that were `auto` -> what they came to
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,19 @@ def build_run(config: RunConfig) -> Run:
         check_same_corpora(config.run_dir, corpora)
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
     sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
-    plan = make_plan(config, sources, distributed.world_size())
+    size, world = model_size(subject.config), distributed.world_size()
+    plan = make_plan(config, sources, world)
     if config.profile_steps is not None and profiled_steps(config.profile_steps)[1] > plan.num_steps:
         raise OptionError(f"--profile_steps {config.profile_steps}: the run has {plan.num_steps} updates")
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
 
-    ds_config = complete_ds_config(config, ds_file, model_size(subject.config))
-    check_memory(config, subject.num_parameters, subject.num_trainable, ds_config, device)
+    setting = setting_of(config, ds_file, size, world, distributed.ranks_per_node())
+    facts = model_facts(subject.config, size, subject.num_parameters, subject.num_trainable)
+    check_memory(facts, setting, device)
+    asked, config = config, settle_memory(config, facts, subject.config, setting, plan, device)
+    chosen = {name: value for name, value in asdict(config).items() if getattr(asked, name) != value}
+    ds_config = complete_ds_config(config, ds_file, size)
     resumed_from = find_checkpoint(config, config.run_dir)
     if resumed_from is not None:
         check_same_model(config.run_dir, subject.fingerprint)
@@ -129,7 +137,7 @@ def build_run(config: RunConfig) -> Run:
     engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
     # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
     sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
-    plan = make_plan(config, sources, distributed.world_size())
+    plan = make_plan(config, sources, world)
     reference = make_reference(config, subject, sources, engine, adapter, ds_file, device)
     start_step = checkpoint.load(engine, resumed_from, plan_id) if resumed_from is not None else 0
     return Run(
@@ -141,6 +149,7 @@ def build_run(config: RunConfig) -> Run:
         model_fingerprint=subject.fingerprint,
         num_parameters=subject.num_parameters,
         num_trainable=subject.num_trainable,
+        state=state(facts, setting),
         flops=model_flops(subject.config, subject.num_trainable if config.lora_r else 0),
         corpora=corpora,
         plan=plan,
@@ -149,6 +158,7 @@ def build_run(config: RunConfig) -> Run:
         reference=reference,
         adapter=adapter,
         start_step=start_step,
+        chosen=chosen,
     )
 
 
@@ -195,10 +205,7 @@ def build_engine(
     """The model in ZeRO partitions with its optimizer, checked; and peft's configuration of its adapters, with LoRA."""
     model = load_model(subject.options, subject.config, ds_config, subject.head, device)
     adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
-    checkpointing = fit_checkpointing(
-        config, subject.config, ds_config, subject.num_parameters, subject.num_trainable, device
-    )
-    wrap_layers(model.model, checkpointing, config.torch_compile)
+    wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
     model.train()
@@ -270,6 +277,7 @@ def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSi
         world_size=distributed.world_size(),
         size=size,
         ranks_per_node=distributed.ranks_per_node(),
+        bf16_states=config.optimizer_states == "bf16",
     )
 
 

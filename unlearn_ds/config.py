@@ -72,8 +72,9 @@ class RunConfig:
     """stop after this many updates; -1 for num_train_epochs"""
     global_batch_size: int | None = None
     """sequences per update (default: per_device_train_batch_size x ranks x gradient_accumulation_steps)"""
-    per_device_train_batch_size: int = 1
-    """rows of seq_len tokens in one forward and backward of a rank"""
+    per_device_train_batch_size: int | Literal["auto"] = 1
+    """rows of seq_len tokens in one forward and backward of a rank, or auto: as many as make it faster and fit (needs
+    global_batch_size); an update does not depend on it"""
     gradient_accumulation_steps: int = 1
     """only sets global_batch_size; the real number of micro-steps follows from packing"""
     learning_rate: float = 2e-5
@@ -102,14 +103,18 @@ class RunConfig:
     """seed of the data order, the random labels and random weights"""
 
     deepspeed: str = "zero3"
-    """a file of DeepSpeed options, or one of those shipped: zero3, zero3_offload, zero3_hpz, zero3_zeropp, zero2"""
+    """a file of DeepSpeed options, or one of those shipped: zero3, zero3_offload, zero3_hpz, zero3_zeropp, zero2,
+    zero1"""
     bf16: bool | None = None
     """bf16 parameters with fp32 master weights; False trains in fp32; auto: bf16 where the device has instructions for it"""
+    optimizer_states: Literal["fp32", "bf16"] = "fp32"
+    """AdamW's master weights and moments; in bf16 they take 6 bytes a parameter instead of 12, and small updates are lost
+    (docs/engine.md)"""
     attn: str = "auto"
     """attention for packed rows: auto, varlen (torch), sdpa, flash_attention_2, flash_attention_3 or flash_attention_4"""
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str = "auto"
     """recompute activations in backward: none, full, every n-th layer as a number, offloaded (full, with the layers' inputs
-    in host memory) or auto (the fastest of these that fits)"""
+    in host memory) or auto (the fastest of these that fits); the result is the same"""
     leaf_modules: bool = True
     """ZeRO-3 gathers a decoder layer in one piece"""
     torch_compile: bool = False
@@ -299,8 +304,13 @@ def _check_numbers(config: RunConfig) -> None:
         "seq_len retain_ratio per_device_train_batch_size gradient_accumulation_steps loss_workspace_mib logging_steps "
         "max_skipped_steps per_device_eval_batch_size adam_epsilon num_train_epochs lora_alpha"
     )
+    if config.per_device_train_batch_size == "auto" and config.global_batch_size is None:
+        raise OptionError(
+            "--per_device_train_batch_size auto needs --global_batch_size: without it the rows of a rank say how many "
+            "sequences an update has"
+        )
     for name in positive.split():
-        if getattr(config, name) <= 0:
+        if getattr(config, name) != "auto" and getattr(config, name) <= 0:
             raise OptionError(f"--{name} {getattr(config, name)}: must be above 0")
     for name in [
         "learning_rate",

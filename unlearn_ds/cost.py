@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from unlearn_ds.activations import LayerActivations
 from unlearn_ds.flops import ModelFlops
-from unlearn_ds.memory import state_bytes
 from unlearn_ds.objectives import KL
+from unlearn_ds.peak import Model, Setting, checkpointing_share, state, update_bytes
 
 GIB = 2**30
 
@@ -35,6 +34,8 @@ GPUS = {
 }
 # CUDA's context, NCCL's buffers, what the allocator cannot use.
 OTHER_BYTES = 3 * GIB
+# What a micro-step moves per trained parameter: its gradient written, put into a bucket, reduced, added to the sum.
+GRADIENT_PATH_BYTES = 10
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,6 @@ class Rates:
     compute: float = 0.5  # of the GPU's FLOP/s, in the matrix products of a training step
     link: float = 0.8
     network: float = 0.8
-
-
-@dataclass(frozen=True)
-class Model:
-    """What of a model the costs depend on."""
-
-    parameters: int
-    trainable: int
-    layer_parameters: int  # of one decoder layer
-    num_layers: int
-    head_parameters: int
-    activations: LayerActivations  # bytes per token and layer
 
 
 @dataclass(frozen=True)
@@ -70,42 +59,10 @@ class Work:
     micro_batch_size: int
 
 
-def checkpointing_share(choice: str) -> tuple[float, bool]:
-    """(share of layers that keep all activations, whether the layers' inputs stay on the GPU) of an option's value."""
-    if choice in ("none", "full", "offloaded"):
-        return (1.0 if choice == "none" else 0.0), choice != "offloaded"
-    return 1.0 - 1.0 / int(choice), True
-
-
-def memory(
-    model: Model,
-    zero: dict[str, Any],
-    *,
-    bf16: bool,
-    reference: bool,
-    world_size: int,
-    row_tokens: int,
-    workspace_bytes: float,
-    checkpointing: str,
-) -> dict[str, float]:
-    """Component -> bytes on one GPU; what is offloaded to the host is left out."""
-    width = 2 if bf16 else 4
-    state = state_bytes(
-        model.parameters, zero, bf16=bf16, reference=reference, world_size=world_size, trainable=model.trainable
-    )
-    parts: dict[str, float] = {name: size for name, (size, place) in state.items() if place == "device"}
-    if (group := zero.get("zero_hpz_partition_size", 1)) > 1:
-        parts["parameters, copy within the node"] = width * model.parameters / group
-    kept, inputs_stay = checkpointing_share(checkpointing)
-    layer = model.activations
-    per_token = model.num_layers * (kept * layer.all + (1 - kept) * (layer.input if inputs_stay else 0))
-    per_token += layer.all if kept < 1 else 0  # the layer that is being recomputed
-    parts["activations"] = per_token * row_tokens
-    parts["loss"] = workspace_bytes + model.head_parameters * (4 + width)  # logits, dW in fp32, the gathered head
-    if zero["stage"] == 3:
-        parts["gathered layers"] = 3 * width * model.layer_parameters  # the one in use and two ahead
-    parts["gradient buckets"] = 2 * width * model.layer_parameters
-    return parts | {"CUDA, NCCL, fragments": OTHER_BYTES}
+def memory(model: Model, setting: Setting, rows: int, checkpointing: str) -> dict[str, float]:
+    """Component -> bytes on one GPU when an update needs most; what is offloaded is left out."""
+    parts = {name: float(size) for name, (size, place) in state(model, setting).items() if place == "device" and size}
+    return parts | update_bytes(model, setting, rows, checkpointing) | {"CUDA, NCCL, fragments": float(OTHER_BYTES)}
 
 
 @dataclass(frozen=True)
@@ -125,6 +82,10 @@ def traffic(model: Model, zero: dict[str, Any], *, bf16: bool, reference: bool, 
     gradients = (2 if bf16 else 4) * model.trainable * (world - 1) / world
     if zero.get("zero_quantized_gradients"):
         gradients /= 4  # int4 for bf16
+    if zero["stage"] == 1:
+        # Summed in fp32 and reduced whole once an update, which is a reduction and a gather of the sums.
+        summed = 2 * 4 * model.trainable * (world - 1) / world
+        return Traffic(0.0, 0.0, 0.0, whole + summed)
     if zero["stage"] != 3:
         return Traffic(0.0, 0.0, gradients, whole)
     weights = whole / 2 if zero.get("zero_quantized_weights") else whole  # int8 for bf16
@@ -165,15 +126,17 @@ def step_time(
     per_node: int,
     checkpointing: str,
     bf16: bool,
+    state_width: int = 4,
 ) -> StepTime:
     """Estimate one update: every micro-step waits for the longer of its arithmetic and its communication."""
     kept, _ = checkpointing_share(checkpointing)
     flops = work.flops * (1 + (1 - kept) / 3) + work.reference_flops  # a recomputed layer runs its forward twice
     per_micro_step = flops / work.rows * work.micro_batch_size / (gpu.flops * rates.compute)
+    per_micro_step += GRADIENT_PATH_BYTES * model.trainable / gpu.memory_rate
     wire = wire_seconds(sent.gather + sent.reduce, gpu, rates, nodes, per_node)
     wire += sent.gather_in_node / (gpu.link * rates.link)
     # AdamW reads and writes master weights and moments, reads gradients, writes parameters.
-    optimizer = model.trainable / (nodes * per_node) * (6 * 4 + 4 + (2 if bf16 else 0)) / gpu.memory_rate
+    optimizer = model.trainable / (nodes * per_node) * (6 * state_width + 4 + (2 if bf16 else 0)) / gpu.memory_rate
     optimizer += wire_seconds(sent.once, gpu, rates, nodes, per_node)
     compute, communication = work.micro_steps * per_micro_step, work.micro_steps * wire
     return StepTime(compute, communication, optimizer, work.micro_steps * max(per_micro_step, wire) + optimizer)

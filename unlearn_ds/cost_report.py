@@ -85,13 +85,13 @@ class Estimator:
     """A run's model, data and options, ready to be costed at any number of nodes and with other options."""
 
     def __init__(self, config: PlanConfig, run: RunConfig) -> None:
-        from unlearn_ds.activations import layer_activations
         from unlearn_ds.build import lora_options
         from unlearn_ds.ds_config import load_ds_file
+        from unlearn_ds.fit import model_facts, with_activations
         from unlearn_ds.flops import model_flops
         from unlearn_ds.lora import trainable_parameters
         from unlearn_ds.memory import num_parameters
-        from unlearn_ds.model import ModelOptions, load_config, model_size, parameter_dtype
+        from unlearn_ds.model import ModelOptions, load_config, model_size
         from unlearn_ds.run_data import make_sources, open_run_corpora
 
         if run.bf16 is None:
@@ -101,44 +101,43 @@ class Estimator:
         model_config = load_config(options)
         parameters = num_parameters(model_config)
         adapters = trainable_parameters(model_config, lora_options(run)) if run.lora_r else 0
-        self.model = cost.Model(
-            parameters=parameters,
-            trainable=adapters or parameters,
-            layer_parameters=model_size(model_config).layer,
-            num_layers=model_config.num_hidden_layers,
-            head_parameters=model_config.vocab_size * model_config.hidden_size,
-            activations=layer_activations(model_config, parameter_dtype(run.bf16)),
-        )
+        self.size = model_size(model_config)
+        facts = model_facts(model_config, self.size, parameters, adapters or parameters)
+        self.model = with_activations(run, facts, model_config)
         self.flops = model_flops(model_config, adapters)
         corpora = open_run_corpora(run, model_config.vocab_size, None)
         self.sources = make_sources(run, corpora, model_config.vocab_size, ())
-        self.zero = dict(load_ds_file(run.deepspeed)["zero_optimization"])
-        if self.zero.get("zero_hpz_partition_size") == "auto":
-            self.zero["zero_hpz_partition_size"] = config.gpus_per_node
+        self.ds_file = load_ds_file(run.deepspeed)
+
+    def setting(self, nodes: int, run: RunConfig, ds_file: dict[str, Any]) -> cost.Setting:
+        """What memory depends on, on that many nodes."""
+        from unlearn_ds.fit import setting_of
+
+        per_node = self.config.gpus_per_node
+        return setting_of(run, ds_file, self.size, nodes * per_node, per_node)
 
     def memory(self, nodes: int, **changes: Any) -> dict[str, float]:
         """Component -> bytes on a GPU, with some of the run's options changed."""
-        run = dataclasses.replace(self.run, **{name: value for name, value in changes.items() if name != "zero"})
-        if run.activation_checkpointing == "auto":
-            return self.memory(nodes, **changes, activation_checkpointing=self.checkpointing(nodes))
-        return cost.memory(
-            self.model,
-            changes.get("zero", self.zero),
-            bf16=run.bf16,
-            reference=run.objective.needs_reference and run.reference == "live",
-            world_size=nodes * self.config.gpus_per_node,
-            row_tokens=run.per_device_train_batch_size * run.seq_len,
-            workspace_bytes=run.loss_workspace_mib * 2**20,
-            checkpointing=run.activation_checkpointing,
-        )
+        ds_file = changes.pop("ds_file", self.ds_file)
+        run = self.settled(nodes, dataclasses.replace(self.run, **changes), ds_file)
+        setting = self.setting(nodes, run, ds_file)
+        return cost.memory(self.model, setting, run.per_device_train_batch_size, run.activation_checkpointing)
 
-    def checkpointing(self, nodes: int) -> str:
-        """The run's choice, or what `auto` comes to."""
-        if self.run.activation_checkpointing != "auto":
-            return self.run.activation_checkpointing
-        choices = ("none", "4", "2", "full", "offloaded")
-        fitting = (c for c in choices if self.fits(self.memory(nodes, activation_checkpointing=c)))
-        return next(fitting, choices[-1])
+    def settled(self, nodes: int, run: RunConfig, ds_file: dict[str, Any]) -> RunConfig:
+        """The options with what a run on that many nodes would put in the place of `auto`."""
+        from unlearn_ds.fit import AUTO, choose, update_rows
+        from unlearn_ds.run_data import make_plan
+
+        checkpointing, rows = run.activation_checkpointing, run.per_device_train_batch_size
+        if AUTO not in (checkpointing, rows):
+            return run
+        setting = self.setting(nodes, run, ds_file)
+        rows_of_updates = update_rows(make_plan(run, self.sources, setting.world_size))
+        free = self.config.card.memory - cost.OTHER_BYTES
+        chosen = choose(self.model, setting, checkpointing, rows, rows_of_updates, free)
+        return dataclasses.replace(
+            run, activation_checkpointing=chosen.checkpointing, per_device_train_batch_size=chosen.rows
+        )
 
     def fits(self, parts: dict[str, float]) -> bool:
         return sum(parts.values()) <= self.config.card.memory
@@ -147,13 +146,17 @@ class Estimator:
         """Everything about the run on that many nodes."""
         from unlearn_ds.run_data import make_plan
 
-        per_node, run, card, rates = self.config.gpus_per_node, self.run, self.config.card, self.config.rates
+        per_node, card, rates = self.config.gpus_per_node, self.config.card, self.config.rates
         world = nodes * per_node
+        run = self.settled(nodes, self.run, self.ds_file)
+        setting = self.setting(nodes, run, self.ds_file)
         plan = make_plan(run, self.sources, world)
         work = cost.average_work(plan, self.flops)
         parts = self.memory(nodes)
         reference = run.objective.needs_reference and run.reference == "live"
-        sent = cost.traffic(self.model, self.zero, bf16=run.bf16, reference=reference, nodes=nodes, per_node=per_node)
+        sent = cost.traffic(
+            self.model, setting.zero, bf16=run.bf16, reference=reference, nodes=nodes, per_node=per_node
+        )
         if not reference:
             work = dataclasses.replace(work, reference_flops=0.0)
         time = cost.step_time(
@@ -164,13 +167,16 @@ class Estimator:
             rates,
             nodes=nodes,
             per_node=per_node,
-            checkpointing=self.checkpointing(nodes),
+            checkpointing=run.activation_checkpointing,
             bf16=run.bf16,
+            state_width=2 if setting.small_states else 4,
         )
         hours = plan.num_steps * time.total / 3600
         return {
             "nodes": nodes,
             "ranks": world,
+            "checkpointing": run.activation_checkpointing,
+            "rows": run.per_device_train_batch_size,
             "memory_bytes": parts,
             "memory_total_bytes": sum(parts.values()),
             "fits": self.fits(parts),
@@ -183,7 +189,9 @@ class Estimator:
             "hours": hours,
             "gpu_hours": hours * world,
             "tokens_per_s": float(plan.step(0).num_tokens / time.total),
-            "checkpoint_bytes": 12 * self.model.trainable,  # master weights and moments
+            "checkpoint_bytes": 3
+            * (2 if setting.small_states else 4)
+            * self.model.trainable,  # master weights and moments
         }
 
 
@@ -199,7 +207,8 @@ def plan_run(config: PlanConfig, run: RunConfig) -> dict[str, Any]:
         "rates": asdict(config.rates),
         "parameters": estimator.model.parameters,
         "trainable": estimator.model.trainable,
-        "checkpointing": estimator.checkpointing(config.nodes),
+        "checkpointing": here["checkpointing"],
+        "rows": here["rows"],
         "here": here,
         "curve": curve,
         "advice": [] if here["fits"] else advice(estimator, config.nodes),
@@ -208,6 +217,8 @@ def plan_run(config: PlanConfig, run: RunConfig) -> dict[str, Any]:
 
 def advice(estimator: Estimator, nodes: int) -> list[str]:
     """Changes that each make the run fit, from the cheapest in speed on; or what together comes closest."""
+    from unlearn_ds.ds_config import load_ds_file
+
     run = estimator.run
     changes: list[tuple[str, dict[str, Any]]] = []
     if run.objective.needs_reference and run.reference == "live":
@@ -219,10 +230,9 @@ def advice(estimator: Estimator, nodes: int) -> list[str]:
         for choice in ("full", "offloaded")
         if run.activation_checkpointing not in (choice, "auto")
     ]
-    if run.per_device_train_batch_size > 1:
+    if run.per_device_train_batch_size not in (1, "auto"):
         changes.append(("--per_device_train_batch_size 1", {"per_device_train_batch_size": 1}))
-    offload = estimator.zero | {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    changes.append(("--deepspeed zero3_offload", {"zero": offload}))
+    changes.append(("--deepspeed zero3_offload", {"ds_file": load_ds_file("zero3_offload")}))
     found = [words for words, change in changes if estimator.fits(estimator.memory(nodes, **change))]
     together: dict[str, Any] = {}
     named: dict[str, str] = {}
@@ -244,7 +254,8 @@ def as_text(config: PlanConfig, report: dict[str, Any]) -> str:
     room = card.memory
     lines = [
         f"{report['parameters']:,} parameters, {report['trainable']:,} trained; {config.nodes} node(s) x "
-        f"{config.gpus_per_node} {config.gpu}; activation checkpointing: {report['checkpointing']}",
+        f"{config.gpus_per_node} {config.gpu}; activation checkpointing: {report['checkpointing']}, "
+        f"{report['rows']} row(s) a micro-step",
         "",
         f"memory of a GPU, of {room / cost.GIB:.1f} GiB",
     ]

@@ -1,7 +1,7 @@
 """From a JSON file of ds_configs/ and the run's options to the dict that DeepSpeed gets.
 
 The file holds ZeRO and precision only. DeepSpeed itself ignores unknown top-level keys without a word; here they stop the
-run. Buckets marked "auto" are sized from the model's largest decoder layer.
+run. Sizes marked "auto" follow from the model's largest decoder layer.
 """
 
 import json
@@ -49,6 +49,7 @@ class ModelSize:
 
     layer: int  # the largest decoder layer
     hidden: int  # the hidden size
+    head: int  # the output projection
 
 
 def load_ds_file(name_or_path: str) -> dict[str, Any]:
@@ -101,8 +102,8 @@ def check_keys(content: dict[str, Any], source: str) -> None:
             raise OptionError(
                 f"--deepspeed {source}: unknown key {key!r} in 'zero_optimization'.{did_you_mean(key, known)}"
             )
-    if zero.get("stage") not in (2, 3):
-        raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')}: choose 2 or 3")
+    if zero.get("stage") not in (1, 2, 3):
+        raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')}: choose 1, 2 or 3")
 
 
 def check_device(content: dict[str, Any], device_type: str, source: str) -> None:
@@ -121,9 +122,10 @@ def training_config(
     world_size: int,
     size: ModelSize,
     ranks_per_node: int = 1,
+    bf16_states: bool = False,
 ) -> dict[str, Any]:
-    """Complete a checked file to the dict for `deepspeed.initialize` of the training engine."""
-    config = _with_precision(content, bf16, size, ranks_per_node)
+    """Complete a checked file to the dict for `deepspeed.initialize` of the training engine. Raises what `sized` raises."""
+    config = sized(content, bf16=bf16, size=size, ranks_per_node=ranks_per_node, bf16_states=bf16_states)
     config |= {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -142,7 +144,7 @@ def inference_config(
     content: dict[str, Any], *, bf16: bool, size: ModelSize, ranks_per_node: int = 1
 ) -> dict[str, Any]:
     """The dict for a frozen model: the same parameter sharding, no optimizer."""
-    config = _with_precision(content, bf16, size, ranks_per_node)
+    config = sized(content, bf16=bf16, size=size, ranks_per_node=ranks_per_node)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
     if zero["stage"] != 3:
@@ -150,16 +152,34 @@ def inference_config(
     return config | {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
 
 
-def _with_precision(content: dict[str, Any], bf16: bool, size: ModelSize, ranks_per_node: int) -> dict[str, Any]:
+def sized(
+    content: dict[str, Any], *, bf16: bool, size: ModelSize, ranks_per_node: int = 1, bf16_states: bool = False
+) -> dict[str, Any]:
+    """A checked file with the run's precision, and with numbers in the place of "auto".
+
+    bf16_states: master weights and moments in bf16. Raises `OptionError` where DeepSpeed would pass over that.
+    """
     config = json.loads(json.dumps(content))
     # DeepSpeed's own default sums the micro-steps of an update in bf16.
     config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
     config["bf16"] = config.get("bf16", {}) | {"enabled": bf16}
     zero = config["zero_optimization"]
+    if bf16_states:
+        if not bf16 or zero["stage"] == 1:
+            raise OptionError(
+                "--optimizer_states bf16 needs parameters in bf16 (--bf16 True) and ZeRO stage 2 or 3: DeepSpeed keeps fp32 "
+                "states at stage 1"
+            )
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    # One layer in use and those fetched ahead, beside the output projection, from where forward turns to backward.
+    live = 3 * size.layer + size.head
     auto = {
         # Two layers ahead, so that the gather of one hides behind the other's compute (elements, not bytes).
         "stage3_prefetch_bucket_size": 2 * size.layer,
         "reduce_bucket_size": max(size.layer, 1_000_000),
+        # Fetching ahead stops where more than this is gathered; what is used again within as much stays.
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
         # Norm weights and biases stay gathered: their all-gathers would be all latency.
         "stage3_param_persistence_threshold": 10 * size.hidden,
         # The second copy of the parameters is spread over one node.

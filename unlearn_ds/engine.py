@@ -54,7 +54,8 @@ def make_optimizer(config: RunConfig, model: nn.Module, offloaded: bool) -> torc
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        full = config.optimizer_states == "fp32"
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=full, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 

@@ -1,38 +1,95 @@
-"""Does a run fit: its state into the memory of a rank, and its activations into what is left."""
+"""Does a run fit: its state into the memory of a rank, and which checkpointing and how many rows go beside it."""
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
 from unlearn_ds import distributed
-from unlearn_ds.activations import choose_checkpointing, fixed_bytes, layer_activations
+from unlearn_ds.activations import LayerActivations, layer_activations
 from unlearn_ds.config import RunConfig
-from unlearn_ds.memory import available_bytes, require_memory, state_bytes
-from unlearn_ds.model import model_size, parameter_dtype
+from unlearn_ds.data.plan import Plan
+from unlearn_ds.ds_config import ModelSize, sized
+from unlearn_ds.lora import LoraOptions, add_adapters
+from unlearn_ds.memory import available_bytes, require_memory
+from unlearn_ds.model import parameter_dtype
+from unlearn_ds.objectives import KL, SEQUENCE
+from unlearn_ds.peak import CHECKPOINTING, Model, Setting, checkpointing_share, state, update_bytes
+
+AUTO = "auto"
+_AUTOMATIC = ("activation_checkpointing", "per_device_train_batch_size")
+_HEADROOM = 0.9  # share of what is free that may be planned with
+# The gradient path of a micro-step in tokens' worth of arithmetic: it moves about 10 bytes a parameter, a token costs 6 FLOP a
+# parameter, and a GPU at half its published rate does 150 FLOP (H100) while it moves a byte.
+_GRADIENT_PATH_TOKENS = 250
+_RECOMPUTATION = 1 / 3  # of a layer's forward and backward
+_OFFLOADING = 0.02  # of the same: inputs go to the host and back, mostly hidden
+_WORTH_IT = 0.01  # more rows must save this share of the time
+_SAMPLED_UPDATES = 4
 
 
-def check_memory(
-    config: RunConfig, parameters: int, trainable: int, ds_config: dict[str, Any], device: torch.device
-) -> None:
-    """Refuse, on all ranks alike, a model whose state alone is larger than the memory of a rank."""
-    require_memory(
-        state_components(config, parameters, trainable, ds_config["zero_optimization"]), least_available(device)
-    )
+@dataclass(frozen=True)
+class Choice:
+    """How a run goes through its rows."""
+
+    checkpointing: str
+    rows: int  # of a micro-step
+    num_bytes: int  # of the state, and of an update's worst moment
+    fits: bool
 
 
-def state_components(
-    config: RunConfig, parameters: int, trainable: int, zero: dict[str, Any]
-) -> dict[str, tuple[int, str]]:
-    """What the run's state takes of a rank's memory."""
-    return state_bytes(
-        parameters,
-        zero,
+def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, world_size: int, per_node: int) -> Setting:
+    """What of a run's options memory depends on."""
+    reference = None
+    if config.objective.needs_reference:
+        adapter = config.lora_r is not None and config.reference == "live"
+        reference = "adapter" if adapter else config.reference
+    losses = {term.loss for term in config.objective.terms}
+    return Setting(
+        ds_config=sized(
+            ds_file, bf16=config.bf16, size=size, ranks_per_node=per_node, bf16_states=config.optimizer_states == "bf16"
+        ),
         bf16=config.bf16,
-        reference=config.objective.needs_reference and config.reference == "live" and not config.lora_r,
-        world_size=distributed.world_size(),
-        trainable=trainable,
+        world_size=world_size,
+        seq_len=config.seq_len,
+        workspace_bytes=int(config.loss_workspace_mib * 2**20),
+        num_losses=1 + len(losses & {KL, SEQUENCE}),
+        reference=reference,
     )
+
+
+def model_facts(model_config: PreTrainedConfig, size: ModelSize, parameters: int, trainable: int) -> Model:
+    """What of a model memory depends on, but for its activations."""
+    return Model(
+        parameters=parameters,
+        trainable=trainable,
+        layer_parameters=size.layer,
+        num_layers=model_config.num_hidden_layers,
+        head_parameters=size.head,
+        hidden_size=size.hidden,
+        activations=LayerActivations(0, 0),
+    )
+
+
+def with_activations(config: RunConfig, model: Model, model_config: PreTrainedConfig) -> Model:
+    """The same with what a token leaves for backward.
+
+    Raises `NotImplementedError` or `RuntimeError` for a model that does not run on shapes alone.
+    """
+    options = LoraOptions(config.lora_r or 0, config.lora_alpha, config.lora_target)
+    adapt = partial(add_adapters, options=options) if config.lora_r else None
+    counted = layer_activations(model_config, parameter_dtype(config.bf16), adapt)
+    return dataclasses.replace(model, activations=counted)
+
+
+def check_memory(model: Model, setting: Setting, device: torch.device) -> None:
+    """Refuse, on all ranks alike, a model whose state alone is larger than the memory of a rank."""
+    require_memory(state(model, setting), least_available(device))
 
 
 def least_available(device: torch.device) -> dict[str, int]:
@@ -41,33 +98,78 @@ def least_available(device: torch.device) -> dict[str, int]:
     return {place: min(share[place] for share in shares) for place in ("device", "host")}
 
 
-def fit_checkpointing(
-    config: RunConfig,
-    model_config: PreTrainedConfig,
-    ds_config: dict[str, Any],
-    parameters: int,
-    trainable: int,
-    device: torch.device,
-) -> str:
-    """The run's activation checkpointing; `auto` becomes the fastest one that fits beside the state. Every rank calls this."""
-    if config.activation_checkpointing != "auto":
-        return config.activation_checkpointing
-    components = state_components(config, parameters, trainable, ds_config["zero_optimization"])
-    # The parameters are there already; what else the state takes is still to come.
-    to_come = sum(size for name, (size, place) in components.items() if place == "device" and name != "parameters")
-    free = least_available(device)["device"] - to_come
-    dtype = parameter_dtype(config.bf16)
-    tokens = config.per_device_train_batch_size * config.seq_len
-    workspace = int(config.loss_workspace_mib * 2**20)
-    choice, needed = choose_checkpointing(
-        layer_activations(model_config, dtype),
-        model_config.num_hidden_layers,
-        tokens,
-        free,
-        fixed_bytes(model_config, dtype, workspace, model_size(model_config).layer),
+def settle_memory(
+    config: RunConfig, model: Model, model_config: PreTrainedConfig, setting: Setting, plan: Plan, device: torch.device
+) -> RunConfig:
+    """The run's options with what `auto` stands for; says what it came to. Every rank calls this and gets rank 0's answer.
+
+    Before the model is loaded: all of its state is still to come.
+    """
+    checkpointing, rows = config.activation_checkpointing, config.per_device_train_batch_size
+    if AUTO not in (checkpointing, rows):
+        return config
+    free = least_available(device)["device"]
+
+    def decide() -> tuple[str, int, str]:
+        try:
+            counted = with_activations(config, model, model_config)
+        except (NotImplementedError, RuntimeError) as error:
+            smallest = "full" if checkpointing == AUTO else checkpointing, 1 if rows == AUTO else rows
+            return *smallest, f"the smallest, because this model's activations cannot be counted: {error}"
+        chosen = choose(counted, setting, checkpointing, rows, update_rows(plan), free)
+        return chosen.checkpointing, chosen.rows, as_text(chosen, free)
+
+    values = dict(zip(_AUTOMATIC, (settled := distributed.on_main(decide))))
+    told = [f"--{name} auto: {value}" for name, value in values.items() if getattr(config, name) == AUTO]
+    distributed.say(f"{', '.join(told)} ({settled[2]})")
+    return dataclasses.replace(config, **values)
+
+
+def as_text(chosen: Choice, free: int) -> str:
+    """Why it was chosen."""
+    needed = f"a rank needs about {chosen.num_bytes / 2**30:.2f} GiB of {free / 2**30:.2f}"
+    return needed if chosen.fits else f"{needed}: that does not fit by the estimate, but nothing is smaller"
+
+
+def update_rows(plan: Plan) -> list[int]:
+    """How many rows some of the run's updates have."""
+    sampled = np.unique(np.linspace(0, plan.num_steps - 1, _SAMPLED_UPDATES).astype(int))
+    return [plan.step(int(index)).num_rows for index in sampled]
+
+
+def choose(
+    model: Model,
+    setting: Setting,
+    checkpointing: str,
+    rows: int | str,
+    rows_of_updates: Sequence[int],
+    free_bytes: float,
+) -> Choice:
+    """The fastest of what fits into `free_bytes`, and of the equally fast the fewest rows; the smallest if nothing fits.
+
+    checkpointing, rows: values of the options, of which `auto` leaves the choice. No more rows than give every rank one.
+    """
+    persistent = sum(size for size, place in state(model, setting).values() if place == "device")
+    most = max(1, min(rows_of_updates) // setting.world_size)
+    choices = [
+        Choice(one, count, int(needed), needed <= _HEADROOM * free_bytes)
+        for one in (CHECKPOINTING if checkpointing == AUTO else (checkpointing,))
+        for count in (range(1, most + 1) if rows == AUTO else (rows,))
+        if (needed := persistent + sum(update_bytes(model, setting, count, one).values()))
+    ]
+    fitting = [choice for choice in choices if choice.fits]
+    if not fitting:
+        return min(choices, key=lambda choice: choice.num_bytes)
+    times = {choice: update_time(choice, setting, rows_of_updates) for choice in fitting}
+    enough = min(times.values()) * (1 + _WORTH_IT)
+    return min(
+        (choice for choice in fitting if times[choice] <= enough), key=lambda choice: (choice.rows, times[choice])
     )
-    distributed.say(
-        f"--activation_checkpointing auto: {choice}; a micro-step of {tokens} tokens then takes about {needed / 2**30:.2f} "
-        f"GiB beside the state, of {free / 2**30:.2f} free"
-    )
-    return choice
+
+
+def update_time(choice: Choice, setting: Setting, rows_of_updates: Sequence[int]) -> float:
+    """Time of the updates on a rank, in tokens' worth of forward and backward."""
+    kept, on_device = checkpointing_share(choice.checkpointing)
+    again = (1 - kept) * _RECOMPUTATION + (0 if on_device else _OFFLOADING)
+    micro_steps = sum(-(-rows // (setting.world_size * choice.rows)) for rows in rows_of_updates)
+    return micro_steps * (choice.rows * setting.seq_len * (1 + again) + _GRADIENT_PATH_TOKENS)

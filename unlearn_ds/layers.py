@@ -23,6 +23,7 @@ def wrap_layers(model: nn.Module, checkpointing: str, compiled: bool) -> None:
     """Compile each decoder layer, and recompute activations in backward: of no layer (`none`), of all (`full`), of all with
     their inputs kept in host memory (`offloaded`), or of every n-th (a number).
     """
+    assert checkpointing != "auto", "which checkpointing fits is settled before (`fit.settle_memory`)"
     every = int(checkpointing) if checkpointing.isdigit() else 1
     recompute = _offloaded if checkpointing == "offloaded" else _recomputed
     for index, layer in enumerate(decoder_layers(model)):

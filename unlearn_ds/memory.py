@@ -1,6 +1,7 @@
 """What the model's state takes of a rank's memory, and the refusal of what cannot fit, before anything is loaded.
 
-Only persistent state counts here: parameters, gradients, optimizer, reference. Activations and the loss workspace come on top.
+Only persistent state counts here: parameters, gradients, optimizer, reference, buckets. What an update needs beside it is in
+`peak`.
 """
 
 from typing import Any
@@ -32,37 +33,71 @@ def num_parameters(config: Any) -> int:
 
 def state_bytes(
     parameters: int,
-    zero: dict[str, Any],
+    ds_config: dict[str, Any],
     *,
     bf16: bool,
-    reference: bool,
     world_size: int,
     trainable: int | None = None,
+    reference: str | None = None,
+    head: int = 0,
 ) -> dict[str, tuple[int, str]]:
-    """Component -> (bytes on one rank, "device" or "host").
+    """Component -> (bytes on one rank, "device", "host" or "disk").
 
-    parameters: of the whole model. trainable: how many of them are trained (default: all). zero: the `zero_optimization`
-    section of DeepSpeed's options. In bf16 a parameter costs 2 bytes; a trained one 4 for its fp32 master copy, 8 for Adam's
+    parameters: of the whole model. trainable: how many of them are trained (default: all). reference: what KL compares with
+    ("live", "cache", or None), of which a cache keeps the output projection, `head` parameters. ds_config: DeepSpeed's options,
+    in which nothing is "auto". In bf16 a parameter costs 2 bytes; a trained one 4 for its fp32 master copy, 8 for Adam's
     moments and 4 for the fp32 gradient on top; in fp32 the parameter is its own master copy.
     """
+    zero = ds_config["zero_optimization"]
     width = 2 if bf16 else 4
+    stage = zero["stage"]
     shard = -(-parameters // world_size)
-    parameter_shard = shard if zero["stage"] == 3 else parameters
-    trained = shard if trainable is None else -(-trainable // world_size)
-    optimizer_place = "host" if _offloaded(zero, "offload_optimizer") else "device"
-    parameter_place = "host" if _offloaded(zero, "offload_param") else "device"
+    held = shard if stage == 3 else parameters
+    trained = parameters if trainable is None else trainable
+    states = trained if stage == 0 else -(-trained // world_size)
+    # Two moments, and a master copy of what is computed in bf16.
+    per_state = 3 * 2 if small_states(ds_config, bf16) else (12 if bf16 else 8)
+    # Below stage 2 a gradient is summed whole.
+    gradients = gradient_width(ds_config, bf16) * (states if stage >= 2 else trained)
     components = {
-        "parameters": (width * parameter_shard, parameter_place),
-        "gradients": (4 * trained, optimizer_place),
-        "optimizer": ((12 if bf16 else 8) * trained, optimizer_place),
+        "parameters": (width * held, _place(zero, "offload_param")),
+        "gradients": (gradients, _place(zero, "offload_optimizer")),
+        "optimizer": (per_state * states, _place(zero, "offload_optimizer")),
+        "gradient buckets": (bucket_bytes(ds_config, bf16), "device"),
     }
-    if reference:
-        components["reference"] = (width * parameter_shard, parameter_place)
+    if stage == 3 and (group := zero.get("zero_hpz_partition_size", 1)) > 1:
+        components["parameters, copy within the node"] = (width * -(-parameters // group), "device")
+    if reference == "live":
+        components["reference"] = (width * held, _place(zero, "offload_param"))
+    elif reference == "cache":
+        components["reference"] = (width * -(-head // world_size), "device")
     return components
 
 
-def _offloaded(zero: dict[str, Any], section: str) -> bool:
-    return zero.get(section, {}).get("device", "none") != "none"
+def small_states(ds_config: dict[str, Any], bf16: bool) -> bool:
+    """Whether master weights and moments are bf16 too."""
+    return bf16 and bool(ds_config.get("bf16", {}).get("bf16_optimizer_states"))
+
+
+def gradient_width(ds_config: dict[str, Any], bf16: bool) -> int:
+    """Bytes of a gradient that is summed over the micro-steps of an update."""
+    return 2 if bf16 and ds_config.get("data_types", {}).get("grad_accum_dtype") == "bf16" else 4
+
+
+def bucket_bytes(ds_config: dict[str, Any], bf16: bool) -> int:
+    """What gradients are collected in before they are reduced."""
+    zero = ds_config["zero_optimization"]
+    if zero["stage"] == 0 or not zero.get("contiguous_gradients", True):
+        return 0
+    width = 4 if not bf16 or ds_config.get("communication_data_type") == "fp32" else 2
+    # Below stage 3 there is one more where reducing overlaps with filling.
+    buffers = 1 if zero["stage"] == 3 else 1 + bool(zero.get("overlap_comm"))
+    return width * buffers * int(zero.get("reduce_bucket_size", 5e8))
+
+
+def _place(zero: dict[str, Any], section: str) -> str:
+    device = zero.get(section, {}).get("device", "none")
+    return {"none": "device", "nvme": "disk"}.get(device, "host")
 
 
 def available_bytes(device: torch.device, ranks_per_node: int) -> dict[str, int]:

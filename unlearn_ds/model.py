@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from unlearn_ds import attention, distributed, weights
 from unlearn_ds.ds_config import ModelSize
 from unlearn_ds.fixed_tensors import fixed_tensors, restore
+from unlearn_ds.layers import decoder_layers
 from unlearn_ds.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
 from unlearn_ds.memory import blank_model
 from unlearn_ds.options import OptionError
@@ -171,10 +172,10 @@ def logit_shape(config: PreTrainedConfig) -> LogitShape:
 
 
 def model_size(config: PreTrainedConfig) -> ModelSize:
-    """Estimate the largest decoder layer, in parameters, from the config alone: it sizes ZeRO's buckets."""
-    hidden = config.hidden_size
-    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    return ModelSize(layer=4 * hidden * hidden + 3 * hidden * intermediate, hidden=hidden)
+    """The largest decoder layer and the output projection, in parameters: they size ZeRO's buckets."""
+    layers = decoder_layers(blank_model(config))
+    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    return ModelSize(layer=largest, hidden=config.hidden_size, head=config.vocab_size * config.hidden_size)
 
 
 def load_model(

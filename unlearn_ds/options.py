@@ -59,7 +59,8 @@ def field_types(config_class: type) -> dict[str, tuple[Any, bool]]:
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-            hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+            arguments = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+            hint = arguments[0] if len(arguments) == 1 else WordOr(*sorted(arguments, key=_is_literal))
         is_list = typing.get_origin(hint) is tuple
         resolved[field.name] = (typing.get_args(hint)[0] if is_list else hint, is_list)
     return resolved
@@ -70,6 +71,26 @@ def decided_by_program(config_class: type) -> frozenset[str]:
     """The fields of `bool | None`, of which None, written `auto`, leaves the choice to the program."""
     hints = typing.get_type_hints(config_class)
     return frozenset(name for name, hint in hints.items() if set(typing.get_args(hint)) == {bool, type(None)})
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
+
+
+class WordOr:
+    """The type of an option that is a value or one of some words: `int | Literal["auto"]`."""
+
+    def __init__(self, kind: type, words: Any) -> None:
+        self.kind, self.words = kind, typing.get_args(words)
+        self.__name__ = f"{kind.__name__}|{'|'.join(self.words)}"
+
+    def __call__(self, value: Any) -> Any:
+        """The value of a word on the command line or in a file; `ValueError` for what is neither."""
+        if value in self.words:
+            return value
+        if self.kind is int and not isinstance(value, str) and value != int(value):
+            raise ValueError
+        return self.kind(value)
 
 
 def _to_bool(text: str) -> bool:

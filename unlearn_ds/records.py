@@ -11,10 +11,8 @@ from unlearn_ds.attention import caps_scores, choose_attention
 from unlearn_ds.build import Run
 from unlearn_ds.durable import replacing
 from unlearn_ds.engine import changes_nothing
-from unlearn_ds.memory import state_bytes
 from unlearn_ds.model import parameter_dtype
 from unlearn_ds.precision import name_of
-from unlearn_ds.reference import LiveReference
 from unlearn_ds.run_data import NamedCorpus
 
 
@@ -36,6 +34,7 @@ def write_run_json(run: Run) -> None:
 
     content = {
         "options": asdict(run.config),
+        "chosen": run.chosen,
         "versions": {
             "unlearn_ds": __version__,
             "torch": torch.__version__,
@@ -75,16 +74,7 @@ def announce(run: Run) -> None:
     config, plan, device = run.config, run.plan, run.device
     first = plan.step(min(run.start_step, plan.num_steps - 1))
     world = distributed.world_size()
-    zero = run.engine.engine.config["zero_optimization"]
-    state = state_bytes(
-        run.num_parameters,
-        zero,
-        bf16=config.bf16,
-        reference=isinstance(run.reference, LiveReference),
-        world_size=world,
-        trainable=run.num_trainable,
-    )
-    shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in state.items())
+    shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in run.state.items() if size)
     attn, why = choose_attention(config.attn, device.type, caps_scores(run.model_config), parameter_dtype(config.bf16))
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     visible = torch.cuda.device_count() if device.type == "cuda" else 0

@@ -173,7 +173,8 @@ def with_reference_nll(
 
 def make_plan(config: RunConfig, sources: list[Source], world_size: int) -> Plan:
     """The steps of the run."""
-    rows = config.per_device_train_batch_size
+    # What an update sees does not depend on it: before `fit` has settled it, any number will do.
+    rows = 1 if config.per_device_train_batch_size == "auto" else config.per_device_train_batch_size
     return Plan(
         sources,
         global_batch_size=config.global_batch_size or rows * world_size * config.gradient_accumulation_steps,

@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq_len", type=positive_int, default=4096)
     parser.add_argument("--global_batch_size", type=positive_int, default=16, help="sequences per update")
     parser.add_argument(
-        "--per_device_train_batch_size", type=positive_int, default=1, help="packed rows in one forward"
+        "--per_device_train_batch_size",
+        type=lambda word: word if word == "auto" else positive_int(word),
+        default=1,
+        help="packed rows in one forward, or auto",
     )
     parser.add_argument("--num_ranks", type=positive_int, help="default: one per GPU, else one per core")
     parser.add_argument(
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", action="store_true", help="the published way too, on the same sequences")
     parser.add_argument("--fp32", action="store_true", help="fp32 parameters; the default without a GPU")
     parser.add_argument(
-        "--activation_checkpointing", default="none", help="none, full, a number or offloaded, for both ways"
+        "--activation_checkpointing", default="none", help="none, full, a number, offloaded or auto, for both ways"
     )
     parser.add_argument("--attn", default="auto")
     parser.add_argument("--torch_compile", action="store_true")
@@ -197,7 +200,8 @@ def result_row(
             "global_batch_size": args.global_batch_size,
             "ranks": measured["world_size"],
             "dtype": "bf16" if measured["device"] != "cpu" and not args.fp32 else "fp32",
-            "activation_checkpointing": args.activation_checkpointing,
+            "activation_checkpointing": measured["activation_checkpointing"],
+            "rows": measured["per_device_train_batch_size"],
             "attention": measured["attention"],
             "compiled": args.torch_compile and impl == "ours",
         },

@@ -26,10 +26,11 @@ from unlearn_ds.data.plan import Plan
 from unlearn_ds.ds_config import inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine, make_optimizer
 from unlearn_ds.fixed_tensors import fixed_tensors, restore
+from unlearn_ds.fit import model_facts, setting_of, settle_memory
 from unlearn_ds.hidden_cache import open_or_fill
 from unlearn_ds.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.loss_head import PackedCausalLM, attach
-from unlearn_ds.memory import blank_model
+from unlearn_ds.memory import blank_model, num_parameters
 from unlearn_ds.model import ZeroInit, head_options, model_size, parameter_dtype
 from unlearn_ds.objectives import KL
 from unlearn_ds.profile import breakdown
@@ -59,7 +60,9 @@ def main(case: StepCase) -> None:
     dtype, caps = parameter_dtype(config.bf16), attention.caps_scores(shape)
     shape._attn_implementation = attention.choose_attention(config.attn, device.type, caps, dtype)[0]
     corpora = open_run_corpora(config, shape.vocab_size, None)
-    plan = make_plan(config, make_sources(config, corpora, shape.vocab_size, ()), distributed.world_size())
+    sources = make_sources(config, corpora, shape.vocab_size, ())
+    config = settled(config, shape, make_plan(config, sources, distributed.world_size()), device)
+    plan = make_plan(config, sources, distributed.world_size())
     marks = {"imports": memory_now(device)}
     take_steps = _ours if case.impl == "ours" else _baseline
     measured = take_steps(config, shape, plan, device, marks)
@@ -78,10 +81,22 @@ def main(case: StepCase) -> None:
             "rows": [step.num_rows for step in steps],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "attention": shape._attn_implementation,
+            "activation_checkpointing": config.activation_checkpointing,
+            "per_device_train_batch_size": config.per_device_train_batch_size,
             "parts_s": parts,
         }
         Path(case.output).write_text(json.dumps(result), encoding="utf-8")
     distributed.shut_down()
+
+
+def settled(config: RunConfig, shape: Any, plan: Plan, device: torch.device) -> RunConfig:
+    """The options with what training would put in the place of `auto`."""
+    size = model_size(shape)
+    setting = setting_of(
+        config, load_ds_file(config.deepspeed), size, distributed.world_size(), distributed.ranks_per_node()
+    )
+    parameters = num_parameters(shape)
+    return settle_memory(config, model_facts(shape, size, parameters, parameters), shape, setting, plan, device)
 
 
 def memory_now(device: torch.device) -> int:
