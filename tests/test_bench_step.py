@@ -3,12 +3,17 @@
 import gzip
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support import launch, tiny_config
+from unlearn_ds import fit
 from unlearn_ds.bench.step import join_rounds
+from unlearn_ds.bench.step_worker import settled
 from unlearn_ds.cli import main
+from unlearn_ds.config import RunConfig
 
 
 def test_a_launcher_starts_the_ranks(tmp_path):
@@ -78,3 +83,20 @@ def test_a_count_below_zero_is_refused(bench, flag, capsys):
         main(["bench", bench, flag, "-1"])
     assert ended.value.code == 2
     assert "-1 is not a whole number of at least 0" in capsys.readouterr().err
+
+
+def test_auto_is_settled_as_in_training(monkeypatch):
+    """Where everything fits that is no recomputation, where nothing does the least."""
+    shape = tiny_config()
+    options = {"target_model_name_or_path": "m", "bf16": False, "seq_len": 64, "global_batch_size": 64}
+    config = RunConfig(
+        "gradient_ascent", "o", activation_checkpointing="auto", per_device_train_batch_size="auto", **options
+    )
+    plan = SimpleNamespace(num_steps=1, step=lambda index: SimpleNamespace(num_rows=32))
+    cpu = torch.device("cpu")
+    roomy = settled(config, shape, plan, cpu)
+    assert roomy.activation_checkpointing == "none"
+    assert roomy.per_device_train_batch_size > 1
+    monkeypatch.setattr(fit, "available_bytes", lambda *_: {"device": 1, "host": 1})
+    narrow = settled(config, shape, plan, cpu)
+    assert (narrow.activation_checkpointing, narrow.per_device_train_batch_size) == ("offloaded", 1)
