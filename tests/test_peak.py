@@ -27,7 +27,7 @@ def test_an_update_allocates_what_was_estimated(tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     write_corpora(tmp_path / "data", num_documents=40, longest=1100)
-    finished = launch("tests.peak_worker", [str(tmp_path), *map(json.dumps, CASES)], num_ranks=2, timeout_s=600)
+    finished = launch("tests.peak_worker", [str(tmp_path), *map(json.dumps, CASES)], num_ranks=2)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     results = [json.loads(line.split("RESULT ")[1]) for line in finished.stdout.splitlines() if "RESULT " in line]
     assert len(results) == len(CASES)
