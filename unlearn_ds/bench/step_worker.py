@@ -25,8 +25,8 @@ from unlearn_ds.data.loader import Loader
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.ds_config import inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine, make_optimizer
-from unlearn_ds.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.fit import model_facts, setting_of, settle_memory
+from unlearn_ds.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.hidden_cache import open_or_fill
 from unlearn_ds.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.loss_head import PackedCausalLM, attach
