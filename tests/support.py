@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,3 +94,18 @@ def run_training(arguments: list[str], num_ranks: int = 1, **extra: str) -> list
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     output = Path(arguments[arguments.index("--output_dir") + 1])
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def forbidding_syncs() -> Iterator[None]:
+    """Within, a wait of the host for the CUDA device raises; after it nothing does, whatever happened.
+
+    torch warns whenever the mode is set, which is an error where warnings are.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,6 +1,8 @@
 """Packed attention equals attention of each sequence alone, for every backend, window, cap and grouping of heads."""
 
 import importlib.util
+import inspect
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +72,29 @@ def test_sdpa_equals_each_sequence_alone(lengths, window, softcap):
 @pytest.mark.parametrize("groups", [1, 4])
 def test_sdpa_with_one_and_with_as_many_key_heads(groups):
     compare(packed_sdpa, LENGTHS["mixed"], groups=groups)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("window", [None, 10])
+def test_varlen_asks_the_installed_torch_for_the_right_thing(window, groups, monkeypatch):
+    """torch's kernel needs a GPU; its signature does not: our arguments go through it to a plain computation."""
+    installed = inspect.signature(attention.varlen_attn)
+
+    def plain(*args, **kwargs):
+        bound = installed.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        left, right = given["window_size"]
+        assert right == 0
+        assert given["max_q"] == given["max_k"] == max(LENGTHS["mixed"])
+        assert given.get("enable_gqa", True) or groups == 4
+        packed = [given[name].transpose(0, 1) for name in ("query", "key", "value")]
+        runs = pairwise(given["cu_seq_q"].tolist())
+        sequences = [[part[:, start:end] for part in packed] for start, end in runs]
+        return torch.cat([naive_attention(*one, given["scale"], left + 1 if left >= 0 else None) for one in sequences])
+
+    monkeypatch.setattr(attention, "varlen_attn", plain)
+    compare(attention.packed_varlen, LENGTHS["mixed"], window, groups=groups)
 
 
 def test_rows_without_boundaries_are_one_sequence_each():

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from tests.support import ROOT
 from unlearn_ds import cli
 from unlearn_ds.bench import contestants
 from unlearn_ds.bench.kernels import bench as bench_kernels
-from unlearn_ds.bench.loss import prepare
-from unlearn_ds.bench.record import peak_memory
+from unlearn_ds.bench.loss import prepare, show
+from unlearn_ds.bench.record import peak_memory, percent
 
 LIBRARY_BYTES = 8 << 20  # packing buffers of the matrix products
 
@@ -52,13 +53,69 @@ def test_bench_kernels_writes_results_and_a_plot(tmp_path):
     assert (tmp_path / "kernels.png").stat().st_size > 1000
 
 
+def rows_of(op):
+    return {row["impl"]: row for row in bench_kernels(op, (48, 32, 500), 1 << 20, torch.float32, "cpu", 1)}
+
+
 def test_an_op_that_is_wrong_is_not_timed(monkeypatch):
     wrong = contestants.Contestant(lambda x: 1.01 * contestants.OPS["kl"]["naive"].loss(x))
     monkeypatch.setitem(contestants.OPS["kl"], "ours", wrong)
-    rows = {row["impl"]: row for row in bench_kernels("kl", (48, 32, 500), 1 << 20, torch.float32, "cpu", 1)}
-    assert rows["ours"]["refused"].startswith("error 0.01 against fp64")
+    rows = rows_of("kl")
+    assert rows["ours"]["not_timed"] == "wrong"
+    assert rows["ours"]["reason"].startswith("error 0.01 against fp64")
     assert "median_ms" not in rows["ours"]
     assert "median_ms" in rows["naive"]
+
+
+def fails(x, longest=0):
+    if len(x.hidden) >= longest:
+        raise KeyError("no kernel for this shape")
+    return contestants.OPS["kl"]["naive"].loss(x)
+
+
+@pytest.mark.parametrize("longest", [0, 300])  # in the check against fp64 already, and at the full shape alone
+def test_what_a_peer_raises_is_its_row(longest, monkeypatch, tmp_path):
+    monkeypatch.setitem(contestants.OPS["kl"], "peer", contestants.Contestant(lambda x: fails(x, longest)))
+    words = "bench kernels --device cpu --shapes 320,32,500 --repeats 1 --ops kl --json"
+    assert cli.main([*words.split(), str(tmp_path / "kernels.json")]) == 0
+    rows = {row["impl"]: row for row in json.loads((tmp_path / "kernels.json").read_text())["results"]}
+    assert (rows["peer"]["not_timed"], rows["peer"]["reason"]) == ("failed", "KeyError: 'no kernel for this shape'")
+    assert "median_ms" in rows["ours"]
+
+
+def test_a_peer_that_is_not_there_is_named(monkeypatch, capsys):
+    op = contestants.OPS["cross_entropy"]
+    monkeypatch.setitem(op, "young", op["torch_linear_ce"]._replace(needs="torch.nn.functional.not_yet"))
+    monkeypatch.setitem(op, "missing", op["liger_triton"]._replace(needs="no_such_package.loss", cuda_only=False))
+    rows = rows_of("cross_entropy")
+    assert rows["young"]["reason"] == f"torch {metadata.version('torch')} has no torch.nn.functional.not_yet"
+    assert rows["missing"]["reason"] == "the package no_such_package is not installed"
+    assert rows["young"]["not_timed"] == rows["missing"]["not_timed"] == "absent"
+    shown = show(list(rows.values()))
+    assert "not timed, absent: the package no_such_package is not installed" in shown
+
+
+def test_an_op_that_dies_does_not_take_the_others_along(monkeypatch, tmp_path):
+    monkeypatch.setitem(contestants.OPS["kl"], "naive", contestants.Contestant(fails))
+    words = "bench kernels --device cpu --shapes 48,32,500 --repeats 1 --ops kl npo --json"
+    assert cli.main([*words.split(), str(tmp_path / "kernels.json")]) == 1
+    rows = json.loads((tmp_path / "kernels.json").read_text())["results"]
+    assert [row["impl"] for row in rows if row["name"] == "kl"] == ["all"]
+    assert {row["impl"] for row in rows if row["name"] == "npo"} == {"ours", "naive", "products"}
+
+
+def test_contestants_can_be_left_out(tmp_path):
+    words = (
+        "bench kernels --device cpu --shapes 48,32,500 --repeats 1 --ops cross_entropy --without torch_linear_ce --json"
+    )
+    assert cli.main([*words.split(), str(tmp_path / "kernels.json")]) == 0
+    rows = json.loads((tmp_path / "kernels.json").read_text())["results"]
+    assert "torch_linear_ce" not in {row["impl"] for row in rows if "median_ms" in row}
+
+
+def test_a_small_share_is_not_nothing():
+    assert percent(1, 5000) == 0.02
+    assert percent(914, 1000) == 91.4
 
 
 def test_errors_say_what_is_wrong(capsys, monkeypatch):

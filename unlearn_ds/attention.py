@@ -7,6 +7,7 @@ Legend: T tokens of a micro-batch, H query heads, G key/value heads, E head dime
 """
 
 import importlib.util
+import inspect
 import weakref
 from collections.abc import Iterator
 from itertools import groupby, pairwise
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from unlearn_ds.options import OptionError, did_you_mean
 
@@ -25,6 +27,8 @@ _FLASH_PACKAGES = {
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_2": "flash_attn",
 }
+# torch 2.11 takes fewer key heads than query heads untold; later versions want to be told.
+_VARLEN_IS_TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _QUERY_BLOCK = 256  # queries at once where a window or a cap keeps torch's causal kernel from being used
 CHOICES = ("auto", "varlen", "sdpa", *_FLASH_PACKAGES)
 
@@ -214,8 +218,6 @@ def packed_varlen(
     **_: Any,
 ) -> tuple[Tensor, None]:  # (1, T, H, E)
     """torch's flash attention over variable lengths: no padding, no mask, no device sync."""
-    from torch.nn.attention.varlen import varlen_attn
-
     _refuse(module, s_aux)
     assert softcap is None, "choose_attention keeps models that cap their scores away from here"
     if cu_seq_lens_q is None:
@@ -223,6 +225,7 @@ def packed_varlen(
             "varlen attention needs the sequence boundaries, which this model did not hand on: --attn sdpa"
         )
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    groups = {"enable_gqa": query.shape[1] != key.shape[1]} if _VARLEN_IS_TOLD_OF_GROUPS else {}
     attended = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -233,7 +236,7 @@ def packed_varlen(
         max_length_q,
         scale=scaling,
         window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **groups,
     )
     return attended.unsqueeze(0), None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unlearn_ds import vector_math
+from unlearn_ds import triton_interpreter, vector_math
 
 _HERE = Path(__file__).resolve().parent
 __path__ = [str(_HERE / "kernels" if (_HERE / "kernels").is_dir() else _HERE.parent / "kernels")]
@@ -234,8 +234,10 @@ def choose_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> s
         return chosen
     if not _HAS_TRITON:
         raise KernelError("impl 'triton': the package triton is not installed; install it, or give impl='chunked'")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise KernelError(f"impl 'triton' runs on CUDA, not on {device.type}: give impl='chunked'")
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise KernelError(f"impl 'triton' runs on CUDA, not on {device.type}: give impl='chunked'")
+        triton_interpreter.settle()
     if dtype == torch.float64:
         raise KernelError("impl 'triton' takes fp32, bf16 and fp16, not fp64: give impl='chunked' or 'reference'")
     return chosen

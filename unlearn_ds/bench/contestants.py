@@ -1,19 +1,22 @@
 """The loss ops as the benchmarks run them: ours, plain PyTorch, torch's own, and every installed peer, on the same inputs.
 
 Every entry turns inputs into a scalar whose backward is timed with it. Peers that cannot weight tokens are asked for what they
-can do, an unweighted sum or mean, and marked. Legend: N rows, D hidden size, V vocabulary.
+can do, an unweighted sum or mean, and marked. What is not installed, fails or is wrong is a row with its reason: no peer keeps
+the others from being measured. Legend: N rows, D hidden size, V vocabulary.
 """
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from unlearn_ds.bench.record import Run, version
 from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sequence_loss, linear_token_stats
 
 
@@ -41,8 +44,9 @@ class Contestant(NamedTuple):
 
     loss: Loss
     weighting: str = "tokens"  # or what it does instead: "sum", "mean"
-    package: str | None = None  # must be installed
+    needs: str | None = None  # dotted name of what it calls; its first part must be installed
     cuda_only: bool = False
+    capability: tuple[int, int] = (0, 0)  # at least this of the CUDA device
 
 
 def make_inputs(
@@ -95,31 +99,50 @@ def _naive_cross_entropy(x: Inputs) -> Tensor:
     return (x.token_weight * F.cross_entropy(logits, x.targets, reduction="none")).sum()
 
 
-def _torch_linear_ce(x: Inputs) -> Tensor:
-    options = nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="sum", options=options)
+_TORCH_LINEAR_CE = "torch.nn.functional.linear_cross_entropy"  # from torch 2.13 on
+_LIGER_CE = "liger_kernel.ops.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction"
+_LIGER_CUTE = "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90.liger_fused_linear_cross_entropy_sm90"
+_LIGER_JSD = "liger_kernel.transformers.fused_linear_jsd.LigerFusedLinearJSD"
+_QUACK = "quack.linear_cross_entropy.chunked_linear_cross_entropy"
+_CUT_CROSS_ENTROPY = "cut_cross_entropy.linear_cross_entropy"
+
+
+def _named(name: str) -> Any:
+    """What a dotted name stands for. Raises `ImportError` or `AttributeError` where it is not there."""
+    owner, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(owner), last)
+
+
+def _torch_linear_ce(x: Inputs, reduction: str = "sum") -> Tensor:
+    options = _named("torch.nn.LinearCrossEntropyOptions")()
+    return _named(_TORCH_LINEAR_CE)(x.hidden, x.weight, x.targets, reduction=reduction, options=options)
 
 
 def _torch_linear_ce_none(x: Inputs) -> Tensor:
-    options = nn.LinearCrossEntropyOptions()
-    losses = F.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", options=options)
-    return (x.token_weight * losses).sum()
+    return (x.token_weight * _torch_linear_ce(x, "none")).sum()
 
 
-def _liger(x: Inputs) -> Tensor:
-    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
-    return module.LigerFusedLinearCrossEntropyLoss(reduction="sum")(x.weight, x.hidden, x.targets)
+def _liger_triton(x: Inputs) -> Tensor:
+    # By name: where its CuTe kernels are installed, it takes those by itself.
+    options = {"ce_impl": "nvidia-triton"}
+    arguments = inspect.signature(_named(_LIGER_CE).forward).bind(
+        None, x.hidden, x.weight, x.targets, reduction="sum", **options
+    )
+    arguments.apply_defaults()
+    return _named(_LIGER_CE).apply(*arguments.args[1:])[0]
+
+
+def _liger_cute(x: Inputs) -> Tensor:
+    return _named(_LIGER_CUTE)(x.hidden, x.weight, x.targets, reduction="sum")
 
 
 def _quack(x: Inputs) -> Tensor:
-    module = importlib.import_module("quack.linear_cross_entropy")
-    return module.chunked_linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="sum")
+    return _named(_QUACK)(x.hidden, x.weight, x.targets, reduction="sum")
 
 
 def _cut_cross_entropy(x: Inputs) -> Tensor:
-    module = importlib.import_module("cut_cross_entropy")
     # Without its filter: that drops most of the gradient where the softmax is flat, which is where ascent goes.
-    losses = module.linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", filter_eps=None)
+    losses = _named(_CUT_CROSS_ENTROPY)(x.hidden, x.weight, x.targets, reduction="none", filter_eps=None)
     return (x.token_weight * losses).sum()
 
 
@@ -136,8 +159,7 @@ def _naive_kl(x: Inputs) -> Tensor:
 
 
 def _liger_jsd(x: Inputs) -> Tensor:
-    module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
-    return module.LigerFusedLinearJSD(jsd_beta=0.0)(x.hidden, x.weight, x.ref_hidden, x.weight.detach(), None)
+    return _named(_LIGER_JSD)(jsd_beta=0.0)(x.hidden, x.weight, x.ref_hidden, x.weight.detach(), None)
 
 
 _NUM_SEQUENCES, _BETA = 4, 0.1
@@ -194,11 +216,12 @@ _CROSS_ENTROPY = {
     **_both(_ours_cross_entropy),
     "naive": Contestant(_naive_cross_entropy),
     "compiled": Contestant(lambda x: _compiled(_naive_cross_entropy)(x), cuda_only=True),
-    "torch_linear_ce": Contestant(_torch_linear_ce, "sum"),
-    "torch_linear_ce_none": Contestant(_torch_linear_ce_none),
-    "liger": Contestant(_liger, "sum", "liger_kernel", cuda_only=True),
-    "quack": Contestant(_quack, "sum", "quack", cuda_only=True),
-    "cut_cross_entropy": Contestant(_cut_cross_entropy, package="cut_cross_entropy", cuda_only=True),
+    "torch_linear_ce": Contestant(_torch_linear_ce, "sum", _TORCH_LINEAR_CE),
+    "torch_linear_ce_none": Contestant(_torch_linear_ce_none, needs=_TORCH_LINEAR_CE),
+    "liger_triton": Contestant(_liger_triton, "sum", _LIGER_CE, cuda_only=True),
+    "liger_cute": Contestant(_liger_cute, "sum", _LIGER_CUTE, cuda_only=True, capability=(9, 0)),
+    "quack": Contestant(_quack, "sum", _QUACK, cuda_only=True, capability=(9, 0)),
+    "cut_cross_entropy": Contestant(_cut_cross_entropy, needs=_CUT_CROSS_ENTROPY, cuda_only=True),
 }
 OPS: dict[str, dict[str, Contestant]] = {
     "cross_entropy": _CROSS_ENTROPY,
@@ -207,7 +230,7 @@ OPS: dict[str, dict[str, Contestant]] = {
         **_both(_ours_kl),
         "naive": Contestant(_naive_kl),
         "compiled": Contestant(lambda x: _compiled(_naive_kl)(x), cuda_only=True),
-        "liger_jsd": Contestant(_liger_jsd, "mean", "liger_kernel", cuda_only=True),
+        "liger_jsd": Contestant(_liger_jsd, "mean", _LIGER_JSD, cuda_only=True),
     },
     "npo": {**_both(_ours_npo), "naive": Contestant(_naive_npo)},
     "token_stats": {**_both(_ours_stats), "naive": Contestant(_naive_stats)},
@@ -216,14 +239,54 @@ NUM_PRODUCTS = {"cross_entropy": 3, "cross_entropy_half": 3, "kl": 4, "npo": 3, 
 ZERO_SHARE = {"cross_entropy_half": 0.5}
 
 
-def available(op: str, device: str) -> dict[str, Contestant]:
-    """Those that can run here."""
-    return {
-        name: contestant
-        for name, contestant in OPS[op].items()
-        if (device != "cpu" or not contestant.cuda_only)
-        and (contestant.package is None or importlib.util.find_spec(contestant.package) is not None)
-    }
+class LeftOut(NamedTuple):
+    """Why a contestant is not timed."""
+
+    kind: str  # "absent", "failed" or "wrong"
+    reason: str
+
+
+def available(op: str, device: str) -> tuple[dict[str, Contestant], dict[str, LeftOut]]:
+    """(those that can run here, what the device could run but this machine lacks)."""
+    here: dict[str, Contestant] = {}
+    absent: dict[str, LeftOut] = {}
+    for name, contestant in OPS[op].items():
+        if device == "cpu" and contestant.cuda_only:
+            continue
+        reason = _lacks(contestant)
+        if reason:
+            absent[name] = LeftOut("absent", reason)
+        else:
+            here[name] = contestant
+    return here, absent
+
+
+def _lacks(contestant: Contestant) -> str | None:
+    if contestant.needs:
+        package = contestant.needs.split(".")[0]
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+        if package == "torch" and not _has(contestant.needs):
+            return f"torch {version('torch')} has no {contestant.needs}"
+    if contestant.capability > (0, 0) and torch.cuda.is_available():
+        found = torch.cuda.get_device_capability()
+        if found < contestant.capability:
+            needed = ".".join(map(str, contestant.capability))
+            return f"needs compute capability {needed}, this device has {found[0]}.{found[1]}"
+    return None
+
+
+def _has(name: str) -> bool:
+    try:
+        _named(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def failure(error: Exception) -> LeftOut:
+    """An exception as a row shows it."""
+    return LeftOut("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def outcome(op: str, loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -243,8 +306,11 @@ def products(inputs: Inputs, count: int) -> None:
         z.T @ x
 
 
-def errors(op: str, inputs: Inputs, contestants: dict[str, Contestant]) -> dict[str, float]:
-    """Worst relative error in norm of each contestant's gradients (or statistics) against fp64."""
+def errors(op: str, inputs: Inputs, contestants: dict[str, Contestant]) -> tuple[dict[str, float], dict[str, LeftOut]]:
+    """(worst relative error in norm of each one's gradients or statistics against fp64, those that raised).
+
+    What `naive` raises is raised: without it there is nothing to compare with.
+    """
     exact = inputs._replace(
         hidden=inputs.hidden.detach().double().requires_grad_(),
         weight=inputs.weight.detach().double().requires_grad_(),
@@ -259,10 +325,57 @@ def errors(op: str, inputs: Inputs, contestants: dict[str, Contestant]) -> dict[
         weighting: outcome(op, contestants["naive"].loss, exact._replace(token_weight=weights[weighting]))
         for weighting in {contestant.weighting for contestant in contestants.values()}
     }
-    return {
-        name: max(
-            ((got.double() - expected).norm() / expected.norm()).item()
-            for got, expected in zip(outcome(op, contestant.loss, inputs), truth[contestant.weighting])
-        )
-        for name, contestant in contestants.items()
-    }
+    found: dict[str, float] = {}
+    failed: dict[str, LeftOut] = {}
+    for name, contestant in contestants.items():
+        try:
+            results = zip(outcome(op, contestant.loss, inputs), truth[contestant.weighting])
+            found[name] = max(((got.double() - expected).norm() / expected.norm()).item() for got, expected in results)
+        except Exception as error:
+            if name == "naive":
+                raise
+            failed[name] = failure(error)
+    return found, failed
+
+
+def qualify(
+    op: str, inputs: Inputs, device: str, tolerance: float, without: tuple[str, ...] = ()
+) -> tuple[dict[str, Contestant], dict[str, float], dict[str, LeftOut]]:
+    """(contestants that are right on `inputs`, error of each that ran, reason for each that is left out).
+
+    tolerance: how far beyond naive's own error. without: names that are not to run.
+    """
+    here, left_out = available(op, device)
+    here = {name: contestant for name, contestant in here.items() if name not in without}
+    found, failed = errors(op, inputs, here)
+    left_out |= failed
+    allowed = found["naive"] + tolerance
+    for name, error in found.items():
+        if not error <= allowed:
+            left_out[name] = LeftOut("wrong", f"error {error:.2g} against fp64, naive {found['naive']:.2g}")
+    return {name: contestant for name, contestant in here.items() if name not in left_out}, found, left_out
+
+
+def first_runs(runs: dict[str, Run]) -> dict[str, LeftOut]:
+    """Take out of `runs` what raises when it runs once, such as for want of memory, and say why."""
+    failed = {}
+    for name in list(runs):
+        try:
+            runs[name]()
+        except Exception as error:
+            failed[name] = failure(error)
+            del runs[name]
+    return failed
+
+
+def left_out_rows(common: dict[str, Any], left_out: dict[str, LeftOut]) -> list[dict[str, Any]]:
+    """The rows of those that are not timed."""
+    return [
+        common | {"impl": name, "not_timed": kind, "reason": reason}
+        for name, (kind, reason) in sorted(left_out.items())
+    ]
+
+
+def ours_fell_out(results: list[dict[str, Any]]) -> bool:
+    """Whether one of our own implementations is among those not timed, or a whole op."""
+    return any("not_timed" in row and row["impl"].startswith(("ours", "all")) for row in results)

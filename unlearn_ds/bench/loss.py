@@ -14,10 +14,20 @@ from typing import Any
 
 import torch
 
-from unlearn_ds.bench.contestants import NUM_PRODUCTS, available, errors, make_inputs, outcome, products
-from unlearn_ds.bench.record import Run, peak_memory, positive_int, time_interleaved, whole_number, write_json
+from unlearn_ds.bench.contestants import (
+    NUM_PRODUCTS,
+    OPS,
+    first_runs,
+    left_out_rows,
+    make_inputs,
+    ours_fell_out,
+    outcome,
+    products,
+    qualify,
+)
+from unlearn_ds.bench.record import Run, peak_memory, percent, positive_int, time_interleaved, whole_number, write_json
 
-OPS = ("cross_entropy", "kl")
+MEASURED = ("cross_entropy", "kl")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # beyond naive's own error against fp64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -26,18 +36,19 @@ Shape = tuple[int, int, int]  # N, D, V
 
 def prepare(op: str, impl: str, shape: Shape, workspace_bytes: int, dtype: torch.dtype) -> Run:
     """Inputs ready and the libraries warm; the returned call is what is measured."""
-    loss = available(op, "cpu")[impl].loss
+    loss = OPS[op][impl].loss
     outcome(op, loss, make_inputs((64, 32, 128), workspace_bytes, dtype))
     return partial(outcome, op, loss, make_inputs(shape, workspace_bytes, dtype))
 
 
 def bench(op: str, shape: Shape, workspace_bytes: int, repeats: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One result per implementation that is right, and the bare products."""
-    contestants = available(op, "cpu")
-    found = errors(op, make_inputs((200, 64, 1000), workspace_bytes, dtype), contestants)
-    right = {name: c for name, c in contestants.items() if found[name] <= found["naive"] + TOLERANCE[dtype]}
+    cut = make_inputs((200, 64, 1000), workspace_bytes, dtype)
+    right, found, left_out = qualify(op, cut, "cpu", TOLERANCE[dtype])
     inputs = make_inputs(shape, workspace_bytes, dtype)
     runs: dict[str, Run] = {name: partial(outcome, op, c.loss, inputs) for name, c in right.items()}
+    left_out |= first_runs(runs)
+    right = {name: contestant for name, contestant in right.items() if name in runs}
     runs["products"] = partial(products, inputs, NUM_PRODUCTS[op])
     times = time_interleaved(runs, repeats) if repeats else {}
     del inputs, runs
@@ -53,28 +64,27 @@ def bench(op: str, shape: Shape, workspace_bytes: int, repeats: int, dtype: torc
             **times.get(name, {}),
         }
         if times:
-            row["percent_of_products"] = round(100 * times["products"]["median_ms"] / row["median_ms"], 1)
+            row["percent_of_products"] = percent(times["products"]["median_ms"], row["median_ms"])
         if name in right:
             row["weighting"] = right[name].weighting
             row["error"] = found[name]
-            row["peak_mem_bytes"] = peak_memory(prepare, op, name, shape, workspace_bytes, dtype)
+            try:
+                row["peak_mem_bytes"] = peak_memory(prepare, op, name, shape, workspace_bytes, dtype)
+            except RuntimeError as error:
+                row["memory_not_measured"] = str(error)
             row["logits_bytes"] = size * num_rows * vocab_size
             row["gradient_bytes"] = size * hidden_size * (num_rows + vocab_size)
             row["workspace_bytes"] = workspace_bytes if name == "ours" else None
         results.append(row)
-    return results + [
-        {"name": op, "impl": name, "refused": f"error {found[name]:.2g} against fp64, naive {found['naive']:.2g}"}
-        for name in contestants
-        if name not in right
-    ]
+    return results + left_out_rows({"name": op, "dtype": str(dtype).removeprefix("torch.")}, left_out)
 
 
 def show(results: list[dict[str, Any]]) -> str:
     """A table for the terminal; memory is what is added to the inputs."""
     lines = [f"{'op':<20}{'impl':<22}{'median ms':>11}{'% of products':>15}{'peak MiB':>10}{'error':>10}"]
     for row in results:
-        if "refused" in row:
-            lines.append(f"{row['name']:<20}{row['impl']:<22}  not timed: {row['refused']}")
+        if "not_timed" in row:
+            lines.append(f"{row['name']:<20}{row['impl']:<22}  not timed, {row['not_timed']}: {row['reason']}")
             continue
         time_ms = f"{row['median_ms']:.2f}" if "median_ms" in row else "-"
         share = f"{row['percent_of_products']:.1f}" if "percent_of_products" in row else "-"
@@ -100,7 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=whole_number, default=3, help="timed rounds; 0 measures memory alone (default: 3)"
     )
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="what to measure (default: all)")
+    parser.add_argument(
+        "--ops", nargs="+", choices=MEASURED, default=list(MEASURED), help="what to measure (default: all)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -109,11 +121,14 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     shape = (args.rows, args.hidden_size, args.vocab_size)
     settings = (shape, args.workspace_mib << 20, args.repeats, DTYPES[args.dtype])
-    results = [row for op in args.ops for row in bench(op, *settings)]
     print(
         f"N={shape[0]} D={shape[1]} V={shape[2]} {args.dtype}, forward and backward, {torch.get_num_threads()} threads"
     )
-    print(show(results))
-    if args.json:
-        write_json(args.json, results)
-    return 1 if any("refused" in row for row in results) else 0
+    results: list[dict[str, Any]] = []
+    for op in args.ops:
+        rows = bench(op, *settings)
+        print(show(rows), flush=True)
+        results += rows
+        if args.json:
+            write_json(args.json, results)
+    return 1 if ours_fell_out(results) else 0

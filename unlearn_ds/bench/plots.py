@@ -38,6 +38,8 @@ def plot_kernels(results: Rows, path: Path) -> None:
     for row in results:
         if "median_ms" in row and row["impl"] != "products":
             groups.setdefault(f"{row['name']}\n{' '.join(f'{k}={v}' for k, v in row['shape'].items())}", []).append(row)
+    if not groups:
+        return
     with _figure(path, len(groups), 1, (8, 1.8 * len(groups) + 0.5)) as axes:
         for axis, (title, rows) in zip(axes[:, 0], groups.items()):
             times = [100 / row["percent_of_products"] for row in rows]

@@ -98,6 +98,11 @@ def quantiles(times_ms: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in named.items()}
 
 
+def percent(part: float, whole: float) -> float:
+    """100 * part / whole in three digits: what is small does not become 0."""
+    return float(f"{100 * part / whole:.3g}")
+
+
 def peak_memory(prepare: Callable[..., Run], *arguments: Any) -> int:
     """Bytes that the run which `prepare(*arguments)` returns adds to a fresh process at its peak (resident set, Linux).
 
