@@ -22,6 +22,7 @@ COMMANDS = {
 }
 # bench WHAT -> module with add_arguments(parser) and main(args) -> exit code
 BENCHES = {
+    "versions": ("unlearn_ds.bench.versions", "does our code fit what is installed: a minute before anything longer"),
     "loss": ("unlearn_ds.bench.loss", "memory and time of the loss against plain PyTorch, on CPU"),
     "kernels": (
         "unlearn_ds.bench.kernels",

@@ -42,6 +42,23 @@ def length(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in union(intervals))
 
 
+def longest(profiler: Any, count: int = 25) -> list[dict[str, Any]]:
+    """The kernels that took most of a device's time, on CPU the operators: name, calls and milliseconds, children left out."""
+    averages = profiler.key_averages()
+    on_device = any(average.device_type != torch.autograd.DeviceType.CPU for average in averages)
+
+    def time_us(average: Any) -> float:
+        if not on_device:
+            return average.self_cpu_time_total
+        return 0.0 if average.device_type == torch.autograd.DeviceType.CPU else average.self_device_time_total
+
+    ranked = [average for average in sorted(averages, key=time_us, reverse=True) if time_us(average) > 0]
+    return [
+        {"name": average.key[:160], "calls": average.count, "ms": round(time_us(average) / 1e3, 3)}
+        for average in ranked[:count]
+    ]
+
+
 def breakdown(events: Iterable[Any], total_s: float, wait_s: float) -> dict[str, float]:
     """Seconds per part of the profiled updates; `events` are the profiler's, in microseconds."""
     spans: dict[str, list[Interval]] = {name: [] for name in (FORWARD, BACKWARD, LOSS, OPTIMIZER, REFERENCE)}

@@ -62,14 +62,20 @@ _MEAN_TOKENS, _LOG_SPREAD, _PUBLISHED_SEQ_LEN = 2333, 1.4, 4096
 
 
 def model_config(name_or_path: str, seq_len: int) -> Any:
-    """The config of a geometry, or of a model folder.
+    """The config of a geometry, of its first N layers (`yi-6b:12`), or of a model folder.
 
-    Raises `OptionError` for a name that is neither.
+    Raises `OptionError` for a name that is none of these.
     """
     import transformers
 
-    if name_or_path in GEOMETRIES:
-        class_name, arguments = GEOMETRIES[name_or_path]
+    name, _, layers = name_or_path.partition(":")
+    if name in GEOMETRIES and (not layers or layers.isdecimal()):
+        class_name, arguments = GEOMETRIES[name]
+        if layers:
+            most = arguments["num_hidden_layers"]
+            if not 1 <= int(layers) <= most:
+                raise OptionError(f"--model {name_or_path}: {name} has 1 to {most} layers")
+            arguments = arguments | {"num_hidden_layers": int(layers)}
         return getattr(transformers, class_name)(
             **arguments, max_position_embeddings=seq_len, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1
         )

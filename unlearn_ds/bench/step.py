@@ -2,12 +2,14 @@
 
 `unlearn-ds bench step --model yi-6b --method gradient_ascent --seq_len 4096 --baseline`: documents have the lengths of the
 GitHub set; every figure counts real tokens only. Each way runs in processes of its own, so that its peak is its own; with
-`--rounds` all ways run in turn, again and again, so that a machine that slows down slows all of them.
+`--rounds` all ways run in turn, again and again, so that a machine that slows down slows all of them. The JSON is written after
+every case; one that fails is a row with its reason. Each row lists the kernels that took longest in one more update.
 """
 
 import argparse
 import json
 import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,14 @@ _METHODS = [
 _MIN_DOCUMENTS = 512  # so that all lengths occur
 
 
+Case = tuple[str, str, str]  # method, implementation, reference
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench step`."""
-    parser.add_argument("--model", default="tiny", help=f"{', '.join(GEOMETRIES)}, or a folder with a config.json")
+    parser.add_argument(
+        "--model", default="tiny", help=f"{', '.join(GEOMETRIES)}, with :N N of its layers, or a folder"
+    )
     parser.add_argument("--method", nargs="+", default=["gradient_ascent"], choices=_METHODS)
     parser.add_argument("--reference", nargs="+", default=["live"], choices=["live", "cache"])
     parser.add_argument("--seq_len", type=positive_int, default=4096)
@@ -84,26 +91,42 @@ def main(args: argparse.Namespace) -> int:
     for folder in filter(None, (args.scratch, args.traces)):
         folder.mkdir(parents=True, exist_ok=True)
     cases = [(method, *way) for method in args.method for way in _ways(args, method)]
-    measured: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    measured: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    failed: dict[Case, str] = {}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         data_dir = Path(scratch) / "data"
         # One forget sequence a document at least: enough for every update, the profiled one included, within one epoch.
         num_documents = max(_MIN_DOCUMENTS, args.global_batch_size * (args.warmup_steps + args.steps + 2))
         write_documents(data_dir, num_documents, args.seq_len, config.vocab_size)
         for _ in range(args.rounds):
-            for case in cases:
-                measured[case].append(run_case(args, *case, num_ranks, data_dir, Path(scratch)))
-                print(line(result_row(args, config, *case, measured[case][-1:])), flush=True)
-    results = [result_row(args, config, *case, rounds) for case, rounds in measured.items()]
+            for case in [case for case in cases if case not in failed]:
+                try:
+                    measured[case].append(run_case(args, *case, num_ranks, data_dir, Path(scratch)))
+                except RuntimeError as error:
+                    failed[case] = str(error)
+                    print(f"{' '.join(case)} failed: {error}", file=sys.stderr, flush=True)
+                else:
+                    print(line(result_row(args, config, *case, measured[case][-1:])), flush=True)
+                if args.json:
+                    _write(args, config, measured, failed)
+    results = [result_row(args, config, *case, rounds) for case, rounds in measured.items() if rounds]
     if args.rounds > 1:
         print(f"all {args.rounds} rounds:", *map(line, results), sep="\n")
     for method in args.method:
         print_ratios([row for row in results if row["name"] == method])
-    if args.json:
-        versions = {name: version(name) for name in ("deepspeed", "transformers")}
-        write_json(args.json, results, versions=versions, convention=(__doc__ or "").strip())
+    if args.json and results:
         plot_step(results, args.json.with_suffix(".png"))
-    return 0
+    return 1 if failed else 0
+
+
+def _write(args: argparse.Namespace, config: Any, measured: dict[Case, list[dict[str, Any]]], failed: dict[Case, str]):
+    """The JSON of what has run so far."""
+    rows = [result_row(args, config, *case, rounds) for case, rounds in measured.items() if rounds]
+    for (method, impl, reference), reason in failed.items():
+        shape = case_shape(args, config)
+        rows.append({"name": method, "impl": impl, "reference": reference, "shape": shape, "failed": reason})
+    versions = {name: version(name) for name in ("deepspeed", "transformers")}
+    write_json(args.json, rows, versions=versions, convention=(__doc__ or "").strip())
 
 
 def _ways(args: argparse.Namespace, method: str) -> list[tuple[str, str]]:
@@ -192,16 +215,12 @@ def result_row(
         "name": method,
         "impl": impl,
         "reference": reference if OBJECTIVES[method].needs_reference else None,
-        "shape": {
-            "model": args.model,
-            "parameters": num_parameters(config),
-            "vocab_size": config.vocab_size,
-            "seq_len": args.seq_len,
-            "global_batch_size": args.global_batch_size,
+        "shape": case_shape(args, config)
+        | {
             "ranks": measured["world_size"],
             "dtype": "bf16" if measured["device"] != "cpu" and not args.fp32 else "fp32",
             "activation_checkpointing": measured["activation_checkpointing"],
-            "rows": measured["per_device_train_batch_size"],
+            "rows_per_micro_batch": measured["per_device_train_batch_size"],
             "attention": measured["attention"],
             "compiled": args.torch_compile and impl == "ours",
         },
@@ -215,12 +234,27 @@ def result_row(
         "training_flops_per_step": float(np.median(flops)),
         "reference_flops_per_step": float(np.median(kl_flops)) if runs_reference else 0.0,
         "breakdown_s": {name: round(value, 4) for name, value in measured["parts_s"].items()},
+        "longest": measured["longest"],
     }
     achieved = float(np.median(flops / seconds)) / measured["world_size"]
     row["tflops_per_rank"] = float(f"{achieved / 1e12:.3g}")
     if peak := peak_flops(measured["device"]):
         row["mfu"] = round(achieved / peak, 4)
     return row
+
+
+def case_shape(args: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """What is known of a case before it runs."""
+    return {
+        "model": args.model,
+        "parameters": num_parameters(config),
+        "vocab_size": config.vocab_size,
+        "seq_len": args.seq_len,
+        "global_batch_size": args.global_batch_size,
+        "rows_per_micro_batch": args.per_device_train_batch_size,
+        "activation_checkpointing": args.activation_checkpointing,
+        "torch_compile": args.torch_compile,
+    }
 
 
 def line(row: dict[str, Any]) -> str:

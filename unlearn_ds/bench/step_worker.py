@@ -33,7 +33,7 @@ from unlearn_ds.loss_head import PackedCausalLM, attach
 from unlearn_ds.memory import blank_model, num_parameters
 from unlearn_ds.model import ZeroInit, head_options, model_size, parameter_dtype
 from unlearn_ds.objectives import KL
-from unlearn_ds.profile import breakdown
+from unlearn_ds.profile import breakdown, longest
 from unlearn_ds.reference import CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.run_data import make_plan, make_sources, open_run_corpora
 from unlearn_ds.train import accumulate, frozen_garbage
@@ -84,6 +84,7 @@ def main(case: StepCase) -> None:
             "activation_checkpointing": config.activation_checkpointing,
             "per_device_train_batch_size": config.per_device_train_batch_size,
             "parts_s": parts,
+            "longest": longest(profiler),
         }
         Path(case.output).write_text(json.dumps(result), encoding="utf-8")
     distributed.shut_down()
