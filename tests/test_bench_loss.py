@@ -1,17 +1,13 @@
 """The benchmarks of the loss: memory as promised, no time for what is wrong, files as other tools read them."""
 
 import json
-import os
-import sys
 from importlib import metadata
 
 import pytest
 import torch
 
-from tests.patience import finish
-from tests.support import ROOT
 from unlearn_ds import cli
-from unlearn_ds.bench import contestants
+from unlearn_ds.bench import contestants, qualify
 from unlearn_ds.bench.kernels import bench as bench_kernels
 from unlearn_ds.bench.loss import prepare, show
 from unlearn_ds.bench.record import peak_memory, percent
@@ -104,6 +100,16 @@ def test_an_op_that_dies_does_not_take_the_others_along(monkeypatch, tmp_path):
     assert {row["impl"] for row in rows if row["name"] == "npo"} == {"ours", "naive", "products"}
 
 
+def test_a_peer_that_brings_the_device_down_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(contestants.OPS["kl"], "peer", contestants.Contestant(fails))
+    monkeypatch.setattr(qualify, "_device_answers", lambda: False)
+    words = "bench kernels --device cpu --shapes 48,32,500 --repeats 1 --ops kl --json"
+    assert cli.main([*words.split(), str(tmp_path / "kernels.json")]) == 1
+    rows = {row["impl"]: row for row in json.loads((tmp_path / "kernels.json").read_text())["results"]}
+    assert rows["peer"]["not_timed"] == "device lost"
+    assert rows["all"]["reason"] == "DeviceLost: peer: KeyError: 'no kernel for this shape'"
+
+
 def test_contestants_can_be_left_out(tmp_path):
     words = (
         "bench kernels --device cpu --shapes 48,32,500 --repeats 1 --ops cross_entropy --without torch_linear_ce --json"
@@ -125,31 +131,3 @@ def test_errors_say_what_is_wrong(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["bench", "kernels", "--shapes", "4,5"])
     assert "expected N,D,V such as" in capsys.readouterr().err
-
-
-def gpu_check(*words):
-    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", ROOT / "launch" / "gpu_check.sh", *words]
-    return finish(command, env=environment)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["cuda"], "torch sees no CUDA device"),
-        (["tpu"], "device 'tpu': cuda or cpu"),
-        (["cpu", "kernels", "speed"], "step 'speed': tests, kernels, step or reference"),
-    ],
-)
-def test_the_gpu_check_says_what_it_needs(tmp_path, words, message):
-    finished = gpu_check(tmp_path / "out", *words)
-    assert finished.returncode == 2
-    assert message in finished.stderr
-
-
-def test_the_gpu_check_walks_through_on_cpu(tmp_path):
-    finished = gpu_check(tmp_path / "out", "cpu", "kernels")
-    assert finished.returncode == 0, finished.stderr
-    (step,) = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
-    assert (step["name"], step["exit_code"]) == ("kernels", 0)
-    assert json.loads((tmp_path / "out" / "kernels.json").read_text())["results"]

@@ -40,6 +40,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 vector_math.settle()
+if _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    triton_interpreter.settle()
 
 
 class KernelError(ValueError):
@@ -234,10 +236,8 @@ def choose_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> s
         return chosen
     if not _HAS_TRITON:
         raise KernelError("impl 'triton': the package triton is not installed; install it, or give impl='chunked'")
-    if device.type != "cuda":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            raise KernelError(f"impl 'triton' runs on CUDA, not on {device.type}: give impl='chunked'")
-        triton_interpreter.settle()
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise KernelError(f"impl 'triton' runs on CUDA, not on {device.type}: give impl='chunked'")
     if dtype == torch.float64:
         raise KernelError("impl 'triton' takes fp32, bf16 and fp16, not fp64: give impl='chunked' or 'reference'")
     return chosen

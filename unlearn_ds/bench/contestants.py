@@ -1,12 +1,10 @@
 """The loss ops as the benchmarks run them: ours, plain PyTorch, torch's own, and every installed peer, on the same inputs.
 
 Every entry turns inputs into a scalar whose backward is timed with it. Peers that cannot weight tokens are asked for what they
-can do, an unweighted sum or mean, and marked. What is not installed, fails or is wrong is a row with its reason: no peer keeps
-the others from being measured. Legend: N rows, D hidden size, V vocabulary.
+can do, an unweighted sum or mean, and marked. Legend: N rows, D hidden size, V vocabulary.
 """
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearn_ds.bench.record import Run, version
 from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sequence_loss, linear_token_stats
 
 
@@ -107,15 +104,15 @@ _QUACK = "quack.linear_cross_entropy.chunked_linear_cross_entropy"
 _CUT_CROSS_ENTROPY = "cut_cross_entropy.linear_cross_entropy"
 
 
-def _named(name: str) -> Any:
+def named(name: str) -> Any:
     """What a dotted name stands for. Raises `ImportError` or `AttributeError` where it is not there."""
     owner, _, last = name.rpartition(".")
     return getattr(importlib.import_module(owner), last)
 
 
 def _torch_linear_ce(x: Inputs, reduction: str = "sum") -> Tensor:
-    options = _named("torch.nn.LinearCrossEntropyOptions")()
-    return _named(_TORCH_LINEAR_CE)(x.hidden, x.weight, x.targets, reduction=reduction, options=options)
+    options = named("torch.nn.LinearCrossEntropyOptions")()
+    return named(_TORCH_LINEAR_CE)(x.hidden, x.weight, x.targets, reduction=reduction, options=options)
 
 
 def _torch_linear_ce_none(x: Inputs) -> Tensor:
@@ -125,24 +122,24 @@ def _torch_linear_ce_none(x: Inputs) -> Tensor:
 def _liger_triton(x: Inputs) -> Tensor:
     # By name: where its CuTe kernels are installed, it takes those by itself.
     options = {"ce_impl": "nvidia-triton"}
-    arguments = inspect.signature(_named(_LIGER_CE).forward).bind(
+    arguments = inspect.signature(named(_LIGER_CE).forward).bind(
         None, x.hidden, x.weight, x.targets, reduction="sum", **options
     )
     arguments.apply_defaults()
-    return _named(_LIGER_CE).apply(*arguments.args[1:])[0]
+    return named(_LIGER_CE).apply(*arguments.args[1:])[0]
 
 
 def _liger_cute(x: Inputs) -> Tensor:
-    return _named(_LIGER_CUTE)(x.hidden, x.weight, x.targets, reduction="sum")
+    return named(_LIGER_CUTE)(x.hidden, x.weight, x.targets, reduction="sum")
 
 
 def _quack(x: Inputs) -> Tensor:
-    return _named(_QUACK)(x.hidden, x.weight, x.targets, reduction="sum")
+    return named(_QUACK)(x.hidden, x.weight, x.targets, reduction="sum")
 
 
 def _cut_cross_entropy(x: Inputs) -> Tensor:
     # Without its filter: that drops most of the gradient where the softmax is flat, which is where ascent goes.
-    losses = _named(_CUT_CROSS_ENTROPY)(x.hidden, x.weight, x.targets, reduction="none", filter_eps=None)
+    losses = named(_CUT_CROSS_ENTROPY)(x.hidden, x.weight, x.targets, reduction="none", filter_eps=None)
     return (x.token_weight * losses).sum()
 
 
@@ -159,7 +156,7 @@ def _naive_kl(x: Inputs) -> Tensor:
 
 
 def _liger_jsd(x: Inputs) -> Tensor:
-    return _named(_LIGER_JSD)(jsd_beta=0.0)(x.hidden, x.weight, x.ref_hidden, x.weight.detach(), None)
+    return named(_LIGER_JSD)(jsd_beta=0.0)(x.hidden, x.weight, x.ref_hidden, x.weight.detach(), None)
 
 
 _NUM_SEQUENCES, _BETA = 4, 0.1
@@ -239,56 +236,6 @@ NUM_PRODUCTS = {"cross_entropy": 3, "cross_entropy_half": 3, "kl": 4, "npo": 3, 
 ZERO_SHARE = {"cross_entropy_half": 0.5}
 
 
-class LeftOut(NamedTuple):
-    """Why a contestant is not timed."""
-
-    kind: str  # "absent", "failed" or "wrong"
-    reason: str
-
-
-def available(op: str, device: str) -> tuple[dict[str, Contestant], dict[str, LeftOut]]:
-    """(those that can run here, what the device could run but this machine lacks)."""
-    here: dict[str, Contestant] = {}
-    absent: dict[str, LeftOut] = {}
-    for name, contestant in OPS[op].items():
-        if device == "cpu" and contestant.cuda_only:
-            continue
-        reason = _lacks(contestant)
-        if reason:
-            absent[name] = LeftOut("absent", reason)
-        else:
-            here[name] = contestant
-    return here, absent
-
-
-def _lacks(contestant: Contestant) -> str | None:
-    if contestant.needs:
-        package = contestant.needs.split(".")[0]
-        if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed"
-        if package == "torch" and not _has(contestant.needs):
-            return f"torch {version('torch')} has no {contestant.needs}"
-    if contestant.capability > (0, 0) and torch.cuda.is_available():
-        found = torch.cuda.get_device_capability()
-        if found < contestant.capability:
-            needed = ".".join(map(str, contestant.capability))
-            return f"needs compute capability {needed}, this device has {found[0]}.{found[1]}"
-    return None
-
-
-def _has(name: str) -> bool:
-    try:
-        _named(name)
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
-def failure(error: Exception) -> LeftOut:
-    """An exception as a row shows it."""
-    return LeftOut("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
 def outcome(op: str, loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
     """Forward and backward: dX and dW, or, for the op without gradient, its statistics."""
     value = loss(inputs)
@@ -304,78 +251,3 @@ def products(inputs: Inputs, count: int) -> None:
     if count >= 3:
         z @ weight
         z.T @ x
-
-
-def errors(op: str, inputs: Inputs, contestants: dict[str, Contestant]) -> tuple[dict[str, float], dict[str, LeftOut]]:
-    """(worst relative error in norm of each one's gradients or statistics against fp64, those that raised).
-
-    What `naive` raises is raised: without it there is nothing to compare with.
-    """
-    exact = inputs._replace(
-        hidden=inputs.hidden.detach().double().requires_grad_(),
-        weight=inputs.weight.detach().double().requires_grad_(),
-        ref_hidden=inputs.ref_hidden.double(),
-    )
-    weights = {
-        "tokens": inputs.token_weight,
-        "sum": torch.ones_like(inputs.token_weight),
-        "mean": torch.full_like(inputs.token_weight, 1 / len(inputs.hidden)),
-    }
-    truth = {
-        weighting: outcome(op, contestants["naive"].loss, exact._replace(token_weight=weights[weighting]))
-        for weighting in {contestant.weighting for contestant in contestants.values()}
-    }
-    found: dict[str, float] = {}
-    failed: dict[str, LeftOut] = {}
-    for name, contestant in contestants.items():
-        try:
-            results = zip(outcome(op, contestant.loss, inputs), truth[contestant.weighting])
-            found[name] = max(((got.double() - expected).norm() / expected.norm()).item() for got, expected in results)
-        except Exception as error:
-            if name == "naive":
-                raise
-            failed[name] = failure(error)
-    return found, failed
-
-
-def qualify(
-    op: str, inputs: Inputs, device: str, tolerance: float, without: tuple[str, ...] = ()
-) -> tuple[dict[str, Contestant], dict[str, float], dict[str, LeftOut]]:
-    """(contestants that are right on `inputs`, error of each that ran, reason for each that is left out).
-
-    tolerance: how far beyond naive's own error. without: names that are not to run.
-    """
-    here, left_out = available(op, device)
-    here = {name: contestant for name, contestant in here.items() if name not in without}
-    found, failed = errors(op, inputs, here)
-    left_out |= failed
-    allowed = found["naive"] + tolerance
-    for name, error in found.items():
-        if not error <= allowed:
-            left_out[name] = LeftOut("wrong", f"error {error:.2g} against fp64, naive {found['naive']:.2g}")
-    return {name: contestant for name, contestant in here.items() if name not in left_out}, found, left_out
-
-
-def first_runs(runs: dict[str, Run]) -> dict[str, LeftOut]:
-    """Take out of `runs` what raises when it runs once, such as for want of memory, and say why."""
-    failed = {}
-    for name in list(runs):
-        try:
-            runs[name]()
-        except Exception as error:
-            failed[name] = failure(error)
-            del runs[name]
-    return failed
-
-
-def left_out_rows(common: dict[str, Any], left_out: dict[str, LeftOut]) -> list[dict[str, Any]]:
-    """The rows of those that are not timed."""
-    return [
-        common | {"impl": name, "not_timed": kind, "reason": reason}
-        for name, (kind, reason) in sorted(left_out.items())
-    ]
-
-
-def ours_fell_out(results: list[dict[str, Any]]) -> bool:
-    """Whether one of our own implementations is among those not timed, or a whole op."""
-    return any("not_timed" in row and row["impl"].startswith(("ours", "all")) for row in results)

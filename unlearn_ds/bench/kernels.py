@@ -15,21 +15,10 @@ from typing import Any
 
 import torch
 
-from unlearn_ds.bench.contestants import (
-    NUM_PRODUCTS,
-    OPS,
-    ZERO_SHARE,
-    failure,
-    first_runs,
-    left_out_rows,
-    make_inputs,
-    ours_fell_out,
-    outcome,
-    products,
-    qualify,
-)
+from unlearn_ds.bench.contestants import NUM_PRODUCTS, OPS, ZERO_SHARE, make_inputs, outcome, products
 from unlearn_ds.bench.loss import DTYPES, TOLERANCE, Shape, show
 from unlearn_ds.bench.plots import plot_kernels
+from unlearn_ds.bench.qualify import DeviceLost, LeftOut, failure, first_runs, left_out_rows, ours_fell_out, qualify
 from unlearn_ds.bench.record import Run, percent, positive_int, quantiles, time_interleaved, version, write_json
 from unlearn_ds.options import OptionError
 
@@ -183,7 +172,10 @@ def main(args: argparse.Namespace) -> int:
         for op in args.ops:
             try:
                 rows = bench(op, shape, args.workspace_mib << 20, dtype, device, args.repeats, tuple(args.without))
-            except Exception as error:  # no fp64 of this size, or a device that a peer's kernel has brought down
+            except DeviceLost as lost:
+                gone = {lost.name: LeftOut("device lost", lost.reason), "all": failure(lost)}
+                rows = left_out_rows(described(op, shape, dtype, device), gone)
+            except Exception as error:  # such as no memory for naive's check in fp64
                 rows = left_out_rows(described(op, shape, dtype, device), {"all": failure(error)})
             results += rows
             print(show(rows), flush=True)

@@ -14,17 +14,8 @@ from typing import Any
 
 import torch
 
-from unlearn_ds.bench.contestants import (
-    NUM_PRODUCTS,
-    OPS,
-    first_runs,
-    left_out_rows,
-    make_inputs,
-    ours_fell_out,
-    outcome,
-    products,
-    qualify,
-)
+from unlearn_ds.bench.contestants import NUM_PRODUCTS, OPS, make_inputs, outcome, products
+from unlearn_ds.bench.qualify import first_runs, left_out_rows, ours_fell_out, qualify
 from unlearn_ds.bench.record import Run, peak_memory, percent, positive_int, time_interleaved, whole_number, write_json
 
 MEASURED = ("cross_entropy", "kl")
