@@ -3,11 +3,13 @@
 #   VENV     where it lies                         (default: .venv beside this repository's setup.py)
 #   PYTHON   the interpreter it is made with       (default: python3, which must be 3.10 to 3.13)
 #   EXTRAS   extras of the package to install      (default: wandb; launch/test.sh takes test)
+#   LOCK     the versions                          (default: launch/requirements.lock)
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
 PYTHON="${PYTHON:-python3}"
+LOCK="${LOCK:-$ROOT/launch/requirements.lock}"
 
 "$PYTHON" - <<'PY'
 import sys
@@ -18,14 +20,14 @@ PY
 
 install() {
     local stamp="$VENV/.installed-$1"
-    if [ -f "$stamp" ] && cmp -s "$ROOT/launch/requirements.lock" "$stamp"; then
+    if [ -f "$stamp" ] && cmp -s "$LOCK" "$stamp"; then
         return
     fi
     echo "installing into $VENV (once; a few minutes)" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet "$(grep '^torch==' "$ROOT/launch/requirements.lock")"
-    "$VENV/bin/python" -m pip install --quiet --constraint "$ROOT/launch/requirements.lock" --editable "$ROOT[$1]"
-    cp "$ROOT/launch/requirements.lock" "$stamp"
+    "$VENV/bin/python" -m pip install --quiet "$(grep '^torch==' "$LOCK")"
+    "$VENV/bin/python" -m pip install --quiet --constraint "$LOCK" --editable "$ROOT[$1]"
+    cp "$LOCK" "$stamp"
 }
 
 install "${EXTRAS:-wandb}"
