@@ -10,10 +10,14 @@ import torch
 
 from tests.support import launch, tiny_config
 from unlearn_ds import fit
+from unlearn_ds.bench import step
+from unlearn_ds.bench.geometry import model_config
 from unlearn_ds.bench.step import join_rounds
 from unlearn_ds.bench.step_worker import settled
 from unlearn_ds.cli import main
 from unlearn_ds.config import RunConfig
+from unlearn_ds.options import OptionError
+from unlearn_ds.profile import longest
 
 
 def test_a_launcher_starts_the_ranks(tmp_path):
@@ -33,11 +37,53 @@ def test_a_launcher_starts_the_ranks(tmp_path):
         assert row["steps"] == 2 * 2
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["tokens_per_s"] > 0
+        assert row["longest"][0]["ms"] > 0
         with gzip.open(tmp_path / "traces" / f"gradient_ascent-{row['impl']}.json.gz", "rt") as trace:
             assert json.load(trace)["traceEvents"]
     assert "x the peak memory of the baseline" in finished.stdout
     assert (tmp_path / "step.png").stat().st_size > 5000
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_case_that_fails_is_a_row_and_the_others_run(tmp_path, monkeypatch, capsys):
+    """Written after every case: what ran before a failure is there."""
+    seen = []
+
+    def run_case(args, method, impl, reference, *_):
+        if impl == "ours":
+            raise RuntimeError("out of memory")
+        seen.append(json.loads((tmp_path / "step.json").read_text())["results"])
+        parts = {"parts_s": {}, "longest": [], "world_size": 1, "attention": "sdpa", "device": "cpu"}
+        return parts | {"step_s": [1.0], "memory": {"peak": 1}, "lengths": [[8, 8]], "kl_lengths": [[]], "rows": [2]}
+
+    monkeypatch.setattr(step, "run_case", run_case)
+    words = "bench step --model tiny:1 --seq_len 16 --global_batch_size 2 --num_ranks 1 --baseline --rounds 2 --json"
+    assert main([*words.split(), str(tmp_path / "step.json")]) == 1
+    assert [[row["failed"] for row in rows] for rows in seen[:1]] == [["out of memory"]]
+    baseline, ours = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert (baseline["impl"], baseline["steps"]) == ("baseline", 2)
+    assert (ours["impl"], ours["failed"], ours["shape"]["model"]) == ("ours", "out of memory", "tiny:1")
+    assert capsys.readouterr().err.count("out of memory") == 1  # what failed once is not tried in the next round
+
+
+def test_the_first_layers_of_a_shape():
+    assert model_config("yi-6b:12", 64).num_hidden_layers == 12
+    assert model_config("yi-6b", 64).num_hidden_layers == 32
+    for name in ("yi-6b:33", "yi-6b:0"):
+        with pytest.raises(OptionError, match=f"--model {name}: yi-6b has 1 to 32 layers"):
+            model_config(name, 64)
+    with pytest.raises(OptionError, match="--model yi-6b:x: a model folder, or one of"):
+        model_config("yi-6b:x", 64)
+
+
+def test_the_longest_operators_of_a_profile():
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            torch.ones(300, 300) @ torch.ones(300, 300)
+    rows = longest(profiler, count=3)
+    assert len(rows) == 3
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    assert {"name": "aten::mm", "calls": 3} in [{key: row[key] for key in ("name", "calls")} for row in rows]
 
 
 def test_rounds_are_joined():
