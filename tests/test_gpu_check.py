@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,34 @@ def test_the_script_runs_a_step_on_cpu(tmp_path):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert {row["case"] for row in rows} == {"kernels_128256_cross_entropy", "kernels_128256_kl"}
     assert "kernels_128256_kl.json" in packed(tmp_path / "out")
+
+
+def write_wheel(folder: Path, name: str) -> None:
+    """A package of one module."""
+    info = f"{name}-1.0.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w", zipfile.ZIP_LZMA) as wheel:
+        wheel.writestr(f"{name}.py", f"NAME = {name!r}\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+
+
+def test_fetched_wheels_are_installed_from_their_parts(tmp_path):
+    """What gpu_wheels.sh carries to a machine without network; the fetching itself needs one and is run by hand."""
+    carried, site = tmp_path / "carried", tmp_path / "site"
+    write_wheel(carried / "base", "needed")
+    write_wheel(tmp_path / "wheels", "peer")
+    (carried / "peers").mkdir()
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "wheels", ".")
+    whole = (tmp_path / "all.tar").read_bytes()
+    for letter, start in zip("ab", range(0, len(whole), len(whole) // 2)):
+        (carried / "peers" / f"part-a{letter}").write_bytes(whole[start : start + len(whole) // 2])
+    script = ROOT / "launch" / "gpu_wheels.sh"
+    finished = finish(["bash", script, "--install", carried, site], env=os.environ | {"PYTHON": sys.executable})
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == f"export PYTHONPATH={site}"
+    assert {"needed.py", "peer.py"} <= {path.name for path in site.iterdir()}
