@@ -3,7 +3,7 @@
 # loss kernels are measured beside.
 #
 #   bash launch/gpu_wheels.sh [OUT]                  here, with network         (default: output/gpu_wheels)
-#   bash launch/gpu_wheels.sh --install OUT [DIR]    there                      (default: /tmp/site; put it on the PYTHONPATH)
+#   bash launch/gpu_wheels.sh --install OUT [DIR]    there                      (default: /tmp/site; prints the PYTHONPATH)
 #
 #   TARGET_PYTHON   of that machine                                             (default: 3.12)
 #   PART_MIB        the peers come in parts of at most this                     (default: 40)
@@ -28,6 +28,8 @@ if [ "${1:-}" = --install ]; then
     fi
     exec_pip=("$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE")
     "${exec_pip[@]}" "$WHEELS"/*.whl
+    # A folder on the PYTHONPATH is not searched for .pth files, by which CuTe's package names its own folder: this does it.
+    printf 'import site\n\nsite.addsitedir(%s)\n' "'$(cd "$SITE" && pwd)'" >"$SITE/sitecustomize.py"
     echo "export PYTHONPATH=$SITE"
     exit
 fi

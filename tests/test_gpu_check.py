@@ -183,11 +183,16 @@ def write_wheel(folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w", zipfile.ZIP_LZMA) as wheel:
         wheel.writestr(f"{name}.py", f"NAME = {name!r}\n")
+        wheel.writestr(f"{name}.pth", f"{name}_packages\n")
+        wheel.writestr(f"{name}_packages/inner_{name}.py", "")
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
-        wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+        wheel.writestr(
+            f"{info}/RECORD",
+            f"{name}.py,,\n{name}.pth,,\n{name}_packages/inner_{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n",
+        )
 
 
 def test_fetched_wheels_are_installed_from_their_parts(tmp_path):
@@ -205,4 +210,6 @@ def test_fetched_wheels_are_installed_from_their_parts(tmp_path):
     finished = finish(["bash", script, "--install", carried, site], env=os.environ | {"PYTHON": sys.executable})
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == f"export PYTHONPATH={site}"
-    assert {"needed.py", "peer.py"} <= {path.name for path in site.iterdir()}
+    code = "import needed, peer, inner_needed, inner_peer"
+    there = finish([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(site)})
+    assert there.returncode == 0, there.stderr
