@@ -53,7 +53,9 @@ def test_plain_text_files_are_one_document_each(tmp_path: Path, capsys: pytest.C
     (tmp_path / "empty.py").write_text("")
     assert read(tmp_path) == [TEXTS[1], TEXTS[0], TEXTS[2], '{"a": 1}']
     assert read(tmp_path / "b.py") == [TEXTS[0]]
-    assert capsys.readouterr().err == ""
+    told = capsys.readouterr().err
+    assert f"{tmp_path}: 5 file(s) taken for plain text, one document each (.py, .txt, .md, .json)" in told
+    assert f"{tmp_path}: 1 file(s) without a document, of 5" in told
     (tmp_path / "sub" / ".env").write_text("PASSWORD=1")
     assert len(read(tmp_path)) == 4
     assert f"1 hidden file(s) left out, first {tmp_path}/sub/.env: name it to read it" in capsys.readouterr().err
@@ -93,15 +95,17 @@ def test_columns(tmp_path: Path) -> None:
     assert read(content, column="body") == ["b"]
     assert read(jsonl(tmp_path / "both.jsonl", [{"content": "a", "text": "b"}])) == ["b"]
     other = jsonl(tmp_path / "other.jsonl", [{"body": "b", "id": 3}])
-    with pytest.raises(OptionError, match=r"other.jsonl: no column 'text' or 'content'; its columns are body, id"):
+    with pytest.raises(
+        OptionError, match=r"other.jsonl: line 1: no column 'text' or 'content'; its columns are body, id"
+    ):
         read(other)
     with pytest.raises(
         OptionError, match=r"no column 'boddy'; its columns are body, id: name the right one by --text_col"
     ):
         read(other, column="boddy")
-    with pytest.raises(DocumentError, match=r"document 0: column 'id' holds a int instead of text"):
+    with pytest.raises(DocumentError, match=r"line 1: column 'id' holds a number instead of text"):
         read(other, column="id")
-    with pytest.raises(DocumentError, match=r"document 1: column 'text' holds nothing instead of text"):
+    with pytest.raises(DocumentError, match=r"null.jsonl: line 2: column 'text' holds nothing instead of text"):
         read(jsonl(tmp_path / "null.jsonl", [{"text": "a"}, {"text": None}]))
 
 
@@ -148,7 +152,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"bad.csv: not UTF-8: byte 11, line 3"):
         read(tmp_path / "bad.csv")
     (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(DocumentError, match=r"torn.jsonl: cannot be read as json after document"):
+    with pytest.raises(DocumentError, match=r"torn.jsonl: line 2: cannot be read as json"):
         read(tmp_path / "torn.jsonl")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DocumentError, match=r"torn.parquet: cannot be read as parquet after document 0"):

@@ -1,29 +1,27 @@
-"""Where documents come from: files, folders and hub names, read as a stream through the `datasets` library."""
+"""Where documents come from: files, folders, folders saved by `datasets`, and hub names, read as a stream."""
 
-import codecs
-import glob
 import json
+import lzma
 import os
 import re
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.data.readers import FORMS, READERS, TextColumn, check_arrow_end, no_text, texts_of_batches
+from unlearn_ds.data.text_files import COMPRESSIONS, DocumentError, split_compression
 from unlearn_ds.options import OptionError, did_you_mean
 
-TEXT_COLUMNS = ("text", "content")
-_FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+__all__ = ["DocumentError", "DocumentSource", "find_sources", "read_documents"]
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
-_READ_BYTES = 1 << 20
-_DECODED_FORMATS = ("json", "csv", "text")
-
-
-class DocumentError(ValueError):
-    """Documents that the user named cannot be read."""
+_BATCH_ROWS = 256
+_SHOWN_SUFFIXES = 6
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,9 @@ class DocumentSource:
     """Documents in one place and format."""
 
     name: str  # as the user gave it
-    format: str  # json, parquet, csv, text, disk or hub
+    format: str  # of readers.READERS, or disk or hub
     files: tuple[Path, ...]  # none for a hub name
+    folder: Path | None = None  # that `datasets` saved
     hub: tuple[str, ...] = ()  # name, configuration, split
     split: str | None = None  # of a folder saved with several
 
@@ -45,9 +44,9 @@ class DocumentSource:
 def find_sources(names: Sequence[str]) -> list[DocumentSource]:
     """Resolve what the user named.
 
-    Each is a file (jsonl, json, parquet, csv; anything else is one plain text document), a folder of them, a folder saved by
-    `datasets` (`FOLDER:SPLIT` if it has several splits), or a hub name `OWNER/NAME[:CONFIG[:SPLIT]]`.
-    Raises `DocumentError` for one that is none of these or is empty.
+    Each is a file (its suffix tells its form, `readers.FORMS`; anything else is one plain text document, which is said), a
+    folder of them, a folder saved by `datasets` (`FOLDER:SPLIT` if it has several splits), or a hub name
+    `OWNER/NAME[:CONFIG[:SPLIT]]`. Raises `DocumentError` for one that is none of these or is empty.
     """
     return [source for name in names for source in _find(name)]
 
@@ -61,17 +60,28 @@ def _find(name: str) -> list[DocumentSource]:
     folder, _, split = name.rpartition(":")
     if folder and (Path(folder) / "dataset_dict.json").exists():
         return _find_in_folder(name, Path(folder), split)
-    if _HUB_NAME.fullmatch(name):
-        return [DocumentSource(name, "hub", (), tuple(name.split(":")))]
+    if _HUB_NAME.fullmatch(name) and not _is_local(path):
+        return [DocumentSource(name, "hub", (), hub=tuple(name.split(":")))]
     raise DocumentError(
-        f"{name}: no such file or folder, and no hub name either (OWNER/NAME:CONFIG:SPLIT)."
-        + did_you_mean(name, map(str, path.parent.glob("*")) if path.parent.is_dir() else ())
+        f"{name}: no such file or folder, and no hub name either (OWNER/NAME:CONFIG:SPLIT).{_neighbour(path)}"
     )
+
+
+def _neighbour(path: Path) -> str:
+    return did_you_mean(str(path), map(str, path.parent.glob("*")) if path.parent.is_dir() else ())
+
+
+def _is_local(path: Path) -> bool:
+    """Whether a name that could be one of the hub's means a file or folder that is not there."""
+    bare = path.with_name(path.name.split(":")[0])
+    if bare.suffix.lower() in {*FORMS, *COMPRESSIONS, ".txt"}:
+        return True
+    return path.parent.is_dir() and (bare == path or bool(_neighbour(bare)))
 
 
 def _find_in_folder(name: str, folder: Path, split: str | None) -> list[DocumentSource]:
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = _read_splits(folder / "dataset_dict.json")
         if split is None and len(splits) > 1:
             raise DocumentError(f"{name}: has the splits {', '.join(splits)}: name one, as {folder}:{splits[0]}")
         if split is not None and split not in splits:
@@ -80,25 +90,41 @@ def _find_in_folder(name: str, folder: Path, split: str | None) -> list[Document
             )
         folder = folder / (split or splits[0])
     if (folder / "dataset_info.json").exists() and (folder / "state.json").exists():
-        return [DocumentSource(name, "disk", tuple(sorted(folder.glob("*.arrow"))), split=split)]
+        return [DocumentSource(name, "disk", tuple(sorted(folder.glob("*.arrow"))), folder=folder, split=split)]
     found = sorted(_files_below(folder))
     files = [p for p in found if not _hidden(p.relative_to(folder))]
     if dangling := next((file for file in files if not file.exists()), None):
         raise DocumentError(f"{name}: {dangling} is a link to nothing: the document that it stands for is missing")
     if left_out := [p for p in found if _hidden(p.relative_to(folder))]:
-        print(
-            f"note: {name}: {len(left_out)} hidden file(s) left out, first {left_out[0]}: name it to read it",
-            file=sys.stderr,
-        )
+        _note(f"{name}: {len(left_out)} hidden file(s) left out, first {left_out[0]}: name it to read it")
     if not files:
         raise DocumentError(f"{name}: an empty folder")
     return _group(name, files)
 
 
+def _read_splits(path: Path) -> list[str]:
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        names = [str(split) for split in splits]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DocumentError(f"{path}: damaged, it names no splits ({error!r})") from error
+    if not names:
+        raise DocumentError(f"{path.parent}: saved without a split, so no documents in it")
+    return names
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
     """Files in a folder and, through links as well, in its folders, each folder once; what git keeps for itself left out."""
+
+    def stop(error: OSError) -> None:
+        raise DocumentError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
     seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = [name for name in folders if name != ".git"]
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
@@ -111,131 +137,127 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _format(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
-    return _FORMATS.get(suffixes[-1].lower() if suffixes else "", "text")
+def _form(path: Path) -> str:
+    return FORMS.get(split_compression(path)[0], "text")
 
 
 def _group(name: str, files: list[Path]) -> list[DocumentSource]:
-    """Files by format. A folder of sources may hold `.json` files: beside plain text they are text as well."""
-    formats = {file: _format(file) for file in files}
-    if "text" in formats.values():
-        formats |= {file: "text" for file in files if file.suffix == ".json"}
-    kinds = sorted(set(formats.values()))
+    """Files of one form. A folder of sources may hold `.json` files: beside plain text they are text as well."""
+    if odd := next((file for file in files if not file.is_file()), None):
+        raise DocumentError(f"{odd}: not a file (a pipe or a device): write the documents to one")
+    forms = {file: _form(file) for file in files}
+    if "text" in forms.values():
+        forms |= {file: "text" for file in files if split_compression(file)[0] == ".json"}
+    kinds = sorted(set(forms.values()))
     if len(kinds) > 1:
         raise DocumentError(
             f"{name}: holds files of several formats ({', '.join(kinds)}): name the files, not the folder"
         )
-    full = tuple(file for file in files if file.stat().st_size)
-    if not full:
+    if not any(file.stat().st_size for file in files):
         raise DocumentError(f"{name}: {'an empty file' if len(files) == 1 else 'all files are empty'}")
-    return [DocumentSource(name, kinds[0], full)]
+    if kinds == ["text"]:
+        counts = Counter(split_compression(file)[0] or "no suffix" for file in files)
+        shown = ", ".join(suffix for suffix, _ in counts.most_common(_SHOWN_SUFFIXES))
+        more = ", ..." if len(counts) > _SHOWN_SUFFIXES else ""
+        _note(f"{name}: {len(files)} file(s) taken for plain text, one document each ({shown}{more})")
+    return [DocumentSource(name, kinds[0], tuple(files))]
 
 
 def read_documents(sources: Sequence[DocumentSource], text_column: str | None) -> Iterator[str]:
     """The texts, in order, at constant memory.
 
-    Raises `DocumentError` naming the file for what cannot be read, `OptionError` for a column that is not there.
+    Raises `DocumentError` naming the file, and the line or row in it, for what cannot be read, `OptionError` for a column that
+    is not there.
     """
     for source in sources:
-        rows = _open(source)
-        column = None
-        number = 0
-        while True:
-            with _named(source, number):
-                row = next(rows, None)
-            if row is None:
-                break
-            if column is None:
-                column = _choose_column(source, list(row), text_column)
-            text = row.get(column)
-            if not isinstance(text, str):
-                raise DocumentError(
-                    f"{source.name}: document {number}: column {column!r} holds {_kind(text)} instead of text"
-                )
+        is_empty = True
+        for text in _read_source(source, TextColumn(text_column)):
+            is_empty = False
             yield text
-            number += 1
-        if not number:
+        if is_empty:
             raise DocumentError(f"{source.name}: no documents in it")
 
 
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+def _read_source(source: DocumentSource, column: TextColumn) -> Iterator[str]:
+    if source.format == "disk":
+        yield from _named(source.name, source.format, _read_saved(source, column))
+    elif source.format == "hub":
+        yield from _named(source.name, source.format, _read_hub(source, column))
+    else:
+        num_empty = 0
+        for file in source.files:
+            is_empty = True
+            for text in _named(str(file), source.format, READERS[source.format](file, column)):
+                is_empty = False
+                yield text
+            num_empty += is_empty
+        if 0 < num_empty < len(source.files):
+            _note(f"{source.name}: {num_empty} file(s) without a document, of {len(source.files)}")
 
 
-def _open(source: DocumentSource) -> Iterator[dict[str, Any]]:
-    import datasets  # takes a second, and only preparing needs it
-
-    with _named(source, 0):
-        if source.format == "disk":
-            return iter(datasets.load_from_disk(str(source.files[0].parent)))
-        if source.format == "hub":
-            name, *rest = source.hub
-            config, split = [*rest, None, None][:2]
-            found = datasets.load_dataset(name, config, split=split, streaming=True)
-            if isinstance(found, datasets.IterableDatasetDict):
-                raise OptionError(
-                    f"{source.name}: name one of its splits: {', '.join(found)}, as {name}:{config}:SPLIT"
-                )
-            return iter(found)
-        if source.format == "text" and not any(file.suffix in _COMPRESSED for file in source.files):
-            # As they are: `datasets` would turn every line end into \n.
-            return ({"text": file.read_bytes().decode("utf-8")} for file in source.files)
-        options = {"sample_by": "document"} if source.format == "text" else {}
-        # Escaped: `datasets` takes a name such as [id].js for a pattern.
-        files = [glob.escape(str(file)) for file in source.files]
-        return iter(datasets.load_dataset(source.format, data_files=files, split="train", streaming=True, **options))
-
-
-def _choose_column(source: DocumentSource, columns: list[str], wanted: str | None) -> str:
-    candidates = [wanted] if wanted else list(TEXT_COLUMNS)
-    for column in candidates:
-        if column in columns:
-            return column
-    if source.format == "text":
-        return "text"
-    missing = f"no column {' or '.join(map(repr, candidates))}"
-    raise OptionError(
-        f"{source.name}: {missing}; its columns are {', '.join(columns)}: name the right one by --text_column"
-    )
+def _named(name: str, form: str, texts: Iterator[str]) -> Iterator[str]:
+    """The texts; whatever a reader raises becomes an error that says which file, and after which document in it."""
+    number = 0
+    while True:
+        with _as_document_error(name, form, number):
+            text = next(texts, None)
+        if text is None:
+            return
+        yield text
+        number += 1
 
 
 @contextmanager
-def _named(source: DocumentSource, number: int) -> Iterator[None]:
-    """Turn what the readers raise into an error that says which file, and where in it."""
+def _as_document_error(name: str, form: str, number: int) -> Iterator[None]:
+    import pyarrow as pa
+
+    readers_failures = (
+        ValueError,
+        OSError,
+        EOFError,
+        LookupError,
+        TypeError,
+        zlib.error,
+        lzma.LZMAError,
+        pa.ArrowException,
+    )
     try:
         yield
-    except OptionError:
+    except (DocumentError, OptionError):
         raise
-    except UnicodeDecodeError as error:
-        raise DocumentError(_find_bad_byte(source) or f"{source.name}: document {number}: {error}") from error
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        message = _find_bad_byte(source) if source.format in _DECODED_FORMATS else None
+    except readers_failures as error:
         text = str(error).strip().split("\n")[0]
-        raise DocumentError(
-            message or f"{source.name}: cannot be read as {source.format} after document {number}: {text}"
-        ) from error
+        early = "the file ends early: " if isinstance(error, EOFError) else ""
+        raise DocumentError(f"{name}: cannot be read as {form} after document {number}: {early}{text}") from error
 
 
-def _find_bad_byte(source: DocumentSource) -> str | None:
-    """Where the first byte that is not UTF-8 is; found by reading again, after a reader gave up."""
+def _read_saved(source: DocumentSource, column: TextColumn) -> Iterator[str]:
+    """A folder that `datasets` saved."""
+    import datasets  # takes a second, and only these two need it
+
     for file in source.files:
-        if file.suffix in _COMPRESSED:
-            continue
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        offset, line = 0, 1
         with file.open("rb") as stream:
-            while True:
-                block = stream.read(_READ_BYTES)
-                pending = len(decoder.getstate()[0])
-                try:
-                    decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:
-                    line += block[: max(0, error.start - pending)].count(b"\n")
-                    at = offset - pending + error.start
-                    return f"{file}: not UTF-8: byte {at}, line {line} ({error.reason}); convert the file to UTF-8"
-                if not block:
-                    break
-                offset += len(block)
-                line += block.count(b"\n")
-    return None
+            check_arrow_end(file, stream)
+    if not json.loads((source.folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        return  # without rows, which `datasets` saves and does not load
+    table = datasets.load_from_disk(str(source.folder))
+    name = column.among(table.column_names, source.name)
+    tables = table.select_columns([name]).with_format("arrow").iter(_BATCH_ROWS)
+    batches = (batch for rows in tables for batch in rows.to_batches())
+    yield from texts_of_batches(source.name, name, table.features.arrow_schema.field(name).type, batches)
+
+
+def _read_hub(source: DocumentSource, column: TextColumn) -> Iterator[str]:
+    import datasets
+
+    name, *rest = source.hub
+    config, split = [*rest, None, None][:2]
+    found = datasets.load_dataset(name, config, split=split, streaming=True)
+    if isinstance(found, datasets.IterableDatasetDict):
+        raise OptionError(f"{source.name}: name one of its splits: {', '.join(found)}, as {name}:{config}:SPLIT")
+    for number, row in enumerate(found, 1):
+        where = f"{source.name}: row {number}"
+        text = row[column.among(list(row), where)]
+        if not isinstance(text, str):
+            raise no_text(where, column.name, text)
+        yield text

@@ -3,9 +3,9 @@
     unlearn-ds prepare --tokenizer_name_or_path M --domain github --forget F --retain R --approximate A \\
         --general_retain G --general_evaluation E --data_dir data
 
-Each set is a list of files (jsonl, json, parquet, csv; anything else is one plain text document), folders of them, folders
-saved by `datasets`, or hub names such as `llmunlearn/unlearn_dataset:arxiv:forget`. An interrupted run, started again, goes on
-where it stopped.
+Each set is a list of files (jsonl, json, csv, tsv, parquet, arrow, also compressed; anything else is one plain text document),
+folders of them, folders saved by `datasets`, or hub names such as `llmunlearn/unlearn_dataset:arxiv:forget`. An interrupted
+run, started again, goes on where it stopped.
 """
 
 import hashlib
