@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unlearn_ds.data.corpus import Corpus, CorpusError, CorpusWriter, check_tokenizer, tokenizer_fingerprint
+from unlearn_ds.data.corpus import Corpus, CorpusError, CorpusWriter, check_tokenizer
 from unlearn_ds.data.megatron import MAGIC
+from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 
 HEADER_BYTES = 34
 

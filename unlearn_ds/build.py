@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from unlearn_ds import checkpoint, distributed
 from unlearn_ds.checks import check_model
 from unlearn_ds.config import RunConfig, profiled_steps
-from unlearn_ds.data.corpus import tokenizer_fingerprint
 from unlearn_ds.data.plan import Plan, Source
+from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.ds_config import ModelSize, check_device, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.fit import check_memory, model_facts, setting_of, settle_memory

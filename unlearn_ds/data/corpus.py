@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from unlearn_ds.data.megatron import CorpusError, index_bytes, read_index, token_dtype
+from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 
-__all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path", "tokenizer_fingerprint"]
+__all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path"]
 
 SUFFIXES = (".bin", ".json", ".idx")  # in the order they are published: `.idx` makes a corpus complete
-_PROBE = "Unlearning 42 times: naïve café\n\tdef f(x):\n    return x != 'é'  # 你好 🙂\r\n"
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _SCAN_TOKENS = 1 << 24
@@ -134,15 +134,6 @@ def token_range(tokens: np.ndarray) -> tuple[int, int]:
     """Smallest and largest id, read in pieces."""
     pieces = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
     return min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces)
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A digest of a tokenizer's vocabulary and of how it cuts a probe text; survives saving and loading."""
-    digest = hashlib.blake2b(digest_size=16)
-    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        digest.update(f"{number}\t{token}\n".encode("utf-8", "surrogatepass"))
-    digest.update(json.dumps(list(tokenizer(_PROBE)["input_ids"])).encode())
-    return digest.hexdigest()
 
 
 def check_tokenizer(corpus: Corpus, tokenizer: Any) -> None:

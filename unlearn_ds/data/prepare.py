@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, tokenizer_fingerprint, with_suffix
+from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, with_suffix
 from unlearn_ds.data.documents import find_sources
 from unlearn_ds.data.overlap import ForgetIndex
 from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
 from unlearn_ds.data.summary import format_summary, save_histogram, summarise
 from unlearn_ds.data.tokenise import Encoder
+from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
 from unlearn_ds.durable import replacing
 from unlearn_ds.options import OptionError, check_choices, parse
 
@@ -112,7 +113,10 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     made_with = {"name": config.tokenizer_name_or_path, "fingerprint": tokenizer_fingerprint(tokenizer)}
     encoder = Encoder(tokenizer)
     if not encoder.is_fast:
-        print("note: this tokenizer has no Rust implementation, tokenising is slower", file=sys.stderr)
+        print(
+            "note: this tokenizer's Rust side, if it has one, does not give the same ids alone: tokenising is slower",
+            file=sys.stderr,
+        )
     vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     keys = {
         name: _key([made_with["fingerprint"], vocab_size, config.text_column, [s.identity() for s in sources]])
@@ -206,9 +210,16 @@ def load_tokenizer(config: PrepareConfig) -> Any:
 
     name = config.tokenizer_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        tokenizer(probes(tokenizer))
+    except Exception as error:
+        # The Rust side raises plain `Exception`, and no class below it.
+        if type(error) is not Exception and not isinstance(
+            error, (OSError, ValueError, KeyError, TypeError, ImportError)
+        ):
+            raise
         raise OptionError(f"--tokenizer_name_or_path {name}: {str(error).strip().splitlines()[0]}") from error
+    return tokenizer
 
 
 def _key(content: Any) -> str:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from unlearn_ds.data.tokenizer import rust_json, rust_tokenizer, splits_special_tokens
+
 LONG_CHARS = 1 << 20
 BATCH_CHARS = 1 << 20
 BATCH_DOCUMENTS = 1024
@@ -25,25 +27,16 @@ class Encoder:
     """A tokenizer, as a picklable function from texts to a `TokenBatch`."""
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._json = None
-        self._tokenizer = None
+        # Straight to the Rust tokenizer: its fast batch call skips the offsets that nobody reads here.
+        self._json = rust_json(tokenizer)
+        self._split_special_tokens = splits_special_tokens(tokenizer)
+        self._tokenizer = tokenizer if self._json is None else None
         self._backend = None
-        if backend is not None:
-            # Straight to the Rust tokenizer: its fast batch call skips the offsets that nobody reads here.
-            from tokenizers import Tokenizer
-
-            copy = Tokenizer.from_str(backend.to_str())
-            copy.no_padding()
-            copy.no_truncation()
-            if copy.encode(_PROBE).ids == list(tokenizer(_PROBE)["input_ids"]):
-                self._json = copy.to_str()
-        if self._json is None:
-            self._tokenizer = tokenizer
         whole = self._encode([_PROBE], special=True)[0]
         bare = self._encode([_PROBE], special=False)[0]
         at = next((i for i in range(len(whole)) if list(whole[i : i + len(bare)]) == list(bare)), 0)
-        self._prefix, self._suffix = list(whole[:at]), list(whole[at + len(bare) :])
+        # What the tokenizer puts before and behind a document.
+        self.prefix, self.suffix = list(whole[:at]), list(whole[at + len(bare) :])
 
     @property
     def is_fast(self) -> bool:
@@ -58,9 +51,7 @@ class Encoder:
         if self._json is None:
             return self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         if self._backend is None:
-            from tokenizers import Tokenizer
-
-            self._backend = Tokenizer.from_str(self._json)
+            self._backend = rust_tokenizer(self._json, self._split_special_tokens)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
     def __call__(self, texts: list[str]) -> TokenBatch:
@@ -79,7 +70,7 @@ class Encoder:
 
     def _encode_long(self, text: str) -> np.ndarray:
         pieces = [np.array(self._encode([piece], special=False)[0], dtype=np.int32) for piece in cut_text(text)]
-        return np.concatenate([np.array(self._prefix, np.int32), *pieces, np.array(self._suffix, np.int32)])
+        return np.concatenate([np.array(self.prefix, np.int32), *pieces, np.array(self.suffix, np.int32)])
 
 
 def cut_text(text: str) -> Iterator[str]:
