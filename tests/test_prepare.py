@@ -246,9 +246,29 @@ def test_errors(config: PrepareConfig, inputs: Path, tmp_path: Path, capsys: pyt
         == 2
     )
     assert "bad.jsonl: not UTF-8" in capsys.readouterr().err
-    with pytest.raises(CorpusError, match="a corpus without sequences: no document has 5 tokens"):
+    with pytest.raises(CorpusError, match="a corpus without sequences: no document has 2 tokens"):
         prepare(replace(config, forget=(str(jsonl(tmp_path / "short.jsonl", ["a", "b"])),)))
+    with pytest.raises(CorpusError, match="a corpus without sequences: no document has 5 tokens"):
+        prepare(replace(config, forget=(), retain=(str(tmp_path / "short.jsonl"),)))
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".idx", ".bin", ".partial")], "nothing is half-written"
+
+
+def test_what_is_too_short_is_named(config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    texts = jsonl(tmp_path / "some.jsonl", ["a", "ab", TEXTS[0], "", "abcd", "b"])
+    config = replace(config, forget=(str(texts),), retain=(str(texts),), overlap="off")
+    for _ in range(2):  # the second time everything is up to date
+        prepare(config)
+        told = capsys.readouterr().err
+        assert (
+            "forget: 3 document(s) CANNOT BE FORGOTTEN: under 2 tokens nothing is predicted. Their numbers, from 0: 0, 3, 5"
+            in told
+        )
+        assert "retain: 5 document(s) under 5 tokens are left out" in told
+    sets = json.loads((tmp_path / "data" / "github" / "summary.json").read_text())["sets"]
+    assert sets["forget"]["left_out"] == {"documents": 3, "tokens": 2, "numbers": [0, 3, 5]}
+    assert sets["forget"]["sequences"] == 3 + (len(documents(Corpus(config.path("forget")))[2]) - 5) // 64
+    assert cli.main(["inspect", str(config.path("forget"))]) == 0
+    assert "CANNOT BE FORGOTTEN" in capsys.readouterr().out
 
 
 def test_a_document_of_1e8_characters(inputs: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import VOCAB_SIZE, write_corpora
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.corpus import Corpus, CorpusError
+from unlearn_ds.data.corpus import Corpus, CorpusError, CorpusWriter
 from unlearn_ds.options import OptionError
 from unlearn_ds.run_data import check_same_corpora, make_plan, make_sources, open_run_corpora, open_set
 from unlearn_ds.run_folder import check_same_model
@@ -35,6 +35,23 @@ def test_sources_are_the_terms_of_the_objective(tmp_path: Path) -> None:
         ("retain", 0.5, 2.0),
     ]
     assert make_plan(options, sources, 1).step(0).num_sequences == 4
+
+
+def test_short_documents_are_forgotten_and_not_retained(tmp_path: Path) -> None:
+    """A document to forget of two tokens is one that the user asked for; below two, nothing is predicted."""
+    for name in ("forget", "retain"):
+        (tmp_path / "github").mkdir(exist_ok=True)
+        with CorpusWriter(tmp_path / "github" / name, VOCAB_SIZE) as writer:
+            for length in (0, 1, 2, 3, 4, 5, 18, 21):
+                writer.add(range(length))
+    options = config(tmp_path, seq_len=16, global_batch_size=64)
+    forget, retain = make_sources(options, open_run_corpora(options, VOCAB_SIZE, None), VOCAB_SIZE, ())
+    every = np.arange(len(forget.sequences))
+    assert forget.sequences.documents(every).tolist() == [2, 3, 4, 5, 6, 7, 7]
+    assert forget.sequences.lengths(every).tolist() == [2, 3, 4, 5, 16, 16, 5]
+    assert retain.sequences.lengths(np.arange(len(retain.sequences))).tolist() == [5, 16, 16, 5]
+    step = make_plan(options, [forget, retain], 1).step(0)
+    assert sorted(step.length[step.source == 0].tolist()) == [2, 3, 4, 5, 5, 16, 16]
 
 
 def test_a_missing_corpus_says_how_to_make_it(tmp_path: Path) -> None:

@@ -17,19 +17,20 @@ def write(path: Path, lengths: list[int], seed: int = 0) -> Corpus:
     return Corpus(path)
 
 
-def naive(corpora: list[Corpus], seq_len: int) -> list[tuple[int, list[int]]]:
+def naive(corpora: list[Corpus], seq_len: int, shortest: int = 5) -> list[tuple[int, list[int]]]:
     documents = [corpus.document(i).tolist() for corpus in corpora for i in range(corpus.num_documents)]
     pieces = [
         (d, tokens[at : at + seq_len]) for d, tokens in enumerate(documents) for at in range(0, len(tokens), seq_len)
     ]
-    return [(d, piece) for d, piece in pieces if len(piece) >= 5]
+    return [(d, piece) for d, piece in pieces if len(piece) >= (shortest if len(documents[d]) < 5 else 5)]
 
 
+@pytest.mark.parametrize("shortest", [5, 2])
 @pytest.mark.parametrize("seq_len", [5, 8, 16, 100])
-def test_equals_the_plain_loop(tmp_path: Path, seq_len: int) -> None:
-    corpora = [write(tmp_path / "a", [16, 17, 20, 21, 0, 4, 5, 33], 1), write(tmp_path / "b", [3, 8, 12, 13], 2)]
-    index = SequenceIndex(corpora, seq_len)
-    expected = naive(corpora, seq_len)
+def test_equals_the_plain_loop(tmp_path: Path, seq_len: int, shortest: int) -> None:
+    corpora = [write(tmp_path / "a", [16, 17, 20, 21, 0, 4, 5, 1, 2, 33], 1), write(tmp_path / "b", [3, 8, 12, 13], 2)]
+    index = SequenceIndex(corpora, seq_len, shortest)
+    expected = naive(corpora, seq_len, shortest)
     assert len(index) == len(expected)
     assert [(index.document(i), index.tokens(i).tolist()) for i in range(len(index))] == expected
     every = np.arange(len(index))

@@ -38,6 +38,7 @@ def cache_key(sequences: SequenceIndex, model_fingerprint: str, dtype: torch.dty
         "corpora": [corpus.fingerprint for corpus in sequences.corpora],
         **original_model(model_fingerprint),
         "seq_len": sequences.seq_len,
+        "shortest_document": sequences.shortest,
         "dtype": str(dtype).removeprefix("torch."),
     }
 

@@ -16,7 +16,7 @@ from unlearn_ds.cache_key import cache_path, make_cache_folder, original_model
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.labels import CachedTargets, LabelCache
 from unlearn_ds.data.loader import evaluation_batches
-from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex
 from unlearn_ds.engine import Ask
 from unlearn_ds.loss_head import SampleCall
 from unlearn_ds.options import OptionError
@@ -31,6 +31,7 @@ def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) ->
         **original_model(model_fingerprint),
         "bf16": config.bf16,
         "seq_len": config.seq_len,
+        "shortest_document": MIN_FORGET_TOKENS,
         "top_k": top_k,
         "top_p": top_p,
         "rm_groundtruth": rm_groundtruth,

@@ -12,7 +12,7 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_path
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.plan import Plan, Source
-from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.data.sequences import SequenceIndex, shortest_document
 from unlearn_ds.objectives import RANDOM_TARGETS, SAMPLED_TARGETS, SEQUENCE, Term
 from unlearn_ds.options import OptionError
 
@@ -146,7 +146,7 @@ def make_sources(
                 role=term.role,
                 loss=term.loss,
                 factor=term.factor * (1.0 if is_first else config.retain_weight),
-                sequences=SequenceIndex([c.corpus for c in named], config.seq_len),
+                sequences=SequenceIndex([c.corpus for c in named], config.seq_len, shortest_document(term.role)),
                 targets=targets,
                 ratio=1.0 if is_first else config.retain_ratio,
                 sequence_loss=config.sequence_loss if term.loss == SEQUENCE else None,

@@ -13,7 +13,7 @@ import torch
 from unlearn_ds import distributed
 from unlearn_ds.cache_key import cache_path, make_cache_folder, original_model
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine import Ask
 from unlearn_ds.evaluation.collect import collect_table
@@ -31,6 +31,7 @@ def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) ->
         **original_model(model_fingerprint),
         "bf16": config.bf16,
         "seq_len": config.seq_len,
+        "shortest_document": MIN_FORGET_TOKENS,
     }
 
 

@@ -94,7 +94,11 @@ def inspect(config: InspectConfig) -> None:
         _show_step(config)
         return
     corpora = find_corpora(Path(config.path))
-    print(format_summary({name: summarise(corpus, config.seq_len) for name, corpus in corpora.items()}, config.seq_len))
+    print(
+        format_summary(
+            {name: summarise(corpus, config.seq_len, name) for name, corpus in corpora.items()}, config.seq_len
+        )
+    )
     for name, corpus in corpora.items():
         if config.verify:
             corpus.verify()

@@ -13,23 +13,25 @@ from unlearn_ds.data.corpus import CorpusError
 from unlearn_ds.data.documents import DocumentError, DocumentSource, read_documents
 from unlearn_ds.data.overlap import CopyFilter, ForgetIndex, SketchingEncoder
 from unlearn_ds.data.resumable import ResumableWriter
-from unlearn_ds.data.sequences import MIN_TOKENS
-from unlearn_ds.data.tokenise import Encoder, tokenise
+from unlearn_ds.data.round_trip import RoundTrip
+from unlearn_ds.data.tokenise import Encoder, count_doubled, tokenise
 
 _SAVE_PROGRESS_S = 10.0
 _WORTH_PROCESSES_BYTES = 32 << 20
 
 
 class _Digested:
-    """Passes texts on and remembers the digest of all texts up to each one, until it is asked for."""
+    """Passes texts on, a few of them to the sample as well, and keeps the digest of all up to each one until asked for it."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], sample: RoundTrip) -> None:
         self._texts = texts
+        self._sample = sample
         self._running = hashlib.blake2b(digest_size=16)
         self._pending: deque[str] = deque()
 
     def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
+        for number, text in enumerate(self._texts):
+            self._sample.keep(number, text)
             raw = text.encode("utf-8", "surrogatepass")
             self._running.update(len(raw).to_bytes(8, "little"))
             self._running.update(raw)
@@ -56,14 +58,18 @@ def write_corpus(
     writer: ResumableWriter,
     sources: list[DocumentSource],
     encoder: Encoder,
+    sample: RoundTrip,
     *,
     text_column: str | None,
     num_proc: int,
     index: ForgetIndex | None,
     drop_copies: bool,
+    shortest: int,
     progress: bool,
 ) -> None:
     """Make a corpus. With an `index` copies of forget documents are counted, and with `drop_copies` left out.
+
+    sample: compares some of the documents with their tokens. shortest: tokens that at least one document must have.
 
     Raises `DocumentError`, `CorpusError` or `OptionError` for what is wrong with the documents, leaving no files, and `OSError`
     for what is wrong with the machine, keeping what is done.
@@ -71,20 +77,23 @@ def write_corpus(
     bar = tqdm(desc=writer.path.name, unit=" documents", disable=not progress)
     try:
         with writer, bar:
-            digested = _Digested(read_documents(sources, text_column))
+            digested = _Digested(read_documents(sources, text_column), sample)
             texts = iter(digested)
             num_read = _skip(writer, digested, texts)
             bar.update(num_read)
+            num_doubled = writer.state.get("doubled", 0)
             copies = CopyFilter(index, drop_copies, writer.state.get("overlap")) if index is not None else None
             encode = SketchingEncoder(encoder, index.near) if index is not None else encoder
             saved = time.monotonic()
             for tokens, lengths, *sketches in tokenise(encode, texts, num_proc):
                 first, count = num_read, len(lengths)
                 num_read += count
+                sample.compare(writer.path, first, tokens, lengths)
+                num_doubled += count_doubled(tokens, lengths, encoder.prefix, encoder.suffix)
                 if copies is not None:
                     tokens, lengths = copies(first, tokens, lengths, *sketches)
                 writer.add_documents(tokens, lengths)
-                writer.state = {"documents": num_read, "source_digest": digested.after(count)}
+                writer.state = {"documents": num_read, "source_digest": digested.after(count), "doubled": num_doubled}
                 if copies is not None:
                     writer.state["overlap"] = copies.found
                 bar.update(count)
@@ -92,9 +101,11 @@ def write_corpus(
                 if time.monotonic() - saved > _SAVE_PROGRESS_S:
                     writer.save_progress()
                     saved = time.monotonic()
-            _check_content(writer)
+            _check_content(writer, shortest)
             described = ("source_digest", "overlap")
             writer.describe({name: writer.state[name] for name in described if name in writer.state})
+        sample.report(writer.path)
+        _note_doubled(writer, num_doubled)
     except OSError as error:
         kept = (
             "what is done is kept: run the same command again to go on"
@@ -124,10 +135,19 @@ def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str]) ->
     )
 
 
-def _check_content(writer: ResumableWriter) -> None:
-    if writer.longest >= MIN_TOKENS:
+def _note_doubled(writer: ResumableWriter, num_doubled: int) -> None:
+    if num_doubled:
+        print(
+            f"note: {writer.path}: {num_doubled:,} document(s) begin or end with the text of a token that the tokenizer puts "
+            "there as well, so it stands there twice: take it out of the texts if that is not meant",
+            file=sys.stderr,
+        )
+
+
+def _check_content(writer: ResumableWriter, shortest: int) -> None:
+    if writer.longest >= shortest:
         return
     overlap = writer.state.get("overlap", {})
     if overlap.get("dropped") and overlap["exact"] + overlap["near"]:
         raise CorpusError(f"{writer.path}: nothing is left without the copies of forget documents; not written")
-    raise CorpusError(f"{writer.path}: a corpus without sequences: no document has {MIN_TOKENS} tokens; not written")
+    raise CorpusError(f"{writer.path}: a corpus without sequences: no document has {shortest} tokens; not written")

@@ -21,6 +21,8 @@ from unlearn_ds.data.documents import find_sources
 from unlearn_ds.data.overlap import ForgetIndex
 from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
+from unlearn_ds.data.round_trip import RoundTrip
+from unlearn_ds.data.sequences import shortest_document
 from unlearn_ds.data.summary import format_summary, save_histogram, summarise
 from unlearn_ds.data.tokenise import Encoder
 from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
@@ -141,10 +143,12 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
             writer,
             wanted[name],
             encoder,
+            RoundTrip(tokenizer, encoder.prefix, encoder.suffix),
             text_column=config.text_column,
             num_proc=config.num_proc or default_processes(wanted[name]),
             index=index if name != "forget" else None,
             drop_copies=config.drop_overlap,
+            shortest=shortest_document(name),
             progress=not config.disable_tqdm,
         )
     corpora = {name: Corpus(config.path(name)) for name in wanted}
@@ -186,7 +190,7 @@ def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
     """Print what was made, and keep it as summary.json and lengths.png in the domain's folder."""
     folder = config.path("forget").parent
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = {name: summarise(corpus, config.seq_len) for name, corpus in corpora.items()}
+    summaries = {name: summarise(corpus, config.seq_len, name) for name, corpus in corpora.items()}
     for name, corpus in corpora.items():
         if (found := (corpus.manifest or {}).get("overlap")) is not None:
             summaries[name]["overlap"] = found

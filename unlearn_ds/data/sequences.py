@@ -11,20 +11,32 @@ import numpy as np
 from unlearn_ds.data.corpus import Corpus, CorpusError
 
 MIN_TOKENS = 5  # shorter pieces are dropped, as in the published code
+MIN_FORGET_TOKENS = 2  # of a whole document to forget: one token to predict from, one to predict
+
+
+def shortest_document(name: str) -> int:
+    """Tokens of the shortest document of a set that makes a sequence.
+
+    What is to be forgotten is, whatever its length; what it is compared with, approximate, is cut as it is.
+    """
+    return MIN_FORGET_TOKENS if name in ("forget", "approximate") else MIN_TOKENS
 
 
 class SequenceIndex:
     """The sequences of one or more corpora, numbered through.
 
     Token offsets count over all corpora, in the order given.
+    shortest: whole documents from this many tokens on are sequences, even below `MIN_TOKENS`; the rest of a longer document is
+    dropped below `MIN_TOKENS` all the same: as a sequence of its own it would weigh as much as a whole document.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], seq_len: int) -> None:
-        """Raises `CorpusError` if no document has 5 tokens."""
+    def __init__(self, corpora: Sequence[Corpus], seq_len: int, shortest: int = MIN_TOKENS) -> None:
+        """Raises `CorpusError` if no document has `shortest` tokens."""
         if seq_len < MIN_TOKENS:
             raise ValueError(f"seq_len {seq_len}: sequences under {MIN_TOKENS} tokens are dropped, so at least that")
         self.corpora = tuple(corpora)
         self.seq_len = seq_len
+        self.shortest = shortest
         self._bases = np.cumsum([0, *(c.num_tokens for c in corpora)])  # token offset at which each corpus starts
         if len(corpora) == 1:
             self._starts = corpora[0].document_starts
@@ -35,13 +47,14 @@ class SequenceIndex:
             np.concatenate([c.document_lengths for c in corpora]) if len(corpora) > 1 else corpora[0].document_lengths
         )
         counts = (lengths + (seq_len - MIN_TOKENS)) // seq_len
+        counts[(lengths >= shortest) & (lengths < MIN_TOKENS)] = 1
         self._first = np.zeros(len(counts) + 1, dtype=np.int64)  # (documents + 1,) number of each document's first
         np.cumsum(counts, out=self._first[1:])
         self._ids: np.ndarray | None = None
         self._size = int(self._first[-1])
         if not self._size:
             names = ", ".join(str(c.path) for c in corpora)
-            raise CorpusError(f"{names}: a corpus without sequences: no document has {MIN_TOKENS} tokens")
+            raise CorpusError(f"{names}: a corpus without sequences: no document has {shortest} tokens")
 
     def __len__(self) -> int:
         return self._size

@@ -13,19 +13,26 @@ from matplotlib.figure import Figure
 from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.packing import pack_rows
 from unlearn_ds.data.plan import Plan, StepPlan
-from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex, shortest_document
 from unlearn_ds.durable import replacing
 
 _PACKED_TOGETHER = 480  # sequences of one update in the published runs
 _NUM_UPDATES = 100
 _DRAWN_ROWS = 120
+_NAMED_DOCUMENTS = 1000  # in summary.json
+_SHOWN_DOCUMENTS = 20
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
 
-def summarise(corpus: Corpus, seq_len: int) -> dict[str, Any]:
-    """Counts and fill of rows of `seq_len` tokens; packing is measured on up to 100 updates of 480 sequences."""
-    sequences = SequenceIndex([corpus], seq_len)
+def summarise(corpus: Corpus, seq_len: int, name: str) -> dict[str, Any]:
+    """Counts and fill of rows of `seq_len` tokens; packing is measured on up to 100 updates of 480 sequences.
+
+    left_out: documents too short to be a sequence, and tokens that belong to none, those of last pieces included.
+    """
+    sequences = SequenceIndex([corpus], seq_len, shortest_document(name))
     lengths = corpus.document_lengths
+    in_sequences = int(sequences.lengths(np.arange(len(sequences))).sum())
+    too_short = np.flatnonzero(lengths < sequences.shortest)
     sample = np.random.default_rng(0).permutation(len(sequences))[: _PACKED_TOGETHER * _NUM_UPDATES]
     sampled = sequences.lengths(sample)
     num_rows = sum(
@@ -36,6 +43,11 @@ def summarise(corpus: Corpus, seq_len: int) -> dict[str, Any]:
         "documents": corpus.num_documents,
         "tokens": corpus.num_tokens,
         "sequences": len(sequences),
+        "left_out": {
+            "documents": len(too_short),
+            "tokens": corpus.num_tokens - in_sequences,
+            "numbers": too_short[:_NAMED_DOCUMENTS].tolist(),
+        },
         "document_tokens": {f"p{round(q * 100)}": int(np.quantile(lengths, q)) for q in _QUANTILES},
         "fill_packed": float(sampled.sum() / (num_rows * seq_len)),
         "fill_padded": float(sampled.mean() / seq_len),
@@ -57,7 +69,22 @@ def format_summary(summaries: Mapping[str, Mapping[str, Any]], seq_len: int) -> 
         f"sequences of at most {seq_len} tokens; tokens a document: 10 %, 50 %, 90 % quantile and longest; rows full: with "
         "packing,\nand with one padded sequence a row"
     )
+    lines += [text for name, found in summaries.items() if (text := _left_out(name, found["left_out"]))]
     return "\n".join(lines)
+
+
+def _left_out(name: str, found: Mapping[str, Any]) -> str:
+    """What of a set no update sees; documents that are not forgotten are named one by one."""
+    if not found["documents"]:
+        return ""
+    if name != "forget":
+        return f"{name}: {found['documents']:,} document(s) under {shortest_document(name)} tokens are left out"
+    shown = ", ".join(map(str, found["numbers"][:_SHOWN_DOCUMENTS]))
+    more = f" and {found['documents'] - _SHOWN_DOCUMENTS:,} more" if found["documents"] > _SHOWN_DOCUMENTS else ""
+    return (
+        f"forget: {found['documents']:,} document(s) CANNOT BE FORGOTTEN: under {MIN_FORGET_TOKENS} tokens nothing is "
+        f"predicted. Their numbers, from 0: {shown}{more}"
+    )
 
 
 def save_step_picture(path: Path, plan: Plan, step: StepPlan) -> None:

@@ -73,6 +73,23 @@ class Encoder:
         return np.concatenate([np.array(self.prefix, np.int32), *pieces, np.array(self.suffix, np.int32)])
 
 
+def count_doubled(
+    tokens: np.ndarray,  # documents end to end
+    lengths: np.ndarray,  # (d,)
+    prefix: list[int],
+    suffix: list[int],
+) -> int:
+    """Documents whose text itself begins or ends with what the tokenizer puts there, so that it stands there twice."""
+    ends = np.cumsum(lengths)
+    doubled = np.zeros(len(lengths), dtype=bool)
+    for ids, at in ((prefix, ends - lengths + len(prefix)), (suffix, ends - 2 * len(suffix))):
+        if ids:
+            has_room = lengths >= len(prefix) + len(suffix) + len(ids)
+            there = at[has_room][:, None] + np.arange(len(ids))
+            doubled[has_room] |= (tokens[there] == np.array(ids)).all(axis=1)
+    return int(doubled.sum())
+
+
 def cut_text(text: str) -> Iterator[str]:
     """Pieces of at most `LONG_CHARS`, cut before a line end, else before a space, where there is one."""
     start = 0

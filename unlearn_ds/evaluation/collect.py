@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from unlearn_ds import distributed
 from unlearn_ds.data.loader import evaluation_batches
-from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.data.sequences import SequenceIndex, shortest_document
 from unlearn_ds.engine import Ask
 from unlearn_ds.evaluation.table import Table, concat_tables, sequence_table
 from unlearn_ds.loss_head import StatsCall
@@ -46,7 +46,7 @@ def open_sets(
             continue
         corpus = open_set(options.data_dir, options.domain, set_name, vocab_size, tokenizer)
         digests[name] = corpus.fingerprint
-        sequences = SequenceIndex([corpus], options.seq_len)
+        sequences = SequenceIndex([corpus], options.seq_len, shortest_document(name))
         if max_sequences is not None and len(sequences) > max_sequences:
             chosen = np.random.default_rng(options.seed).choice(len(sequences), max_sequences, replace=False)
             sequences = sequences.subset(np.sort(chosen))
