@@ -22,8 +22,10 @@ _WINDOW = 8  # tokens
 _NUM_PERM = 64
 _BLOCK = 1 << 16
 _NUM_EXAMPLES = 20
-# A long document is sketched by a quarter of its windows, chosen by their hash. Documents of a size between the two bounds are
-# sketched both ways: two documents as similar as NEAR then always have a kind of sketch in common.
+_BETWEEN_RELEASES = 1 << 12  # documents
+# A document of many windows is sketched by a quarter of them, chosen by their hash. Windows are counted as the Jaccard index
+# counts them, each once however often it stands there. The counts of two documents as similar as NEAR are within that factor,
+# and between the two bounds, further apart than it, both kinds of sketch are made: the two always have one in common.
 _SAMPLED_FROM = 205
 _WHOLE_UP_TO = 320
 _FACTORS = mix(np.arange(1, _WINDOW + 1, dtype=np.uint64)) | np.uint64(1)
@@ -63,8 +65,12 @@ def sketch(tokens: np.ndarray, near: bool) -> Sketch:
     if not near or not len(tokens):
         return Sketch(digest, None, None)
     hashes = windows(tokens)
-    whole = _min_hash(np.unique(hashes)) if len(hashes) <= _WHOLE_UP_TO else None
-    sampled = _min_hash(np.unique(hashes[hashes % 4 == 0])) if len(hashes) >= _SAMPLED_FROM else None
+    quarter = np.unique(hashes[hashes % 4 == 0])
+    if len(quarter) > _WHOLE_UP_TO:  # spares the sorting of all
+        return Sketch(digest, None, _min_hash(quarter))
+    hashes = np.unique(hashes)
+    whole = _min_hash(hashes) if len(hashes) <= _WHOLE_UP_TO else None
+    sampled = _min_hash(quarter) if len(hashes) >= _SAMPLED_FROM else None
     return Sketch(digest, whole, sampled)
 
 
@@ -152,3 +158,14 @@ class CopyFilter:
         if not (self.found["dropped"] and is_copy.any()):
             return tokens, lengths
         return tokens[np.repeat(~is_copy, lengths)], lengths[~is_copy]
+
+
+def count_copies(corpus: Corpus, index: ForgetIndex) -> dict[str, Any]:
+    """What a `CopyFilter` that leaves nothing out finds in a corpus that is there already."""
+    copies = CopyFilter(index, drop=False, found=None)
+    for number in range(corpus.num_documents):
+        tokens = corpus.document(number)
+        copies(number, tokens, np.array([len(tokens)]), [sketch(tokens, index.near)])
+        if number % _BETWEEN_RELEASES == 0:
+            corpus.release_pages()
+    return copies.found
