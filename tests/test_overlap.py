@@ -57,6 +57,21 @@ def test_near_copies(forget: Corpus) -> None:
     assert find(ForgetIndex(forget, near=False), changed) is None
 
 
+@pytest.mark.parametrize("times", [2, 3, 10, 60])
+def test_near_copies_that_repeat_themselves(tmp_path: Path, times: int) -> None:
+    """The text several times in a row has the same windows but for those across the seams."""
+    rng = np.random.default_rng(4)
+    for size in (100, 150, 204, 230, 320, 500):
+        once = rng.integers(0, 50_000, size)
+        again = np.tile(once, times)
+        for first, second in ((once, again), (again, once)):
+            with CorpusWriter(tmp_path / "forget", 50_000) as writer:
+                writer.add(first)
+            number, similar = find(ForgetIndex(Corpus(tmp_path / "forget"), near=True), second)
+            assert (number, similar) == (0, pytest.approx(similarity(once, again)))
+            assert similar > 0.9
+
+
 def test_other_documents_are_left_alone(forget: Corpus) -> None:
     index = ForgetIndex(forget, near=True)
     rng = np.random.default_rng(1)
@@ -117,7 +132,7 @@ def test_prepare_reports_and_drops(tmp_path: Path, capsys: pytest.CaptureFixture
     assert summary["sets"]["forget"]["documents"] == 6
     assert (tmp_path / "data" / "github" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
-    with pytest.raises(CorpusError, match="made from other documents"):
+    with pytest.raises(CorpusError, match=r"made from other copies of forget left out \(--drop_overlap"):
         prepare(replace(config, drop_overlap=True))
     left = prepare(replace(config, drop_overlap=True, overwrite_cache=True, num_proc=2))["retain"]
     assert left.num_documents == 6
@@ -137,17 +152,78 @@ def test_prepare_reports_and_drops(tmp_path: Path, capsys: pytest.CaptureFixture
         replace(config, overlap="nere")
 
 
-def test_stale_comparison_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    texts = {
-        name: write_texts(tmp_path / f"{name}.jsonl", [f"text {name} number {i} " * 9 for i in range(9)])
-        for name in "abc"
-    }
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, str]:
+    rng = np.random.default_rng(3)
+    words = {name: [[f"{word:x}" for word in rng.integers(0, 1 << 20, 90)] for _ in range(5)] for name in "abc"}
+    words["b"] += [words["a"][1], words["a"][2][:85], words["c"][0]]
+    return {name: write_texts(tmp_path / f"{name}.jsonl", list(map(" ".join, these))) for name, these in words.items()}
+
+
+@pytest.fixture
+def pair(tmp_path: Path, texts: dict[str, str]) -> PrepareConfig:
+    """A forget set, and a retain set with an exact and a near copy of its documents."""
     write_tokenizer(tmp_path / "tokenizer", [Path(texts["a"])], 300)
-    config = PrepareConfig(
-        str(tmp_path / "tokenizer"), data_dir=str(tmp_path / "data"), disable_tqdm=True, forget=(texts["a"],)
+    return PrepareConfig(
+        str(tmp_path / "tokenizer"),
+        data_dir=str(tmp_path / "data"),
+        disable_tqdm=True,
+        forget=(texts["a"],),
+        retain=(texts["b"],),
     )
-    prepare(replace(config, retain=(texts["b"],)))
-    prepare(replace(config, forget=(texts["c"],), overwrite_cache=True))
+
+
+@pytest.mark.parametrize("before", ["near", "exact", "off"])
+@pytest.mark.parametrize("after", ["near", "exact", "off"])
+def test_what_is_stated_is_what_was_asked_for(
+    pair: PrepareConfig, tmp_path: Path, before: str, after: str, capsys: pytest.CaptureFixture
+) -> None:
+    """The manifest is that of a corpus prepared anew, and its tokens stay where they are."""
+    first = prepare(replace(pair, overlap=before))["retain"]
+    stamp = first.path.with_suffix(".bin").stat().st_mtime_ns
     capsys.readouterr()
-    prepare(replace(config, forget=(), retain=(texts["b"],)))
-    assert "was compared with another" in capsys.readouterr().err
+    found = prepare(replace(pair, overlap=after))["retain"]
+    told = capsys.readouterr().err
+    anew = prepare(replace(pair, overlap=after, data_dir=str(tmp_path / "anew")))["retain"]
+    assert found.manifest == anew.manifest
+    assert found.manifest.get("overlap", {}).get("near", 0) == (after == "near")
+    assert found.path.with_suffix(".bin").stat().st_mtime_ns == stamp
+    assert ("retain: up to date" in told) == (before == after)
+    assert ("compared anew with" in told) == (before != after != "off")
+
+
+def test_another_forget_set_is_compared_anew(
+    pair: PrepareConfig, texts: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    assert prepare(pair)["retain"].manifest["overlap"]["exact"] == 1
+    forget = prepare(replace(pair, forget=(texts["c"],), retain=(), overwrite_cache=True))["forget"]
+    capsys.readouterr()
+    found = prepare(replace(pair, forget=()))["retain"].manifest["overlap"]
+    assert (found["forget"], found["exact"], found["near"]) == (forget.fingerprint, 1, 0)
+    assert "retain: its tokens are up to date; now stated: compared anew with" in capsys.readouterr().err
+    prepare(replace(pair, forget=()))
+    assert "retain: up to date" in capsys.readouterr().err
+
+
+def test_left_out_copies_belong_to_the_tokens(pair: PrepareConfig, texts: dict[str, str]) -> None:
+    left = prepare(replace(pair, drop_overlap=True))["retain"]
+    assert prepare(replace(pair, drop_overlap=True))["retain"].manifest == left.manifest
+    for other in (
+        replace(pair, drop_overlap=True, overlap="exact"),
+        replace(pair, drop_overlap=False),
+    ):
+        with pytest.raises(CorpusError, match=r"retain exists and was made from other copies of forget left out"):
+            prepare(other)
+    prepare(replace(pair, forget=(texts["c"],), retain=(), overwrite_cache=True))
+    with pytest.raises(CorpusError, match=r"retain exists and was made from other copies of forget left out"):
+        prepare(replace(pair, forget=(), drop_overlap=True))
+
+
+def test_a_tokenizer_that_moved_is_the_same(pair: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prepare(pair)
+    (tmp_path / "tokenizer").rename(tmp_path / "moved")
+    corpora = prepare(replace(pair, tokenizer_name_or_path=str(tmp_path / "moved")))
+    told = capsys.readouterr().err
+    for name, corpus in corpora.items():
+        assert corpus.manifest["tokenizer"]["name"] == str(tmp_path / "moved")
+        assert f"{name}: its tokens are up to date; now stated: its tokenizer is" in told

@@ -101,7 +101,7 @@ def test_up_to_date_or_refused(config: PrepareConfig, inputs: Path, capsys: pyte
     assert "up to date" in capsys.readouterr().err
     assert first.path.with_suffix(".idx").stat().st_mtime_ns == stamp
     other = replace(config, forget=(str(inputs / "retain.jsonl"),))
-    with pytest.raises(CorpusError, match=r"made from other documents, another column or tokenizer: --overwrite_cache"):
+    with pytest.raises(CorpusError, match=r"made from other documents: --overwrite_cache replaces it"):
         prepare(other)
     assert prepare(replace(other, overwrite_cache=True))["forget"].fingerprint != first.fingerprint
     first.path.with_suffix(".bin").write_bytes(b"")

@@ -18,6 +18,7 @@ import numpy as np
 
 from unlearn_ds.data.megatron import CorpusError, index_bytes, read_index, token_dtype
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
+from unlearn_ds.durable import replacing
 
 __all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path"]
 
@@ -80,6 +81,13 @@ class Corpus:
                     f"{path} says {name} {claimed[name]}, {self.path.name}.idx says {value}: files of two corpora are mixed"
                 )
         return manifest
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Put another manifest in the place of this one; what it says of the tokens must stay."""
+        with replacing(with_suffix(self.path, ".json")) as partial, partial.open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            flush_file(file)
+        self.manifest = self._read_manifest()
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, as a view."""

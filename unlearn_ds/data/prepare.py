@@ -13,12 +13,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, with_suffix
 from unlearn_ds.data.documents import find_sources
-from unlearn_ds.data.overlap import ForgetIndex
+from unlearn_ds.data.overlap import ForgetIndex, count_copies
 from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
 from unlearn_ds.data.round_trip import RoundTrip
@@ -120,25 +121,29 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
             file=sys.stderr,
         )
     vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    keys = {
-        name: _key([made_with["fingerprint"], vocab_size, config.text_column, [s.identity() for s in sources]])
+    made_from = {
+        name: {
+            "documents": _digest([source.identity() for source in sources]),
+            "text_column": config.text_column,
+            "tokenizer": made_with["fingerprint"],
+            "vocab_size": vocab_size,
+        }
         for name, sources in wanted.items()
     }
     if config.drop_overlap:
-        forget = _forget_identity(config, keys)
-        keys |= {name: _key([key, config.overlap, forget]) for name, key in keys.items() if name != "forget"}
-    ready = {name for name in wanted if not config.overwrite_cache and _is_ready(config, name, keys[name])}
-    index = None
+        left_out = {"forget": _forget_identity(config, made_from), "overlap": config.overlap}
+        made_from |= {name: made | {"left_out": left_out} for name, made in made_from.items() if name != "forget"}
+    ready = {name for name in wanted if not config.overwrite_cache and _is_ready(config, name, made_from[name])}
+    forget = _ForgetOnce(config)
     for name in sorted(wanted, key=lambda name: name != "forget"):
         if name in ready:
-            print(f"{config.path(name)}: up to date", file=sys.stderr)
+            restate(Corpus(config.path(name)), made_with, forget if name != "forget" else None)
             continue
-        if name != "forget" and index is None:
-            index = _index_forget(config)
-        compared = [index.forget.fingerprint, index.near] if index is not None and name != "forget" else None
-        partial_key = _key([keys[name], compared])
+        index = forget.index() if name != "forget" else None
+        compared = [index.forget.fingerprint, index.near] if index is not None else None
+        partial_key = _digest([made_from[name], compared])
         writer = ResumableWriter(config.path(name), vocab_size, partial_key, restart=config.overwrite_cache)
-        writer.describe({"tokenizer": made_with, "prepared_from": keys[name]})
+        writer.describe({"tokenizer": made_with, "prepared_from": made_from[name]})
         write_corpus(
             writer,
             wanted[name],
@@ -146,7 +151,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
             RoundTrip(tokenizer, encoder.prefix, encoder.suffix),
             text_column=config.text_column,
             num_proc=config.num_proc or default_processes(wanted[name]),
-            index=index if name != "forget" else None,
+            index=index,
             drop_copies=config.drop_overlap,
             shortest=shortest_document(name),
             progress=not config.disable_tqdm,
@@ -156,34 +161,68 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     return corpora
 
 
-def _index_forget(config: PrepareConfig) -> ForgetIndex | None:
-    if config.overlap == "off":
-        return None
-    if not with_suffix(config.path("forget"), ".idx").exists():
-        print(f"note: no corpus {config.path('forget')}, so no search for copies of its documents", file=sys.stderr)
-        return None
-    return ForgetIndex(Corpus(config.path("forget")), config.overlap == "near", progress=not config.disable_tqdm)
+class _ForgetOnce:
+    """The forget corpus that the other sets are compared with, opened and indexed once, when it is first asked for."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self._config = config
+        self._index: ForgetIndex | None = None
+
+    @cached_property
+    def corpus(self) -> Corpus | None:
+        """None if nothing is to be compared."""
+        if self._config.overlap == "off":
+            return None
+        path = self._config.path("forget")
+        if not with_suffix(path, ".idx").exists():
+            print(f"note: no corpus {path}, so no search for copies of its documents", file=sys.stderr)
+            return None
+        return Corpus(path)
+
+    @property
+    def near(self) -> bool:
+        return self._config.overlap == "near"
+
+    def index(self) -> ForgetIndex | None:
+        if self._index is None and self.corpus is not None:
+            self._index = ForgetIndex(self.corpus, self.near, progress=not self._config.disable_tqdm)
+        return self._index
 
 
-def _forget_identity(config: PrepareConfig, keys: dict[str, str]) -> str:
+def restate(corpus: Corpus, made_with: dict[str, str], forget: _ForgetOnce | None) -> None:
+    """Bring what a manifest says beyond its tokens to what preparing the corpus anew with these options would say.
+
+    forget: what copies are counted of; None for the forget corpus itself.
+    """
+    stated = corpus.manifest or {}
+    wanted = stated | {"tokenizer": made_with}
+    changes = [f"its tokenizer is {made_with['name']}"] if stated.get("tokenizer") != made_with else []
+    found = stated.get("overlap")
+    if forget is not None and not (found and found["dropped"]):
+        compared = (forget.corpus.fingerprint, forget.near) if forget.corpus is not None else None
+        if compared is None and found is not None:
+            del wanted["overlap"]
+            changes.append("not compared with forget")
+        elif compared is not None and (found is None or (found["forget"], found["near_copies"]) != compared):
+            wanted["overlap"] = count_copies(corpus, forget.index())
+            changes.append(f"compared anew with {forget.corpus.path}, {'near' if forget.near else 'exact'} copies")
+    if not changes:
+        print(f"{corpus.path}: up to date", file=sys.stderr)
+        return
+    corpus.write_manifest(wanted)
+    print(f"{corpus.path}: its tokens are up to date; now stated: {', '.join(changes)}", file=sys.stderr)
+
+
+def _forget_identity(config: PrepareConfig, made_from: dict[str, Any]) -> Any:
     """What the forget corpus is made from, whether it is prepared now or was before."""
-    if "forget" in keys:
-        return keys["forget"]
+    if "forget" in made_from:
+        return made_from["forget"]
     if not with_suffix(config.path("forget"), ".idx").exists():
         raise OptionError(
             f"--drop_overlap: there is no forget corpus {config.path('forget')} to compare with: give --forget"
         )
     corpus = Corpus(config.path("forget"))
     return (corpus.manifest or {}).get("prepared_from", corpus.fingerprint)
-
-
-def _warn_if_stale(config: PrepareConfig, corpus: Corpus, compared_with: str) -> None:
-    forget = config.path("forget")
-    if with_suffix(forget, ".idx").exists() and Corpus(forget).fingerprint != compared_with:
-        print(
-            f"note: {corpus.path} was compared with another {forget}: --overwrite_cache prepares it again",
-            file=sys.stderr,
-        )
 
 
 def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
@@ -194,7 +233,6 @@ def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
     for name, corpus in corpora.items():
         if (found := (corpus.manifest or {}).get("overlap")) is not None:
             summaries[name]["overlap"] = found
-            _warn_if_stale(config, corpus, found["forget"])
     print(format_summary(summaries, config.seq_len), file=sys.stderr)
     for name, summary in summaries.items():
         if (found := summary.get("overlap")) and found["exact"] + found["near"]:
@@ -226,24 +264,35 @@ def load_tokenizer(config: PrepareConfig) -> Any:
     return tokenizer
 
 
-def _key(content: Any) -> str:
+def _digest(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _is_ready(config: PrepareConfig, name: str, key: str) -> bool:
-    """Whether the corpus exists and was made from the same inputs; one made from others is not overwritten unasked."""
+_OTHERS = {
+    "documents": "other documents",
+    "text_column": "another column",
+    "tokenizer": "another tokenizer",
+    "vocab_size": "another vocabulary",
+    "left_out": "other copies of forget left out (--drop_overlap, --overlap or --forget)",
+}
+
+
+def _is_ready(config: PrepareConfig, name: str, wanted: dict[str, Any]) -> bool:
+    """Whether the corpus exists with the tokens that are wanted; one with others is not overwritten unasked."""
     path = config.path(name)
     if not with_suffix(path, ".idx").exists():
         return False
     try:
-        made_from = (Corpus(path).manifest or {}).get("prepared_from")
+        found = (Corpus(path).manifest or {}).get("prepared_from")
     except CorpusError as error:
         raise CorpusError(f"{error}. --overwrite_cache replaces it") from error
-    if made_from != key:
-        raise CorpusError(
-            f"{path} exists and was made from other documents, another column or tokenizer: --overwrite_cache replaces it"
-        )
-    return True
+    if found == wanted:
+        return True
+    known = isinstance(found, dict)
+    differing = [what for part, what in _OTHERS.items() if known and found.get(part) != wanted.get(part)]
+    raise CorpusError(
+        f"{path} exists and was made from {', '.join(differing) or 'something else'}: --overwrite_cache replaces it"
+    )
 
 
 if __name__ == "__main__":
