@@ -22,7 +22,14 @@ def random_table(name, count, loss=2.0, seed=0, per_document=1, zlib_bytes=None)
     second = mean**2 + rng.uniform(0.5, 2, bounds[-1])
     hits = rng.random(bounds[-1]) < np.exp(-loss / 2)
     documents = np.arange(count) // per_document
-    return sequence_table(name, np.arange(count), documents, bounds, log_prob, hits, mean, second, zlib_bytes)
+    digests = digests_of(lengths, documents, seed)
+    return sequence_table(name, np.arange(count), documents, bounds, log_prob, hits, mean, second, zlib_bytes, digests)
+
+
+def digests_of(lengths, documents, seed):
+    """What stands for the tokens of sequences and documents of these lengths: the same for the same seed."""
+    numbers = np.random.default_rng([seed, 1]).integers(-(2**62), 2**62, len(lengths)) + lengths
+    return numbers, numbers[np.searchsorted(documents, documents)]
 
 
 def random_tables(count=40, **losses):

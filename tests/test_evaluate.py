@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from transformers import AutoTokenizer
 
 from tests.naive import sequence_logits
 from tests.support import VOCAB_SIZE, launch, save_tiny_model, write_corpora
 from unlearn_ds.data.corpus import Corpus, CorpusWriter, corpus_path
+from unlearn_ds.demo_data import write_tokenizer
 from unlearn_ds.evaluation.collect import open_sets, zlib_bytes
 from unlearn_ds.evaluation.folder import evaluated_tables
 from unlearn_ds.evaluation.generation import rouge_l
@@ -255,10 +257,23 @@ def test_a_model_without_matrices_to_round_is_refused():
 
 def test_zlib_measures_text():
     class Tokenizer:
-        def decode(self, tokens):
+        def decode(self, tokens, **options):
             return "ab" * len(tokens)
 
     assert zlib_bytes(Tokenizer(), np.arange(50)) == len(zlib.compress(b"ab" * 50))
+
+
+def test_zlib_measures_the_text_without_the_names_of_special_tokens(tmp_path):
+    text = "def f(x): return x , 'no cleaning up' . \n"
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(json.dumps({"text": text * 5}))
+    write_tokenizer(tmp_path, [documents], 300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|file_separator|>"]})
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    separator = tokenizer.convert_tokens_to_ids("<|file_separator|>")
+    wrapped = np.array([tokenizer.eos_token_id, separator, *ids, tokenizer.eos_token_id])
+    assert zlib_bytes(tokenizer, wrapped) == len(zlib.compress(text.encode()))
 
 
 def open_data(data, vocab_size=VOCAB_SIZE):

@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
+from tests.evaluation_support import digests_of
 from unlearn_ds.evaluation.attacks import (
     FALSE_POSITIVE_RATES,
     Scores,
@@ -32,7 +33,8 @@ def table(name, count, shift=0.0, seed=0, per_document=1, zlib_bytes=None):
     second = mean**2 + rng.uniform(0.5, 2, bounds[-1])
     hits = rng.random(bounds[-1]) < 0.3
     documents = np.arange(count) // per_document
-    return sequence_table(name, np.arange(count), documents, bounds, log_prob, hits, mean, second, zlib_bytes)
+    digests = digests_of(lengths, documents, seed)
+    return sequence_table(name, np.arange(count), documents, bounds, log_prob, hits, mean, second, zlib_bytes, digests)
 
 
 def ones(scores):
@@ -127,7 +129,7 @@ def test_intervals_narrow_with_more_documents_and_cover_the_mean():
 
 
 def test_one_document_has_no_interval_and_says_so():
-    tables = {"forget": table("forget", 6, per_document=6), "approximate": table("approximate", 6)}
+    tables = {"forget": table("forget", 6, per_document=6), "approximate": table("approximate", 12)}
     result = evaluate_tables(tables)
     assert result["sets"]["forget"]["ppl_interval"] is None
     assert result["mia"]["min_k_40"]["auc_interval"] is None

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.evaluation_support import digests_of
 from unlearn_ds.evaluation.table import (
     K_PERCENT,
     TableError,
@@ -14,6 +15,7 @@ from unlearn_ds.evaluation.table import (
     read_table,
     read_tables,
     sequence_table,
+    tokens_digest,
     write_table,
 )
 
@@ -39,7 +41,9 @@ def random_statistics(lengths, seed=0, sharpness=2.0):
 def make_table(lengths, seed=0, name="forget"):
     statistics, _, _ = random_statistics(lengths, seed)
     count = len(lengths)
-    return sequence_table(name, np.arange(count), np.arange(count) // 2, np.cumsum([0, *lengths]), *statistics)
+    documents = np.arange(count) // 2
+    digests = digests_of(np.array(lengths), documents, seed)
+    return sequence_table(name, np.arange(count), documents, np.cumsum([0, *lengths]), *statistics, digests=digests)
 
 
 def test_columns_equal_a_naive_loop_over_tokens():
@@ -129,6 +133,21 @@ def test_parquet_round_trip_is_exact(tmp_path):
 
 def test_other_sequences_are_not_paired():
     assert not paired(make_table([4, 12, 7]), make_table([4, 12, 8]))
+
+
+@pytest.mark.parametrize("column", ["sequence_digest", "document_digest"])
+def test_sequences_of_the_same_lengths_are_paired_only_if_their_tokens_are_the_same(column):
+    table = make_table([4, 12, 7])
+    other = table | {column: table[column] + np.array([0, 0, 1])}
+    assert not paired(table, other)
+    unproven = {name: values for name, values in table.items() if name != column}
+    assert not paired(unproven, unproven)
+
+
+def test_a_digest_is_that_of_the_tokens_whatever_their_dtype():
+    tokens = np.arange(9, dtype=np.uint16)
+    assert tokens_digest(tokens) == tokens_digest(tokens.astype(np.int32))
+    assert tokens_digest(tokens) != tokens_digest(tokens[::-1])
 
 
 def test_a_file_that_is_no_table_is_named(tmp_path):

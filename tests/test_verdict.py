@@ -1,5 +1,8 @@
 """The verdict: its words at its thresholds, and its numbers against scipy and plain loops."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 from scipy.stats import ks_2samp
@@ -81,9 +84,78 @@ def test_a_paired_comparison_is_sharper_than_an_unpaired_one(original):
 
 
 def test_an_interval_across_a_threshold_is_said(original, retrained):
-    tables = retrained | {"forget": shifted(retrained["forget"], 0.0)}
-    assert "measure more documents" in verdict_of(tables, original, retrained, auc_tolerance=0.01)["sentence"]
-    assert "measure more" not in verdict_of(tables, original, retrained, auc_tolerance=0.4)["sentence"]
+    doubtful = verdict_of(retrained, original, auc_tolerance=0.04)
+    assert doubtful["sentence"].startswith("Perhaps forgotten, kept: ")
+    assert re.search(
+        r"in doubt: the interval of the AUC minus 0.50, -0.\d\d to \+0.\d\d, reaches across .*: measure more documents",
+        doubtful["sentence"],
+    )
+    assert verdict_of(retrained, original, auc_tolerance=0.4)["sentence"].startswith("Forgotten, kept: ")
+
+
+def test_the_auc_of_the_retrained_model_is_an_estimate_too_and_drawn_together(retrained):
+    """The same model cannot differ from itself, however few its documents: what is drawn is the difference."""
+    assert verdict_of(retrained, None, retrained, auc_tolerance=0.01)["certain"]
+    other = random_tables(forget=2.0)
+    for seed, name in enumerate(other, 20):
+        other[name] = random_table(name, 40, 2.0, seed)
+    assert not verdict_of(retrained, None, other, auc_tolerance=0.01)["certain"]
+
+
+def few_documents(count):
+    return {name: random_table(name, count, 2.0, seed) for seed, name in enumerate(("forget", "approximate", "retain"))}
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "forget has 1 document"), (9, "forget has 9 documents")])
+def test_too_few_documents_are_said_for_every_word(count, said):
+    tables = few_documents(count)
+    verdict = verdict_of(tables, tables, ppl_tolerance=50, auc_tolerance=0.99, max_ppl_increase=50)
+    assert (verdict["certain"], verdict["kept_certain"]) == (False, False)
+    assert verdict["sentence"].startswith("Perhaps forgotten, perhaps kept: ")
+    assert f"in doubt: {said}" in verdict["sentence"]
+    assert f"retain has {count} document" in verdict["sentence"]
+    enough = few_documents(10)
+    assert verdict_of(enough, enough, ppl_tolerance=50, auc_tolerance=0.99)["sentence"].startswith("Forgotten, kept: ")
+
+
+def test_a_doubt_about_retain_stands_in_the_sentence(original):
+    noisy = random_table("retain", 40, 2.0, 2)
+    noisy["log_prob"] = noisy["log_prob"] - np.linspace(-0.3, 0.4, 40)
+    verdict = verdict_of(original | {"retain": noisy}, original)
+    assert (verdict["kept"], verdict["kept_certain"]) == ("kept", False)
+    assert "perhaps kept" in verdict["sentence"]
+    assert "in doubt: the interval of the retain perplexity ratio, " in verdict["sentence"]
+
+
+def test_one_number_that_is_sure_outweighs_one_that_is_not(original):
+    """Losses far below the yardstick's: not forgotten, whatever the attack says."""
+    tables = original | {"approximate": random_table("approximate", 4, 0.8, 5)}
+    verdict = verdict_of(tables, original)
+    assert (verdict["forgotten"], verdict["certain"]) == ("not forgotten", True)
+    assert verdict["sentence"].startswith("Not forgotten")
+
+
+def test_without_an_attack_nothing_is_surely_forgotten(retrained):
+    tables = {name: retrained[name] for name in ("forget", "retain")}
+    verdict = verdict_of(tables, None, retrained)
+    assert (verdict["forgotten"], verdict["certain"]) == ("forgotten", False)
+    assert "in doubt: without an approximate set no attack was tried" in verdict["sentence"]
+
+
+def test_a_broken_yardstick_measures_nothing(original):
+    broken = {name: shifted(table, np.nan) for name, table in original.items()}
+    verdict = verdict_of(random_tables(), broken)
+    assert (verdict["forgotten"], verdict["kept"]) == ("unknown", "unknown")
+    assert "the original model on unseen documents gives log-probs that are not finite" in verdict["sentence"]
+
+
+@pytest.mark.parametrize("shift", [800.0, -800.0])
+def test_perplexities_beyond_a_float_are_judged_by_their_logarithms(original, shift):
+    tables = original | {name: shifted(original[name], shift) for name in ("forget", "retain")}
+    verdict = verdict_of(tables, original)
+    assert verdict["forgotten"] == ("over-forgotten" if shift > 0 else "not forgotten")
+    assert (verdict["kept"], verdict["kept_certain"]) == ("damaged" if shift > 0 else "kept", True)
+    json.dumps(verdict, allow_nan=False)
 
 
 def test_a_broken_model_gets_a_verdict(original):

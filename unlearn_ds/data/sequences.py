@@ -4,6 +4,7 @@ A sequence is a number. Sequence i of document d starts at `start(d) + (i - firs
 documents takes one cumulative sum and looking up a batch takes one binary search.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,6 +95,17 @@ class SequenceIndex:
         which = int(np.searchsorted(self._bases, start, side="right")) - 1
         start -= int(self._bases[which])
         return self.corpora[which].tokens[start : start + length]
+
+    def document_tokens(self, number: int) -> np.ndarray:
+        """The tokens of a whole document, counted over all corpora, as a view."""
+        return self.view(int(self._starts[number]), int(self._starts[number + 1] - self._starts[number]))
+
+    @property
+    def selection(self) -> str | None:
+        """A digest of which sequences were chosen; None for all of them."""
+        if self._ids is None:
+            return None
+        return hashlib.blake2b(np.ascontiguousarray(self._ids, "<i8"), digest_size=8).hexdigest()
 
     def release_pages(self) -> None:
         """Let go of the pages of the corpora that were read so far."""

@@ -6,15 +6,18 @@ A score is high where the model knows the sequence. Every attack is a function o
 Legend: R resamples, M members, N non-members.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from unlearn_ds.evaluation.bootstrap import interval
+from unlearn_ds.evaluation.bootstrap import Resamples, interval
 from unlearn_ds.evaluation.table import K_PERCENT, Table, paired
 
 FALSE_POSITIVE_RATES = {"tpr_at_1_fpr": 0.01, "tpr_at_5_fpr": 0.05}
 MAIN_ATTACK = "min_k_40"
+_TAIL_SHARE = 0.1  # of the values: their mean excess is the scale of the exponential tail beyond the highest
+_SMALLEST_SCALE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -87,28 +90,94 @@ def _running(weights: np.ndarray) -> np.ndarray:  # (R, n) -> (R, n + 1)
     return np.concatenate([np.zeros((len(weights), 1)), np.cumsum(weights, axis=1, dtype=np.float64)], axis=1)
 
 
+class Tail:
+    """The upper tail of each resample of a set's scores.
+
+    The threshold of a small rate lies among the few highest values or beyond them, where a resample of steps cannot go. So a
+    resample is taken for a distribution without steps: each value's weight spreads down to the next lower value, and the
+    weight beyond the highest falls off exponentially.
+    """
+
+    def __init__(self, values: np.ndarray, drawn: Resamples) -> None:
+        order = np.argsort(-values, kind="stable")
+        self.values = values[order]  # (n,) highest first
+        mass = np.concatenate([drawn.beyond[:, None], drawn.weights[:, order]], axis=1, dtype=np.float64)
+        self.above = np.cumsum(mass, axis=1)
+        self.above /= self.above[:, -1:]  # (R, n + 1) share above each value; the last is 1
+        highest = max(1, min(math.ceil(_TAIL_SHARE * len(values)), len(values) - 1))
+        self.scale = max(self.values[:highest].mean() - self.values[min(highest, len(values) - 1)], _SMALLEST_SCALE)
+
+
+def drawn_tpr(members: Tail, others: Tail, rate: float) -> np.ndarray:
+    """(R,) share of members above the threshold that a share `rate` of the non-members passes, in each resample."""
+    return _survival(members, _quantiles(others, rate))
+
+
+def _quantiles(tail: Tail, rate: float) -> np.ndarray:
+    """(R,) the value that a share `rate` lies above."""
+    rows = np.arange(len(tail.above))
+    at = np.argmax(
+        tail.above > rate, axis=1
+    )  # of the highest value with more above it, if its own weight is not counted
+    high, low = tail.values[np.maximum(at - 1, 0)], tail.values[np.minimum(at, len(tail.values) - 1)]
+    start, stop = tail.above[rows, np.maximum(at - 1, 0)], tail.above[rows, at]
+    within = np.divide(rate - start, stop - start, out=np.zeros(len(rows)), where=stop > start)
+    beyond = tail.values[0] + tail.scale * np.log(np.maximum(tail.above[:, 0], rate) / rate)
+    return np.where(at == 0, beyond, high - within * (high - low))
+
+
+def _survival(tail: Tail, thresholds: np.ndarray) -> np.ndarray:
+    """(R,) share above a threshold of its own for each resample."""
+    rows, last = np.arange(len(tail.above)), len(tail.values) - 1
+    at = np.searchsorted(-tail.values, -thresholds, "left")  # how many values lie above
+    high, low = tail.values[np.maximum(at - 1, 0)], tail.values[np.minimum(at, last)]
+    within = np.divide(high - thresholds, high - low, out=np.ones(len(rows)), where=high > low)
+    start, stop = tail.above[rows, np.maximum(at - 1, 0)], tail.above[rows, at]
+    beyond = tail.above[:, 0] * np.exp(-np.maximum(thresholds - tail.values[0], 0) / tail.scale)
+    return np.where(at == 0, beyond, start + np.clip(within, 0, 1) * (stop - start))
+
+
 def measure_attack(
     scores: Scores,
-    weights: tuple[np.ndarray, np.ndarray] | None,  # (R, M), (R, N)
+    drawn: tuple[Resamples, Resamples] | None,  # of members and of non-members, as many resamples of each
 ) -> dict[str, float | list[float] | None]:
-    """AUC, its distance from chance and TPR at fixed FPR, each with its 95 % interval; all None if a score is NaN."""
+    """AUC, its distance from chance, the best balanced accuracy and TPR at fixed FPR, with 95 % intervals of AUC and TPR.
+
+    The best balanced accuracy is that of the best threshold in hindsight, (TPR + TNR) / 2: an upper bound for an attacker.
+    All are None if a score is NaN.
+    """
     names = ["auc", *FALSE_POSITIVE_RATES]
     if np.isnan(scores.members).any() or np.isnan(scores.others).any():
-        return {"advantage": None} | dict.fromkeys(names) | {f"{name}_interval": None for name in names}
+        nothing = dict.fromkeys([*names, "advantage", "best_accuracy"])
+        return nothing | {f"{name}_interval": None for name in names}
     once = np.ones((1, len(scores.members))), np.ones((1, len(scores.others)))
-
-    def values(drawn: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"auc": weighted_auc(scores, *drawn)} | {
-            name: weighted_tpr(scores, *drawn, rate) for name, rate in FALSE_POSITIVE_RATES.items()
-        }
-
-    point = {name: float(value[0]) for name, value in values(once).items()}
-    drawn = values(weights) if weights is not None else {}
+    point = {"auc": float(weighted_auc(scores, *once)[0])}
+    point |= {name: float(weighted_tpr(scores, *once, rate)[0]) for name, rate in FALSE_POSITIVE_RATES.items()}
+    false_rate, true_rate = roc_curve(scores)
+    best = float((true_rate - false_rate).max() + 1) / 2
     return (
         point
-        | {"advantage": abs(point["auc"] - 0.5)}
-        | {f"{name}_interval": interval(drawn.get(name)) for name in names}
+        | {"advantage": abs(point["auc"] - 0.5), "best_accuracy": best}
+        | {f"{name}_interval": bounds for name, bounds in _intervals(scores, drawn, point).items()}
     )
+
+
+def _intervals(
+    scores: Scores, drawn: tuple[Resamples, Resamples] | None, point: dict[str, float]
+) -> dict[str, list[float] | None]:
+    """95 % intervals of the AUC and of TPR at fixed FPR."""
+    if drawn is None or not (np.isfinite(scores.members).all() and np.isfinite(scores.others).all()):
+        return dict.fromkeys(point)
+    members, others = drawn
+    samples = {"auc": weighted_auc(scores, members.weights, others.weights)}
+    tails = Tail(scores.members, members), Tail(scores.others, others)
+    samples |= {name: drawn_tpr(*tails, rate) for name, rate in FALSE_POSITIVE_RATES.items()}
+    fewest = min(members.num_documents, others.num_documents)
+    found = {name: interval(values, fewest) for name, values in samples.items()}
+    # The estimate steps, the resamples do not: an interval reaches at least to the estimate.
+    return {
+        name: bounds and [min(bounds[0], point[name]), max(bounds[1], point[name])] for name, bounds in found.items()
+    }
 
 
 def roc_curve(scores: Scores) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from unlearn_ds import distributed
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
 from unlearn_ds.engine import Ask
-from unlearn_ds.evaluation.table import Table, concat_tables, sequence_table
+from unlearn_ds.evaluation.table import Table, concat_tables, sequence_table, tokens_digest
 from unlearn_ds.loss_head import StatsCall
 from unlearn_ds.options import OptionError
 from unlearn_ds.run_data import EVALUATION_SETS, open_set, set_path
@@ -108,7 +108,7 @@ def collect_table(
         seq_len=seq_len,
         device=device,
     )
-    parts = []
+    parts, known_documents = [], {}
     bar = tqdm(batches, desc=f"evaluating {name}", unit="batch", disable=not (progress and distributed.is_main()))
     for batch in bar:
         statistics = ask(batch.rows, StatsCall(batch.ce_rows, batch.ce_targets))
@@ -129,6 +129,7 @@ def collect_table(
                 sum_p_logp[order],
                 sum_p_logp2[order],
                 None if tokenizer is None else np.array([zlib_bytes(tokenizer, sequences.tokens(int(i))) for i in ids]),
+                content_digests(sequences, ids, known_documents),
             )
         )
     gathered = [table for rank_parts in distributed.gather_objects(parts) for table in rank_parts]
@@ -137,6 +138,21 @@ def collect_table(
     return {column: values[order] for column, values in table.items()}
 
 
+def content_digests(
+    sequences: SequenceIndex, ids: np.ndarray, known_documents: dict[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(S,) int64 each: digests of the tokens of sequences, and of those of the documents that they were cut from.
+
+    known_documents: digests that were computed before; those of new documents are added.
+    """
+    documents = sequences.documents(ids).tolist()
+    for number in set(documents) - known_documents.keys():
+        known_documents[number] = tokens_digest(sequences.document_tokens(number))
+    of_sequences = [tokens_digest(sequences.tokens(int(i))) for i in ids]
+    return np.array(of_sequences), np.array([known_documents[number] for number in documents])
+
+
 def zlib_bytes(tokenizer: Any, tokens: np.ndarray) -> int:
-    """Size of a sequence's text after zlib."""
-    return len(zlib.compress(tokenizer.decode(tokens.tolist()).encode("utf-8")))
+    """Size of a sequence's text after zlib: of its text alone, not of the names of special tokens."""
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(zlib.compress(text.encode("utf-8")))

@@ -13,6 +13,7 @@ from unlearn_ds.evaluation import plots
 from unlearn_ds.evaluation.attacks import MAIN_ATTACK, attack_scores, roc_curve
 from unlearn_ds.evaluation.report_model import Model
 from unlearn_ds.evaluation.summary import show
+from unlearn_ds.evaluation.verdict import verdict_words
 
 SETS = ("forget", "approximate", "retain", "general")
 _ATTACK_NAMES = {"min_k_100": "LOSS (Min-100%)", "zlib": "zlib ratio", "reference": "gain over the original"}
@@ -23,7 +24,13 @@ def render_page(title: str, report: dict[str, Any], models: dict[str, Model]) ->
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"show": show, "attack": attack_name, "bounds": bounds, "breakable": breakable}
+    environment.filters |= {
+        "show": show,
+        "attack": attack_name,
+        "bounds": bounds,
+        "breakable": breakable,
+        "words": verdict_words,
+    }
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         title=title,
@@ -195,8 +202,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, one in report["models"].items():
         sets, auc = one["sets"], one["mia"].get(MAIN_ATTACK, {}).get("auc")
-        kept = "" if one["verdict"]["kept"] == "unknown" else f", {one['verdict']['kept']}"
-        cells = [name, one["verdict"]["forgotten"] + kept]
+        cells = [name, verdict_words(one["verdict"])]
         cells += [show(sets[which]["ppl"]) if which in sets else "" for which in SETS]
         cells += [show(sets["forget"]["acc"], ".1f") if "forget" in sets else "", "" if auc is None else f"{auc:.3f}"]
         cells += [columns[heading].get(name, "") for heading in columns]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from unlearn_ds.evaluation.attacks import attack_scores, measure_attack
-from unlearn_ds.evaluation.bootstrap import interval, resample_weights, weighted_means
-from unlearn_ds.evaluation.table import Table
+from unlearn_ds.evaluation.bootstrap import MIN_DOCUMENTS, Resamples, interval, resample, stream, weighted_means
+from unlearn_ds.evaluation.table import Table, distinct_documents
 
 QUANTILES = (5, 25, 50, 75, 95)
 DEFAULT_SEED = 42
@@ -25,29 +25,39 @@ def evaluate_tables(
     `mia` is empty without both forget and approximate. original: tables of the model before unlearning, for the
     reference attack. Intervals are 95 % bootstrap intervals over documents, named `<measure>_interval`.
     """
-    weights = {name: resample_weights(table["document"], seed) for name, table in tables.items()}
-    sets = {name: measure_set(table, weights[name]) for name, table in tables.items()}
+    drawn = {name: resample(table, stream(seed, name)) for name, table in tables.items()}
+    sets = {name: measure_set(table, drawn[name]) for name, table in tables.items()}
     mia = {}
     if "forget" in tables and "approximate" in tables:
-        drawn = (weights["forget"], weights["approximate"])
-        both = drawn if drawn[0] is not None and drawn[1] is not None else None
+        both = together(drawn["forget"], drawn["approximate"])
         scores = attack_scores(tables["forget"], tables["approximate"], original)
         mia = {name: measure_attack(one, both) for name, one in scores.items()}
     return {"sets": sets, "mia": mia, "notes": _notes(sets)}
 
 
-def measure_set(table: Table, weights: np.ndarray | None) -> dict[str, Any]:
+def together(first: Resamples | None, second: Resamples | None) -> tuple[Resamples, Resamples] | None:
+    """As many resamples of both; None if one has none."""
+    if first is None or second is None:
+        return None
+    count = min(len(first.weights), len(second.weights))
+    return first.first(count), second.first(count)
+
+
+def measure_set(table: Table, drawn: Resamples | None) -> dict[str, Any]:
     """Measures of one set. ppl = exp(-mean over sequences of the mean token log-prob); acc in %, likewise a mean of means."""
     nll = -table["log_prob"]
-    means = {} if weights is None else {name: weighted_means(table[name], weights) for name in ("log_prob", "accuracy")}
-    nll_interval = interval(-means["log_prob"] if means else None)
-    accuracy_interval = interval(means.get("accuracy"))
+    nll_interval = accuracy_interval = None
+    if drawn is not None:
+        with np.errstate(invalid="ignore"):  # of a broken model: there is no interval then
+            nll_interval = interval(weighted_means(nll, drawn.weights), drawn.num_documents)
+        accuracy_interval = interval(weighted_means(table["accuracy"], drawn.weights), drawn.num_documents)
     finite = np.isfinite(nll)
+    mean_nll = mean(nll)
     quantiles = np.percentile(nll, QUANTILES) if finite.all() else [None] * len(QUANTILES)
     return {
-        "ppl": perplexity(nll.mean()),
+        "ppl": perplexity(mean_nll),
         "ppl_interval": nll_interval and [perplexity(bound) for bound in nll_interval],
-        "nll": number(nll.mean()),
+        "nll": number(mean_nll),
         "nll_quantiles": {str(q): number(value) for q, value in zip(QUANTILES, quantiles)},
         "acc": 100 * float(table["accuracy"].mean()),
         "acc_interval": accuracy_interval and [100 * bound for bound in accuracy_interval],
@@ -56,9 +66,16 @@ def measure_set(table: Table, weights: np.ndarray | None) -> dict[str, Any]:
         "extraction_strength": float(table["extraction_strength"].mean()),
         "num_sequences": len(nll),
         "num_documents": len(np.unique(table["document"])),
+        "num_distinct_documents": len(np.unique(distinct_documents(table))),
         "num_tokens": int(table["num_tokens"].sum()),
         "num_not_finite": int((~finite).sum()),
     }
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean, NaN or infinite without a warning where a broken model makes it so."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(values.mean())
 
 
 def number(value: float | None) -> float | None:
@@ -86,6 +103,16 @@ def _notes(sets: dict[str, Any]) -> list[str]:
                 f"{name}: {measured['num_not_finite']} of {measured['num_sequences']} sequences have a log-prob that is not "
                 "finite: the model is broken there"
             )
-        if measured["num_documents"] == 1:
+        copies = measured["num_documents"] - measured["num_distinct_documents"]
+        if copies:
+            notes.append(
+                f"{name}: {copies} of {measured['num_documents']} documents are copies of others: drawn as one"
+            )
+        if measured["num_distinct_documents"] == 1:
             notes.append(f"{name}: a single document, so there is no interval")
+        elif measured["num_distinct_documents"] < MIN_DOCUMENTS:
+            notes.append(
+                f"{name}: {measured['num_distinct_documents']} documents are too few for an interval to rely on (at least "
+                f"{MIN_DOCUMENTS})"
+            )
     return notes

@@ -3,6 +3,7 @@
 Legend: S sequences, T tokens of all of them. A "token" is a predicted one: a sequence of n tokens has n - 1.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,8 @@ from unlearn_ds.durable import replacing
 Table = dict[str, np.ndarray]
 
 K_PERCENT = (10, 20, 30, 40, 50, 60, 100)
+_DIGESTS = ("sequence_digest", "document_digest")
+_BLOCK = 1 << 22  # tokens
 _CANCELLATION = 1e-6  # relative error of a variance computed from two fp32 sums of squares
 
 
@@ -33,8 +36,13 @@ def sequence_table(
     sum_p_logp: np.ndarray,  # (T,) sum_v p log p
     sum_p_logp2: np.ndarray,  # (T,) sum_v p (log p)^2
     zlib_bytes: np.ndarray | None = None,  # (S,) size of each sequence's text after zlib; NaN if it is not known
+    digests: tuple[np.ndarray, np.ndarray]
+    | None = None,  # (S,) int64 each: of the sequence's and its document's tokens
 ) -> Table:
-    """Reduce per-token statistics to one row per sequence, in fp64. A sequence without tokens is an error of ours."""
+    """Reduce per-token statistics to one row per sequence, in fp64. A sequence without tokens is an error of ours.
+
+    Without digests nothing proves that another table measures the same sequences.
+    """
     assert (np.diff(bounds) > 0).all(), f"{name}: a sequence without a predicted token was measured"
     log_prob, mean_logp = np.asarray(log_prob, np.float64), np.asarray(sum_p_logp, np.float64)
     second_moment = np.asarray(sum_p_logp2, np.float64)
@@ -50,6 +58,7 @@ def sequence_table(
         "sequence": np.asarray(ids, np.int64),
         "document": np.asarray(documents, np.int64),
         "num_tokens": np.diff(bounds).astype(np.int64),
+        **({} if digests is None else {name: np.asarray(part, np.int64) for name, part in zip(_DIGESTS, digests)}),
         "log_prob": each(lambda piece: log_prob[piece].mean()),
         "accuracy": each(lambda piece: hits[piece].mean()),
         "entropy": each(lambda piece: -mean_logp[piece].mean()),
@@ -141,5 +150,21 @@ def read_tables(folder: Path) -> dict[str, Table]:
 
 
 def paired(first: Table, second: Table) -> bool:
-    """Whether two tables measure the same sequences in the same order, so that rows may be compared one to one."""
-    return all(np.array_equal(first[column], second[column]) for column in ("sequence", "document", "num_tokens"))
+    """Whether two tables provably measure the same sequences in the same order, so that rows may be compared one to one."""
+    columns = ("sequence", "document", "num_tokens", *_DIGESTS)
+    return all(
+        column in first and column in second and np.array_equal(first[column], second[column]) for column in columns
+    )
+
+
+def distinct_documents(table: Table) -> np.ndarray:  # (S,)
+    """A number for each sequence's document, the same for copies of a document where the table tells."""
+    return table.get("document_digest", table["document"])
+
+
+def tokens_digest(tokens: np.ndarray) -> int:
+    """64 bits that stand for a run of tokens, whatever their dtype."""
+    digest = hashlib.blake2b(digest_size=8)
+    for start in range(0, len(tokens), _BLOCK):
+        digest.update(np.ascontiguousarray(tokens[start : start + _BLOCK], "<i4"))
+    return int.from_bytes(digest.digest(), "little", signed=True)
