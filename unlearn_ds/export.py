@@ -1,5 +1,6 @@
 """From ZeRO partitions to a Hugging Face folder: safetensors, config, tokenizer and a model card."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,34 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import cached_file
 
 from unlearn_ds import __version__, distributed
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.evaluation.card import evaluation_section
 from unlearn_ds.lora import adapter_state, merged_state
+from unlearn_ds.options import OptionError
+from unlearn_ds.transformers_4 import for_transformers_4
 
+# Of all tokenizers; code that comes with one (trust_remote_code) is its own matter.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "tokenization_*.py",
+)
 _GATHER_ELEMENTS = 1 << 29  # at once: a gigabyte of bf16 on every rank
 
 
@@ -66,8 +89,9 @@ def export_model(
         else:
             whole = merged_state(state, adapter) if adapter is not None else state
             model.save_pretrained(partial, state_dict=whole, max_shard_size="5GB")
+            add_keys_of_transformers_4(partial / "config.json")
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            copy_tokenizer(tokenizer, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         flush_tree(partial)
         publish_folder(partial, target)
@@ -81,6 +105,43 @@ def export_model(
             raise error if isinstance(error, OSError) else OSError(f"{target}: {error}") from error
 
     distributed.on_main(write_or_clean_up)
+
+
+def add_keys_of_transformers_4(path: Path) -> None:
+    """Let transformers 4 read a config.json as 5 does; what it cannot be told is said."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = for_transformers_4(content)
+    except OptionError as error:
+        distributed.say(f"warning: {error}: the exported model is right in transformers 5 alone")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(tokenizer: Any, target: Path) -> None:
+    """The tokenizer's own files as they are; saved anew, transformers 5 would write classes that 4 does not know.
+
+    A tokenizer without files of its own is saved.
+    """
+    folder = tokenizer_folder(tokenizer.name_or_path)
+    found = [] if folder is None else [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
+    if not found:
+        tokenizer.save_pretrained(target)
+    for path in found:
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target / path.name)
+
+
+def tokenizer_folder(name_or_path: str) -> Path | None:
+    """Where the files of a tokenizer lie: a folder, or the hub's cache; None if they are not there."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    found = cached_file(
+        name_or_path,
+        "tokenizer_config.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found).parent
 
 
 def model_card(options: dict[str, Any], forgotten: list[dict[str, Any]], evaluation: dict[str, Any] | None) -> str:
