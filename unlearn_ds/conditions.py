@@ -31,10 +31,12 @@ class Condition:
         return start[f"{self.value}_{self.metric.rsplit('_', 1)[1]}"]
 
     def holds(self, now: dict[str, float], start: dict[str, float]) -> bool:
-        """Whether the run should stop at metrics `now`. A metric that is not finite never holds."""
+        """Whether the run should stop at metrics `now`. A metric, or a limit, that is not finite never holds."""
         if now[self.metric] is None:
             return False
         limit = self.limit(start)
+        if limit is None:
+            return False
         return now[self.metric] >= limit if self.at_least else now[self.metric] <= limit
 
 

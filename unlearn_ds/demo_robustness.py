@@ -10,14 +10,16 @@ from pathlib import Path
 from unlearn_ds import distributed
 from unlearn_ds.evaluation.card import update_card
 from unlearn_ds.evaluation.collect import open_sets
-from unlearn_ds.evaluation.folder import evaluated_tables
+from unlearn_ds.evaluation.folder import evaluated_tables, subject_statement
+from unlearn_ds.evaluation.measured import statement
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.quantize import measure_quantized
 from unlearn_ds.evaluation.relearn import measure_relearning
 from unlearn_ds.evaluation.subject import load_subject
 from unlearn_ds.evaluation.verdict import Comparison
+from unlearn_ds.model import model_fingerprint
 from unlearn_ds.options import AUTO
-from unlearn_ds.precision import settle
+from unlearn_ds.precision import name_of, settle
 
 RELEARN_UPDATES = 8
 _RELEARN_LEARNING_RATE = 1e-3  # the demo's model is small: the default rate is one for models of billions
@@ -49,8 +51,10 @@ def measure(root: Path, seq_len: int, seed: int, bf16: bool | None, names: Seque
         subject = load_subject(config, device)
         sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer)
         original, retrained = (evaluated_tables(root / yardstick) for yardstick in ("original", "retrained"))
-        measure_quantized(config, subject, sets, Comparison(original, retrained, config), root / name)
-        measure_relearning(config, root / name)
+        measured = statement(sets, config.seq_len, config.seed, config.bf16)
+        stated = subject_statement(model_fingerprint(config.model_name_or_path), measured, name_of(config.bf16))
+        measure_quantized(config, subject, sets, Comparison(original, retrained, config), root / name, stated)
+        measure_relearning(config, root / name, stated)
         update_card(root / name)
 
 

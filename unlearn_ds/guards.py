@@ -38,8 +38,10 @@ def distance(now: Metrics, start: Metrics, utility: str | None, allowed: float) 
         value = metrics[f"{name}_ppl"]
         return math.inf if value is None else math.log(value)
 
+    if None in (now["forget_ppl"], start["approximate_ppl"]):
+        return math.inf
     total = abs(loss(now, "forget") - loss(start, "approximate"))
-    if utility is not None:
+    if utility is not None and start[f"{utility}_ppl"] is not None:
         total += max(0.0, loss(now, utility) - loss(start, utility) - math.log1p(allowed))
     return total
 
@@ -130,8 +132,9 @@ class Guard:
 
     def _decide(self, now: Metrics) -> tuple[bool, str | None]:
         """(whether this state went too far to be kept, why the run stops or None)."""
-        if self._increase is not None:
-            ppl, limit = now[f"{self._utility}_ppl"], self._start[f"{self._utility}_ppl"] * (1 + self._increase)
+        start = self._start.get(f"{self._utility}_ppl")
+        if self._increase is not None and start is not None:  # None: the starting model was broken already
+            ppl, limit = now[f"{self._utility}_ppl"], start * (1 + self._increase)
             if ppl is None or ppl > limit:
                 shown = "not finite" if ppl is None else f"{ppl:.4g}"
                 return (

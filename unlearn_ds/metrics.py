@@ -1,6 +1,7 @@
 """What a run tells while it goes: metrics.jsonl, a progress bar, wandb."""
 
 import json
+import math
 import resource
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +55,8 @@ class _Rows:
         self._fails = False
 
     def add(self, row: dict[str, Any]) -> None:
-        self._waiting += json.dumps(row).encode() + b"\n"
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
         error = self._write_waiting()
         if error is not None and not self._fails:
             distributed.say(f"warning: {self._path} cannot be written ({error}): its lines are kept until it can be")

@@ -1,6 +1,7 @@
 """What a run says of itself before its first step: run.json, and its arithmetic on the terminal."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from unlearn_ds import __version__, distributed
 from unlearn_ds.attention import caps_scores, choose_attention
 from unlearn_ds.build import Run
+from unlearn_ds.data.plan import Plan
 from unlearn_ds.durable import replacing
 from unlearn_ds.engine import changes_nothing
 from unlearn_ds.model import parameter_dtype
@@ -69,6 +71,28 @@ def idle_gpus_note(world_size: int, visible_gpus: int) -> list[str]:
     ]
 
 
+def published_updates_note(run: Run) -> list[str]:
+    """What to say to the published command line, known by its --fsdp, if the published program made fewer updates of it."""
+    if run.config.fsdp is None or run.config.max_steps > 0:
+        return []
+    return published_updates(run.plan, run.config.num_train_epochs)
+
+
+def published_updates(plan: Plan, num_epochs: float) -> list[str]:
+    """The note if transformers' trainer, which leaves out an incomplete last update of an epoch, makes another number.
+
+    It deals whole batches: what `drop_last=False` adds to its last micro-batch stays below one update.
+    """
+    sequences = sum(plan.epoch_sequences)
+    published = math.ceil(max(1, sequences // plan.global_batch_size) * num_epochs)
+    if published == plan.num_steps:
+        return []
+    return [
+        f"{plan.num_steps} updates: an epoch of {sequences} sequences ends with one of what is left; the published program "
+        f"leaves that out and makes {published}, with a learning rate that falls accordingly: --max_steps {published} does so"
+    ]
+
+
 def announce(run: Run) -> None:
     """Print the arithmetic of the run before its first step."""
     config, plan, device = run.config, run.plan, run.device
@@ -78,7 +102,7 @@ def announce(run: Run) -> None:
     attn, why = choose_attention(config.attn, device.type, caps_scores(run.model_config), parameter_dtype(config.bf16))
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     visible = torch.cuda.device_count() if device.type == "cuda" else 0
-    for note in [*config.notes(), *idle_gpus_note(world, visible)]:
+    for note in [*config.notes(), *published_updates_note(run), *idle_gpus_note(world, visible)]:
         distributed.say(f"note: {note}")
     if changes_nothing(config, plan.num_steps):
         distributed.say(

@@ -32,11 +32,13 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.data.loader import Loader, Step
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine import UpdateResult
+from unlearn_ds.evaluation.folder import stamp_model
 from unlearn_ds.export import export_model, model_card
 from unlearn_ds.flops import peak_flops
 from unlearn_ds.guards import Guard
 from unlearn_ds.health import time_all_reduce
 from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
+from unlearn_ds.model import model_fingerprint
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
 from unlearn_ds.profile import StepProfiler
@@ -84,6 +86,8 @@ def export_run(run: Run, evaluation: dict[str, Any] | None) -> None:
     card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
     merge = config.lora_export == "merged"
     export_model(run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge)
+    if evaluation is not None and (target / "config.json").is_file():  # an adapter alone is no model
+        distributed.on_main(lambda: stamp_model(run.run_dir, model_fingerprint(str(target))))
     distributed.say(f"model written to {target}")
 
 

@@ -125,6 +125,17 @@ class ForgetIndex:
         closest = max(((similarity(tokens, self.forget.document(c)), c) for c in candidates), default=(0.0, 0))
         return (closest[1], closest[0]) if closest[0] >= NEAR else None
 
+    def copies(self, tokens: np.ndarray) -> list[int]:
+        """All forget documents that `tokens` are a copy of, exact or, with `near`, near; itself included."""
+        if not len(tokens):
+            return []
+        made = sketch(tokens, self.near)
+        candidates = {self.exact_digests[made.digest]} if made.digest in self.exact_digests else set()
+        for index, min_hash in ((self._whole, made.whole), (self._sampled, made.sampled)):
+            if min_hash is not None:
+                candidates.update(index.query(min_hash))
+        return sorted(c for c in candidates if similarity(tokens, self.forget.document(c)) >= NEAR)
+
 
 class CopyFilter:
     """Counts the copies of forget documents among the documents of another set, and leaves them out if told to.

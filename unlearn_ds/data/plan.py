@@ -130,6 +130,11 @@ class Plan:
         self._per_epoch = [max(*counts) for counts in zip(wanted, self._taken(self.steps_per_epoch - 1))]
         self.num_steps = math.ceil(num_epochs * self.steps_per_epoch) if max_steps < 0 else max_steps
 
+    @property
+    def epoch_sequences(self) -> list[int]:
+        """How many sequences each source contributes to an epoch."""
+        return list(self._per_epoch)
+
     @cached_property
     def fingerprint(self) -> str:
         """Names the content of all steps; the same at every world size, micro-batch size and packing."""

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from unlearn_ds import distributed
+from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.evaluation.card import update_card
 from unlearn_ds.evaluation.collect import collect_tables, open_sets
-from unlearn_ds.evaluation.folder import check_same_model, evaluated_tables
+from unlearn_ds.evaluation.folder import check_same_model, check_same_subject, evaluated, subject_statement
 from unlearn_ds.evaluation.generation import measure_generation
+from unlearn_ds.evaluation.measured import check_comparable, statement
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.quantize import measure_quantized
 from unlearn_ds.evaluation.relearn import measure_relearning
@@ -21,7 +25,9 @@ from unlearn_ds.evaluation.subject import load_subject
 from unlearn_ds.evaluation.verdict import Comparison
 from unlearn_ds.model import model_fingerprint
 from unlearn_ds.options import OptionError, parse
-from unlearn_ds.precision import settle
+from unlearn_ds.precision import name_of, settle
+
+_OPTION_OF = {"generation": "generate"}  # measured beside the corpora -> its option, where that has another name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,23 +42,37 @@ def evaluate(config: EvaluateConfig) -> Path:
 
     Every rank calls this. Raises `ValueError` (or a subclass) for what the user can mend.
     """
+    for note in config.notes():
+        distributed.say(f"note: {note}")
     output_dir = Path(config.output_dir) if config.output_dir else _default_output(config.model_name_or_path)
     fingerprint = model_fingerprint(config.model_name_or_path)
     check_same_model(output_dir, fingerprint)
     if config.tasks:
         from unlearn_ds.evaluation.tasks import run_tasks
 
-        run_tasks(config, output_dir)
+        config = settle(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        run_tasks(config, output_dir, subject_statement(fingerprint, None, name_of(config.bf16)))
         return output_dir
-    comparison = Comparison(
-        config.original_model and evaluated_tables(Path(config.original_model)),
-        config.retrained_model and evaluated_tables(Path(config.retrained_model)),
-        config,
-    )
+    others = {
+        flag: evaluated(Path(folder))
+        for flag, folder in (("original", config.original_model), ("retrained", config.retrained_model))
+        if folder
+    }
+    comparison = Comparison(**{flag: one.tables for flag, one in others.items()}, thresholds=config)
+    again = [name for name in ("generation", "quantize", "relearn") if getattr(config, _OPTION_OF.get(name, name))]
+    said: list[str] = []
+
+    def examine(sets: dict[str, SequenceIndex]) -> None:
+        measured = statement(sets, config.seq_len, config.seed, config.bf16)
+        for flag, one in others.items():
+            said.extend(check_comparable("this evaluation", measured, f"--{flag}_model {one.folder}", one.statement))
+        check_same_subject(output_dir, fingerprint, measured, again)
+
     device = distributed.init_distributed(config.num_threads)
     config = settle(config, device)
-    subject = load_subject(config, device)
+    subject = load_subject(config, device, examine)
     sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer, config.max_sequences)
+    measured = statement(sets, config.seq_len, config.seed, config.bf16)
     for flag in ("generate", "relearn"):
         if getattr(config, flag) and "forget" not in sets:
             raise OptionError(f"--{flag} works on forget documents, and there is no forget corpus in {config.data_dir}")
@@ -61,15 +81,17 @@ def evaluate(config: EvaluateConfig) -> Path:
         "model": config.model_name_or_path,
         "model_fingerprint": fingerprint,
         "options": asdict(config),
+        "measured": measured,
     }
-    finish(output_dir, tables, header, comparison, config.seed)
+    finish(output_dir, tables, header, comparison, config.seed, said)
+    stated = subject_statement(fingerprint, measured, name_of(config.bf16))
     if config.generate:
-        measure_generation(config, subject, sets, output_dir)
+        measure_generation(config, subject, sets, output_dir, stated)
     if config.quantize:
-        measure_quantized(config, subject, sets, comparison, output_dir)
+        measure_quantized(config, subject, sets, comparison, output_dir, stated)
     if config.relearn:
         del subject  # its memory is needed for gradients and optimizer
-        measure_relearning(config, output_dir)
+        measure_relearning(config, output_dir, stated)
     distributed.on_main(lambda: update_card(output_dir))
     return output_dir
 

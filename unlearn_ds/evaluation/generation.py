@@ -22,9 +22,13 @@ from unlearn_ds.loss_head import SampleCall
 
 
 def measure_generation(
-    config: EvaluateConfig, subject: Subject, sets: dict[str, SequenceIndex], output_dir: Path
+    config: EvaluateConfig,
+    subject: Subject,
+    sets: dict[str, SequenceIndex],
+    output_dir: Path,
+    stated: dict[str, Any],
 ) -> dict[str, Any]:
-    """Continue `--generate` forget sequences and write generation.json. Every rank calls this."""
+    """Continue `--generate` forget sequences and write generation.json, with `stated` in it. Every rank calls this."""
     sequences = sets["forget"]
     count = min(config.generate, len(sequences))
     chosen = np.sort(np.random.default_rng(config.seed).choice(len(sequences), count, replace=False))
@@ -38,7 +42,7 @@ def measure_generation(
         if mine < count:
             scores.append(float(rouge_l(answer, truth)))
     scores = [score for part in distributed.gather_objects(scores) for score in part]
-    result = {"rouge_l": float(np.mean(scores)), "num_sequences": count, "max_tokens": config.generate_tokens}
+    result = {"rouge_l": float(np.mean(scores)), "num_sequences": count, "max_tokens": config.generate_tokens} | stated
     distributed.say(f"generation: ROUGE-L {result['rouge_l']:.3f} over {count} forget sequences")
     distributed.on_main(lambda: write_json(output_dir / "generation.json", result))
     return result

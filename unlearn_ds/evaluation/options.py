@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from unlearn_ds.evaluation.published import PublishedFlags
 from unlearn_ds.options import OptionError, check_choices, did_you_mean
 
 QUANTIZATIONS = ("int8", "int4")
@@ -33,7 +34,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Thresholds):
+class EvaluateConfig(PublishedFlags, Thresholds):
     """The options of `unlearn-ds evaluate`."""
 
     model_name_or_path: str
@@ -97,6 +98,7 @@ class EvaluateConfig(Thresholds):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
+        self.check_published()
         for name in _POSITIVE.split():
             if getattr(self, name) <= 0:
                 raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")

@@ -56,6 +56,7 @@ _STYLE = {
     "legend.fontsize": 9,
 }
 _FAR = 10  # times the median perplexity of the models: further out, a point stands at the edge of the plot
+_LARGEST = 1e290  # beyond it a broken model's perplexity would leave the range of a float when axes are laid out
 _ROC_ATTACKS = ("min_k_20", "min_k_40", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib")
 
 
@@ -100,7 +101,11 @@ def draw_roc(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], ink: 
 def save_roc(path: Path, tables: dict[str, Table]) -> None:
     """Write a PNG with the ROC curves of the main attacks on forget against approximate."""
     found = attack_scores(tables["forget"], tables["approximate"])
-    scores = {name: found[name] for name in _ROC_ATTACKS if name in found and np.isfinite(found[name].members).all()}
+    scores = {
+        name: found[name]
+        for name in _ROC_ATTACKS
+        if name in found and not any(np.isnan(part).any() for part in (found[name].members, found[name].others))
+    }
     curves = {}
     for name, one in scores.items():
         auc = weighted_auc(one, np.ones((1, len(one.members))), np.ones((1, len(one.others))))[0]
@@ -121,6 +126,8 @@ def draw_tradeoff(
     limit: retain perplexity up to which a model counts as kept. A model far beyond the others stands at the edge, or they would
     all fall into one point.
     """
+    points = {name: np.minimum(point, _LARGEST) for name, point in points.items()}
+    limit = None if limit is None else min(limit, _LARGEST)
     edges = _FAR * np.median(list(points.values()), axis=0)
     shown = {name: np.minimum(point, edges) for name, point in points.items()}
     for i, (name, point) in enumerate(shown.items()):

@@ -32,9 +32,11 @@ def measure_quantized(
     sets: dict[str, SequenceIndex],
     comparison: Comparison,
     output_dir: Path,
+    stated: dict[str, Any],
 ) -> dict[str, Any]:
-    """Measure all sets at each precision of `--quantize` and write quantize.json. Every rank calls this.
+    """Measure all sets at each precision of `--quantize` and write quantize.json, `stated` in each result.
 
+    Every rank calls this.
     Raises `OptionError` for a model without `nn.Linear` layers.
     """
     layers = decoder_linears(subject.engine.engine.module.model)
@@ -48,7 +50,7 @@ def measure_quantized(
         tables = collect_tables(sets, subject.engine.ask, subject.device, config)
         kept.restore()
         measured = evaluate_tables(tables, original=comparison.original, seed=config.seed)
-        results[bits] = measured | {"verdict": judge(tables, measured, comparison, seed=config.seed)}
+        results[bits] = measured | {"verdict": judge(tables, measured, comparison, seed=config.seed)} | stated
         distributed.say(f"{bits}: forget perplexity {show(measured['sets'].get('forget', {}).get('ppl'))}")
     distributed.on_main(lambda: write_json(output_dir / "quantize.json", results))
     return results

@@ -14,8 +14,10 @@ import numpy as np
 from unlearn_ds import distributed
 from unlearn_ds.build import build_run
 from unlearn_ds.config import RunConfig
+from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.labels import TrueTargets
 from unlearn_ds.data.loader import Loader
+from unlearn_ds.data.overlap import ForgetIndex
 from unlearn_ds.data.plan import Source
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.evaluation.collect import collect_tables, open_sets
@@ -32,9 +34,10 @@ _SHARED_OPTIONS = (
 )
 
 
-def measure_relearning(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
-    """Train `--relearn` updates on every second forget document and write relearn.json. Every rank calls this.
+def measure_relearning(config: EvaluateConfig, output_dir: Path, stated: dict[str, Any]) -> dict[str, Any]:
+    """Train `--relearn` updates on every second forget document and write relearn.json, with `stated` in it.
 
+    Every rank calls this.
     Raises `OptionError` if there are fewer than two forget documents.
     """
     scratch = output_dir / ".relearn"
@@ -52,7 +55,7 @@ def measure_relearning(config: EvaluateConfig, output_dir: Path) -> dict[str, An
     )
     run = build_run(run_config)
     sets = open_sets(config, run.model_config.vocab_size, run.tokenizer, config.max_sequences)
-    taught, held_out = halves(sets["forget"])
+    taught, held_out = halves(sets["forget"], document_groups(sets["forget"].corpora[0]))
     source = Source("retain", CROSS_ENTROPY, 1.0, taught, TrueTargets())
     run = dataclasses.replace(run, plan=make_plan(run_config, [source], distributed.world_size()))
     measured_sets = {
@@ -71,7 +74,7 @@ def measure_relearning(config: EvaluateConfig, output_dir: Path) -> dict[str, An
         "num_taught": len(taught),
         "before": before,
         "after": measure(),
-    }
+    } | stated
     old, new = (result[when]["sets"]["forget"]["ppl"] for when in ("before", "after"))
     distributed.say(f"relearning: forget perplexity of the other half {show(old)} before, {show(new)} after")
     distributed.on_main(lambda: write_json(output_dir / "relearn.json", result))
@@ -87,10 +90,29 @@ def train(run: Any) -> None:
             run.engine.update()
 
 
-def halves(sequences: SequenceIndex) -> tuple[SequenceIndex, SequenceIndex]:
-    """Sequences of every second document, and those of the others. Raises `OptionError` for a single document."""
+def halves(sequences: SequenceIndex, groups: np.ndarray | None = None) -> tuple[SequenceIndex, SequenceIndex]:
+    """Sequences of every second group of documents, and those of the others.
+
+    groups: (documents,) a number that copies of a document share; without it each document is a group. What is taught must
+    not be measured. Raises `OptionError` for a single group.
+    """
     ids = np.arange(len(sequences))
-    _, rank = np.unique(sequences.documents(ids), return_inverse=True)
+    documents = sequences.documents(ids)
+    _, rank = np.unique(documents if groups is None else groups[documents], return_inverse=True)
     if rank.max() == 0:
-        raise OptionError("--relearn needs at least two forget documents: one half is taught, the other measured")
+        raise OptionError(
+            "--relearn needs at least two forget documents that are no copies of each other: one half is taught, the other "
+            "measured"
+        )
     return sequences.subset(ids[rank % 2 == 0]), sequences.subset(ids[rank % 2 == 1])
+
+
+def document_groups(corpus: Corpus) -> np.ndarray:  # (documents,)
+    """The number of the first document that each is a copy of, near copies and copies of copies included."""
+    index = ForgetIndex(corpus, near=True)
+    first = np.arange(corpus.num_documents)
+    for number in range(corpus.num_documents):
+        for other in index.copies(corpus.document(number)):
+            low, high = sorted((first[number], first[other]))
+            first[first == high] = low
+    return first

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.evaluation.folder import write_json, write_text
+from unlearn_ds.evaluation.measured import check_comparable
 from unlearn_ds.evaluation.options import ReportConfig, Thresholds
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
@@ -65,7 +66,17 @@ def write_report(
             raise OptionError(f"--{flag} {name}: choose one of {', '.join(models)}.{did_you_mean(name, models)}")
     thresholds = thresholds or Thresholds()
     loaded = {name: load_model_folder(name, folder) for name, folder in models.items()}
+    reference = original or next(iter(loaded))
+    said = {
+        name: check_comparable(
+            name, model.evaluation.get("measured"), reference, loaded[reference].evaluation.get("measured")
+        )
+        for name, model in loaded.items()
+        if name != reference
+    }
     _measure(loaded, original, retrained, thresholds, seed)
+    for name, notes in said.items():
+        loaded[name].measured["notes"] = [*notes, *loaded[name].measured["notes"]]
     report = {
         "original": original,
         "retrained": retrained,

@@ -1,5 +1,6 @@
 """From tables to evaluation.json: compute the measures, judge them, write them, print them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from unlearn_ds import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.engine import Ask
 from unlearn_ds.evaluation.collect import collect_tables, open_sets
-from unlearn_ds.evaluation.folder import write_json
+from unlearn_ds.evaluation.folder import table_digests, write_json
+from unlearn_ds.evaluation.measured import statement
 from unlearn_ds.evaluation.plots import save_roc
 from unlearn_ds.evaluation.summary import evaluate_tables, show
 from unlearn_ds.evaluation.table import Table, write_table
@@ -25,16 +27,24 @@ def evaluate_run(
     """Measure the model of a run through its own engine and write the result into the run's folder."""
     sets = open_sets(config, model_config.vocab_size, tokenizer)
     tables = collect_tables(sets, ask, device, config, tokenizer)
-    return finish(config.run_dir, tables, {"model": str(config.run_dir)}, Comparison(), config.seed)
+    measured = statement(sets, config.seq_len, config.seed, config.bf16)
+    header = {"model": str(config.run_dir), "measured": measured}
+    return finish(config.run_dir, tables, header, Comparison(), config.seed)
 
 
 def finish(
-    output_dir: Path, tables: dict[str, Table], header: dict[str, Any], comparison: Comparison, seed: int
+    output_dir: Path,
+    tables: dict[str, Table],
+    header: dict[str, Any],
+    comparison: Comparison,
+    seed: int,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compute the measures, write them and print them; rank 0 writes, every rank gets the result."""
 
     def write() -> dict[str, Any]:
         measured = evaluate_tables(tables, original=comparison.original, seed=seed)
+        measured["notes"] = [*notes, *measured["notes"]]
         result = header | measured | {"verdict": judge(tables, measured, comparison, seed=seed)}
         output_dir.mkdir(parents=True, exist_ok=True)
         for old in (output_dir / "tables").glob("*.parquet"):
@@ -42,9 +52,11 @@ def finish(
                 old.unlink()
         for name, table in tables.items():
             write_table(output_dir / "tables" / f"{name}.parquet", table)
-        write_json(output_dir / "evaluation.json", result)
+        write_json(output_dir / "evaluation.json", result | {"tables": table_digests(output_dir)})
         if result["mia"]:
             save_roc(output_dir / "roc.png", tables)
+        else:
+            (output_dir / "roc.png").unlink(missing_ok=True)
         return result
 
     result = distributed.on_main(write)
@@ -66,6 +78,7 @@ def format_evaluation(result: dict[str, Any]) -> str:
             measured = result["mia"][attack]
             bounds = measured["auc_interval"]
             spread = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
-            lines.append(f"membership inference {attack:<20} AUC {show(measured['auc'], '.3f')}{spread}")
+            best = f", best accuracy {show(measured['best_accuracy'], '.3f')}"
+            lines.append(f"membership inference {attack:<20} AUC {show(measured['auc'], '.3f')}{spread}{best}")
     lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join([*lines, result["verdict"]["sentence"]])

@@ -1,5 +1,6 @@
 """The model that an evaluation measures, in a frozen engine on all ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from unlearn_ds import distributed
 from unlearn_ds.checks import check_model
+from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine import FrozenEngine
 from unlearn_ds.evaluation.collect import open_sets
@@ -25,9 +27,18 @@ class Subject:
     device: torch.device
 
 
-def load_subject(config: EvaluateConfig, device: torch.device) -> Subject:
-    """Load the model into a frozen engine and check it; `config` says in which precision. Every rank calls this."""
+def load_subject(
+    config: EvaluateConfig,
+    device: torch.device,
+    examine: Callable[[dict[str, SequenceIndex]], None] = lambda sets: None,
+) -> Subject:
+    """Load the model into a frozen engine and check it; `config` says in which precision. Every rank calls this.
+
+    examine: raises what is wrong with the sets, before anything is loaded.
+    """
     ds_file = load_ds_file(config.deepspeed)
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
     options = ModelOptions(
         config.model_name_or_path, config.bf16, config.attn, trust_remote_code=config.trust_remote_code
     )
@@ -37,7 +48,7 @@ def load_subject(config: EvaluateConfig, device: torch.device) -> Subject:
     ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
     head = head_options(model_config, config.loss_impl, config.loss_workspace_mib)
     # What is wrong with the data is said before anything is loaded.
-    open_sets(config, model_config.vocab_size, tokenizer)
+    examine(open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences))
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
     check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
     return Subject(engine, model_config, tokenizer, device)
