@@ -21,6 +21,7 @@ from unlearn_ds.evaluation.bootstrap import interval, resample_weights, weighted
 from unlearn_ds.evaluation.plots import save_roc
 from unlearn_ds.evaluation.summary import evaluate_tables, perplexity
 from unlearn_ds.evaluation.table import K_PERCENT, sequence_table
+from unlearn_ds.evaluation.verdict import Comparison, document_changes, judge
 
 
 def table(name, count, shift=0.0, seed=0, per_document=1, zlib_bytes=None):
@@ -172,3 +173,32 @@ def test_roc_picture_is_written_whole(tmp_path):
     save_roc(tmp_path / "roc.png", {"forget": table("forget", 20), "approximate": table("approximate", 20, seed=1)})
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["roc.png"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3e38], ids=str)
+@pytest.mark.parametrize("which", ["forget", "approximate"])
+def test_whatever_a_broken_model_gives_is_a_value_everywhere(tmp_path, which, value):
+    tables = {"forget": table("forget", 12), "approximate": table("approximate", 12, seed=1)}
+    original = {name: {column: values.copy() for column, values in one.items()} for name, one in tables.items()}
+    for name, column in tables[which].items():
+        if name.startswith(("min_k", "log_prob", "entropy")):
+            column[:5] = value
+    for own, other in ((tables, original), (original, tables), (tables, tables)):
+        measured = evaluate_tables(own, original=other)
+        verdict = judge(own, measured, Comparison(other, other))
+        json.dumps([measured, verdict], allow_nan=False)
+        json.dumps(document_changes(own["forget"], other["forget"]), allow_nan=False)
+        save_roc(tmp_path / "roc.png", own)
+
+
+def test_the_best_accuracy_is_that_of_the_best_threshold():
+    scores = Scores(np.array([3.0, 2.0, 0.5]), np.array([1.0, 0.0]))
+    assert measure_attack(scores, None)["best_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_copies_of_a_document_count_once():
+    forget = table("forget", 12)
+    forget["document_digest"][1::2] = forget["document_digest"][::2]
+    measured = evaluate_tables({"forget": forget})
+    assert measured["sets"]["forget"]["num_distinct_documents"] == 6
+    assert "forget: 6 of 12 documents are copies of others: drawn as one" in measured["notes"]

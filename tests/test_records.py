@@ -3,6 +3,7 @@
 import pytest
 
 from unlearn_ds.data.plan import Plan, Source
+from unlearn_ds.metrics import _Rows
 from unlearn_ds.records import idle_gpus_note, published_updates
 
 
@@ -44,3 +45,10 @@ def test_the_published_command_line_is_told_how_many_updates_it_made(counts, our
 
 def test_nothing_is_said_where_both_make_as_many_updates():
     assert published_updates(plan(1920), 1.0) == []
+
+
+def test_metrics_hold_null_instead_of_what_is_no_json(tmp_path):
+    rows = _Rows(tmp_path / "metrics.jsonl")
+    rows.add({"step": 1, "loss": float("nan"), "forget_loss": float("inf"), "lr": 0.5})
+    rows.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "forget_loss": null, "lr": 0.5}\n'

@@ -1,6 +1,7 @@
 """Downstream tasks through lm-eval, offline: a task of our own on an exported tiny model with a tokenizer."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.support import launch, tiny_config
 from unlearn_ds.demo_data import write_tokenizer
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.evaluation.tasks import run_tasks
+from unlearn_ds.evaluation.tasks import _numbers, overflow_is_infinite, run_tasks
 from unlearn_ds.options import OptionError
 
 VOCAB_SIZE = 300  # the 256 bytes and a few pieces
@@ -61,6 +62,18 @@ def test_a_task_of_our_own_runs_offline_and_enters_the_model_card(setting):
     assert unknown.returncode == 2
     assert "--tasks first_leter: lm-eval" in unknown.stderr
     assert "Did you mean 'first_letter'?" in unknown.stderr
+
+
+def test_a_collapsed_models_perplexity_is_a_value_and_not_an_error():
+    from lm_eval.api.metrics import perplexity, weighted_perplexity
+
+    with overflow_is_infinite():
+        found = perplexity([-900.0, -800.0]), weighted_perplexity([(-900.0, 1)]), perplexity([-1.0])
+    assert found == (math.inf, math.inf, pytest.approx(math.e))
+    scores = {"word_perplexity,none": found[0], "acc,none": 0.25, "bits,none": math.nan, "alias": "name"}
+    assert _numbers(scores) == {"word_perplexity": None, "acc": 0.25, "bits": None}
+    with pytest.raises(OverflowError):
+        perplexity([-900.0])
 
 
 def test_tasks_run_as_one_process(setting, monkeypatch, tmp_path):

@@ -128,6 +128,7 @@ def _auc_difference_interval(own: dict[str, Table], other: dict[str, Table], see
     return interval(aucs[0][:count] - aucs[1][:count], fewest)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # a broken model: what is not finite becomes None
 def judge(
     tables: dict[str, Table], measured: dict[str, Any], comparison: Comparison, *, seed: int = DEFAULT_SEED
 ) -> dict[str, Any]:
@@ -338,6 +339,7 @@ def _change(ratio: float | None) -> str:
     return f"x {show(ratio, '.3g')}" if ratio >= 2 else f"{100 * (ratio - 1):+.1f} %"
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def document_changes(forget: Table, original: Table) -> list[dict[str, float]] | None:
     """Per document of the forget set, how much its mean loss rose over the original's, least forgotten first."""
     if not paired(forget, original):
