@@ -72,6 +72,26 @@ def test_the_loss_of_kl_is_counted():
     assert frozen["loss"] == logits + 3 * states, "a frozen projection has no gradient"
 
 
+def test_kl_gets_a_larger_workspace_where_there_is_room():
+    model = Model(10**9, 10**9, 10**6, 2, 10**8, 100, LayerActivations(10, 1))  # a vocabulary of a million
+    ds_config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 0}}
+    config = RunConfig("gradient_ascent", "o", target_model_name_or_path="m", activation_checkpointing="full")
+    plain = Setting(ds_config, True, 100, 4096, 2**30, 1, None)
+    kl = dataclasses.replace(plain, num_losses=2, reference="cache")
+
+    def room_for(mib):
+        roomy = dataclasses.replace(kl, workspace_bytes=mib * 2**20)
+        return fit.choose(model, roomy, "full", 1, [64], 0).num_bytes / 0.9 + 1
+
+    def workspace(setting, free, device_type="cuda", **options):
+        given = dataclasses.replace(config, **options)
+        return fit.choose_values(given, model, setting, [64], free, device_type)[0].get("loss_workspace_mib")
+
+    assert [workspace(kl, room_for(mib)) for mib in (1024, 2048, 3000, 4096, 9000)] == [1024, 2048, 2048, 4096, 4096]
+    assert workspace(plain, 1e12) == workspace(kl, 1e12, "cpu") == 1024
+    assert workspace(kl, 1e12, loss_workspace_mib=512.0) is None, "what the user gives stays"
+
+
 def test_rows_chosen_by_memory_need_the_sequences_of_an_update():
     words = ["--unlearn_method", "gradient_ascent", "--target_model_name_or_path", "m", "--output_dir", "o"]
     with pytest.raises(OptionError, match="auto needs --global_batch_size"):
@@ -123,8 +143,25 @@ def test_an_update_does_not_depend_on_what_auto_came_to(tiny, tmp_path):
             record = json.loads((tmp_path / name / "run.json").read_text())
             assert record["chosen"] == {
                 "activation_checkpointing": "none",
+                "loss_workspace_mib": 1024.0,
                 "per_device_train_batch_size": record["options"]["per_device_train_batch_size"],
             }
             assert record["chosen"]["per_device_train_batch_size"] > 1
     assert found["full"] == found["plain"]
     assert found["auto"] == pytest.approx(found["plain"], rel=1e-6)
+
+
+def test_a_resumed_run_keeps_what_auto_came_to(tiny, tmp_path):
+    """Other rows would sum in another order, and tomorrow another amount of memory is free."""
+    out = tmp_path / "run"
+    words = tiny.arguments(out, save_steps=1, max_steps=2, global_batch_size=16, per_device_train_batch_size="auto")
+    tiny.server.run(words)
+    record = json.loads((out / "run.json").read_text())
+    record["chosen"]["per_device_train_batch_size"] = 1
+    (out / "run.json").write_text(json.dumps(record))
+    for steps in ("3", "4"):
+        tiny.server.run([*words, "--resume", "--max_steps", steps])
+        record = json.loads((out / "run.json").read_text())
+        assert record["options"]["per_device_train_batch_size"] == record["chosen"]["per_device_train_batch_size"] == 1
+    tiny.server.run([*words, "--resume", "--max_steps", "5"], num_ranks=1)
+    assert json.loads((out / "run.json").read_text())["chosen"]["per_device_train_batch_size"] > 1, "other ranks"

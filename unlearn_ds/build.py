@@ -53,6 +53,7 @@ from unlearn_ds.run_folder import (
     find_checkpoint,
     note_other_threads,
     warn_of_another_length,
+    with_earlier_choices,
 )
 from unlearn_ds.sequence_nll import reference_nll
 from unlearn_ds.tf32 import EXACT, training_precision
@@ -90,7 +91,6 @@ class Subject:
     config: PreTrainedConfig
     tokenizer: Any | None
     fingerprint: str
-    head: HeadOptions
     num_parameters: int
     num_trainable: int
 
@@ -125,7 +125,8 @@ def build_run(config: RunConfig) -> Run:
     setting = setting_of(config, ds_file, size, world, distributed.ranks_per_node())
     facts = model_facts(subject.config, size, subject.num_parameters, subject.num_trainable)
     check_memory(facts, setting, device)
-    asked, config = config, settle_memory(config, facts, subject.config, setting, plan, device)
+    asked, config = config, with_earlier_choices(config, world)
+    config = settle_memory(config, facts, subject.config, setting, plan, device)
     chosen = {name: value for name, value in asdict(config).items() if getattr(asked, name) != value}
     ds_config = complete_ds_config(config, ds_file, size)
     resumed_from = find_checkpoint(config, config.run_dir)
@@ -179,7 +180,6 @@ def open_subject(config: RunConfig) -> Subject:
         config=model_config,
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
-        head=head_options(model_config, config.loss_impl, config.loss_workspace_mib),
         num_parameters=parameters,
         num_trainable=trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters,
     )
@@ -203,7 +203,7 @@ def build_engine(
     config: RunConfig, subject: Subject, ds_config: dict[str, Any], num_steps: int, device: torch.device
 ) -> tuple[TrainingEngine, Any | None]:
     """The model in ZeRO partitions with its optimizer, checked; and peft's configuration of its adapters, with LoRA."""
-    model = load_model(subject.options, subject.config, ds_config, subject.head, device)
+    model = load_model(subject.options, subject.config, ds_config, head_of(config, subject), device)
     adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
     wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
@@ -263,8 +263,13 @@ def make_reference(
         return AdapterReference(engine)
     size = model_size(subject.config)
     frozen_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=distributed.ranks_per_node())
-    frozen = load_model(subject.options, subject.config, frozen_config, subject.head, device)
+    frozen = load_model(subject.options, subject.config, frozen_config, head_of(config, subject), device)
     return LiveReference(FrozenEngine(frozen, frozen_config))
+
+
+def head_of(config: RunConfig, subject: Subject) -> HeadOptions:
+    """How the loss head computes, in the trained model and in the reference alike."""
+    return head_options(subject.config, config.loss_impl, config.loss_workspace_mib)
 
 
 def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSize) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class RunConfig:
     deepspeed: str = "zero3"
     """a file of DeepSpeed options, or one of those shipped: zero3, zero3_offload, zero3_hpz, zero3_zeropp, zero2,
     zero1"""
-    bf16: bool | None = None
+    bf16: bool | Literal["auto"] = "auto"
     """bf16 parameters with fp32 master weights; False trains in fp32; auto: bf16 where the device has instructions for it"""
     optimizer_states: Literal["fp32", "bf16"] = "fp32"
     """AdamW's master weights and moments; in bf16 they take 6 bytes a parameter instead of 12, and small updates are lost
@@ -132,8 +132,8 @@ class RunConfig:
     """write the model with the adapters merged into its weights, or the adapter alone"""
     loss_impl: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """implementation of the loss head"""
-    loss_workspace_mib: float = 1024.0
-    """memory that the loss may use for logits, in MiB"""
+    loss_workspace_mib: float | Literal["auto"] = "auto"
+    """memory that the loss may use for logits, in MiB; auto: 1024, for KL on a GPU up to 4096 where there is room"""
     loading: Literal["auto", "transformers"] = "auto"
     """auto: each rank reads its own slices of the weights where the files' layout allows it; transformers: never"""
     num_threads: int | None = None

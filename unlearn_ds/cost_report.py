@@ -17,7 +17,7 @@ from typing import Any, Literal
 from unlearn_ds import cost
 from unlearn_ds.config import RunConfig
 from unlearn_ds.distributed import choose_accelerator
-from unlearn_ds.options import OptionError, check_choices, parse
+from unlearn_ds.options import AUTO, OptionError, check_choices, parse
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Estimator:
         from unlearn_ds.model import ModelOptions, load_config, model_size
         from unlearn_ds.run_data import make_sources, open_run_corpora
 
-        if run.bf16 is None:
+        if run.bf16 == AUTO:
             run = dataclasses.replace(run, bf16=True)  # every kind of GPU that is known here computes in it
         self.config, self.run = config, run
         options = ModelOptions(run.start_model, run.bf16, run.attn, run.random_init, run.trust_remote_code, run.loading)
@@ -125,19 +125,16 @@ class Estimator:
 
     def settled(self, nodes: int, run: RunConfig, ds_file: dict[str, Any]) -> RunConfig:
         """The options with what a run on that many nodes would put in the place of `auto`."""
-        from unlearn_ds.fit import AUTO, choose, update_rows
+        from unlearn_ds.fit import asked_to_choose, choose_values, update_rows
         from unlearn_ds.run_data import make_plan
 
-        checkpointing, rows = run.activation_checkpointing, run.per_device_train_batch_size
-        if AUTO not in (checkpointing, rows):
+        if not asked_to_choose(run):
             return run
         setting = self.setting(nodes, run, ds_file)
         rows_of_updates = update_rows(make_plan(run, self.sources, setting.world_size))
         free = self.config.card.memory - cost.OTHER_BYTES
-        chosen = choose(self.model, setting, checkpointing, rows, rows_of_updates, free)
-        return dataclasses.replace(
-            run, activation_checkpointing=chosen.checkpointing, per_device_train_batch_size=chosen.rows
-        )
+        values, _ = choose_values(run, self.model, setting, rows_of_updates, free, "cuda")
+        return dataclasses.replace(run, **values)
 
     def fits(self, parts: dict[str, float]) -> bool:
         return sum(parts.values()) <= self.config.card.memory
@@ -223,7 +220,7 @@ def advice(estimator: Estimator, nodes: int) -> list[str]:
     changes: list[tuple[str, dict[str, Any]]] = []
     if run.objective.needs_reference and run.reference == "live":
         changes.append(("--reference cache", {"reference": "cache"}))
-    if run.loss_workspace_mib > 256:
+    if run.loss_workspace_mib == AUTO or run.loss_workspace_mib > 256:
         changes.append(("--loss_workspace_mib 256", {"loss_workspace_mib": 256.0}))
     changes += [
         (f"--activation_checkpointing {choice}", {"activation_checkpointing": choice})

@@ -15,14 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from unlearn_ds.data import prepare
 from unlearn_ds.demo_data import DemoSizes, write_config, write_documents, write_tokenizer
 from unlearn_ds.evaluation.report import write_report
-from unlearn_ds.options import AUTO, OptionError, parse
+from unlearn_ds.options import OptionError, parse
 from unlearn_ds.processes import default_num_ranks, run_ranks
 
 SEQ_LEN = 256
@@ -38,7 +38,7 @@ class DemoConfig:
     """where everything goes; report.html and report.json are made there"""
     num_ranks: int | None = None
     """processes of a run (default: one per GPU, else one per core, at most 2)"""
-    bf16: bool | None = None
+    bf16: bool | Literal["auto"] = "auto"
     """train and measure in bf16; False: in fp32; auto: in bf16 where the device has instructions for it"""
     train_epochs: float = 16.0
     """passes over the data when training original and retrained"""
@@ -118,7 +118,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         run_ranks("unlearn_ds.demo_runs", [str(runs)], num_ranks, root / "runs.log", meanwhile=show_progress)
         show_progress()
         bar.set_description("rounding and relearning")
-        arguments = [str(root), str(SEQ_LEN), str(config.seed), precision_word(config), *TRAINING, *UNLEARNING]
+        arguments = [str(root), str(SEQ_LEN), str(config.seed), str(config.bf16), *TRAINING, *UNLEARNING]
         run_ranks("unlearn_ds.demo_robustness", arguments, 1, root / "robustness.log")
         bar.update()
     report = write_report(root, {name: root / name for name in names}, original="original", retrained="retrained")
@@ -150,11 +150,6 @@ def make_data(root: Path, seed: int) -> Path:
     return start_model
 
 
-def precision_word(config: DemoConfig) -> str:
-    """`--bf16` as a run's command line has it."""
-    return AUTO if config.bf16 is None else str(config.bf16)
-
-
 def run_arguments(config: DemoConfig, root: Path, name: str, start_model: Path) -> list[str]:
     """The command line of one run: training from the bare config, or unlearning from `original`."""
     if name in TRAINING:
@@ -173,7 +168,7 @@ def run_arguments(config: DemoConfig, root: Path, name: str, start_model: Path) 
         "--per_device_train_batch_size": 8,
         "--per_device_eval_batch_size": 16,
         "--seed": config.seed,
-        "--bf16": precision_word(config),
+        "--bf16": str(config.bf16),
     }
     words = [str(word) for pair in common.items() for word in pair]
     return [*words, "--do_eval", "--disable_tqdm", *shlex.split(options)]

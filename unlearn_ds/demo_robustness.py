@@ -28,11 +28,11 @@ _RELEARN_LEARNING_RATE = 1e-3  # the demo's model is small: the default rate is 
 def main(argv: Sequence[str]) -> int:
     """Arguments: the demo's folder, seq_len, seed, bf16, then the names of the models; returns the exit code."""
     root, seq_len, seed, bf16, *names = argv
-    chosen = None if bf16 == AUTO else bf16 == "True"
+    chosen = AUTO if bf16 == AUTO else bf16 == "True"
     return distributed.guarded("unlearn-ds demo", lambda: measure(Path(root), int(seq_len), int(seed), chosen, names))
 
 
-def measure(root: Path, seq_len: int, seed: int, bf16: bool | None, names: Sequence[str]) -> None:
+def measure(root: Path, seq_len: int, seed: int, bf16: bool | str, names: Sequence[str]) -> None:
     """Measure each model in int4 and after relearning, and write both into its folder."""
     device = distributed.init_distributed()
     for name in names:

@@ -19,10 +19,12 @@ from unlearn_ds.lora import LoraOptions, add_adapters
 from unlearn_ds.memory import available_bytes, require_memory
 from unlearn_ds.model import parameter_dtype
 from unlearn_ds.objectives import KL, SEQUENCE
+from unlearn_ds.options import AUTO
 from unlearn_ds.peak import CHECKPOINTING, Model, Setting, checkpointing_share, state, update_bytes
 
-AUTO = "auto"
-_AUTOMATIC = ("activation_checkpointing", "per_device_train_batch_size")
+_AUTOMATIC = ("activation_checkpointing", "per_device_train_batch_size", "loss_workspace_mib")
+_WORKSPACE_MIB = 1024.0
+_WORKSPACES_OF_KL_MIB = (4096.0, 2048.0)  # on a GPU, where there is room: fewer chunks, each of more whole waves
 _HEADROOM = 0.9  # share of what is free that may be planned with
 # The gradient path of a micro-step in tokens' worth of arithmetic: it moves about 10 bytes a parameter, a token costs 6 FLOP a
 # parameter, and a GPU at half its published rate does 150 FLOP (H100) while it moves a byte.
@@ -57,7 +59,9 @@ def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, worl
         bf16=config.bf16,
         world_size=world_size,
         seq_len=config.seq_len,
-        workspace_bytes=int(config.loss_workspace_mib * 2**20),
+        workspace_bytes=int(
+            (_WORKSPACE_MIB if config.loss_workspace_mib == AUTO else config.loss_workspace_mib) * 2**20
+        ),
         num_losses=1 + len(losses & {KL, SEQUENCE}),
         reference=reference,
     )
@@ -105,24 +109,51 @@ def settle_memory(
 
     Before the model is loaded: all of its state is still to come.
     """
-    checkpointing, rows = config.activation_checkpointing, config.per_device_train_batch_size
-    if AUTO not in (checkpointing, rows):
+    if not asked_to_choose(config):
         return config
     free = least_available(device)["device"]
 
-    def decide() -> tuple[str, int, str]:
+    def decide() -> tuple[dict[str, Any], str]:
         try:
             counted = with_activations(config, model, model_config)
         except (NotImplementedError, RuntimeError) as error:
-            smallest = "full" if checkpointing == AUTO else checkpointing, 1 if rows == AUTO else rows
-            return *smallest, f"the smallest, because this model's activations cannot be counted: {error}"
-        chosen = choose(counted, setting, checkpointing, rows, update_rows(plan), free)
-        return chosen.checkpointing, chosen.rows, as_text(chosen, free)
+            smallest = zip(_AUTOMATIC, ("full", 1, _WORKSPACE_MIB))
+            why = f"the smallest, because this model's activations cannot be counted: {error}"
+            return {name: value for name, value in smallest if getattr(config, name) == AUTO}, why
+        values, chosen = choose_values(config, counted, setting, update_rows(plan), free, device.type)
+        return values, as_text(chosen, free)
 
-    values = dict(zip(_AUTOMATIC, (settled := distributed.on_main(decide))))
-    told = [f"--{name} auto: {value}" for name, value in values.items() if getattr(config, name) == AUTO]
-    distributed.say(f"{', '.join(told)} ({settled[2]})")
+    values, why = distributed.on_main(decide)
+    distributed.say(f"{', '.join(f'--{name} auto: {value}' for name, value in values.items())} ({why})")
     return dataclasses.replace(config, **values)
+
+
+def asked_to_choose(config: RunConfig) -> bool:
+    """Whether an option that memory decides is `auto`."""
+    return any(getattr(config, name) == AUTO for name in _AUTOMATIC)
+
+
+def choose_values(
+    config: RunConfig,
+    model: Model,
+    setting: Setting,
+    rows_of_updates: Sequence[int],
+    free_bytes: float,
+    device_type: str,
+) -> tuple[dict[str, Any], Choice]:
+    """What the options that are `auto` come to, and the memory that the run then takes."""
+    asked = config.activation_checkpointing, config.per_device_train_batch_size
+    chosen = choose(model, setting, *asked, rows_of_updates, free_bytes)
+    workspace_mib = setting.workspace_bytes / 2**20
+    if config.loss_workspace_mib == AUTO and setting.reference is not None and device_type == "cuda":
+        for larger in _WORKSPACES_OF_KL_MIB:
+            roomy = dataclasses.replace(setting, workspace_bytes=int(larger * 2**20))
+            with_it = choose(model, roomy, chosen.checkpointing, chosen.rows, rows_of_updates, free_bytes)
+            if with_it.fits:
+                workspace_mib, chosen = larger, with_it
+                break
+    values = dict(zip(_AUTOMATIC, (chosen.checkpointing, chosen.rows, workspace_mib)))
+    return {name: value for name, value in values.items() if getattr(config, name) == AUTO}, chosen
 
 
 def as_text(chosen: Choice, free: int) -> str:

@@ -22,7 +22,7 @@ import yaml
 
 Options = TypeVar("Options")
 
-AUTO = "auto"  # how the user writes None in a field of `bool | None`: the program decides
+AUTO = "auto"  # the word that leaves an option to the program
 
 
 class OptionError(ValueError):
@@ -66,13 +66,6 @@ def field_types(config_class: type) -> dict[str, tuple[Any, bool]]:
     return resolved
 
 
-@cache
-def decided_by_program(config_class: type) -> frozenset[str]:
-    """The fields of `bool | None`, of which None, written `auto`, leaves the choice to the program."""
-    hints = typing.get_type_hints(config_class)
-    return frozenset(name for name, hint in hints.items() if set(typing.get_args(hint)) == {bool, type(None)})
-
-
 def _is_literal(hint: Any) -> bool:
     return typing.get_origin(hint) is Literal
 
@@ -84,29 +77,26 @@ class WordOr:
         self.kind, self.words = kind, typing.get_args(words)
         self.__name__ = f"{kind.__name__}|{'|'.join(self.words)}"
 
+    @property
+    def is_switch(self) -> bool:
+        return self.kind is bool
+
     def __call__(self, value: Any) -> Any:
         """The value of a word on the command line or in a file; `ValueError` for what is neither."""
-        if value in self.words:
-            return value
+        if (word := str(value).lower()) in self.words:
+            return word
+        if self.is_switch:
+            return _to_bool(value, self.words)
         if self.kind is int and not isinstance(value, str) and value != int(value):
             raise ValueError
         return self.kind(value)
 
 
-def _to_bool(text: str) -> bool:
+def _to_bool(text: str, or_words: Sequence[str] = ()) -> bool:
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if str(text).lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(('True', 'False', *or_words))}")
     return words[str(text).lower()]
-
-
-def _to_bool_or_auto(text: str) -> bool | None:
-    if str(text).lower() == AUTO:
-        return None
-    try:
-        return _to_bool(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error} nor {AUTO}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,21 +113,19 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
         default = defaults[name]
         if default is dataclasses.MISSING:
             text += " (required)"
-        elif name in decided_by_program(config_class) and default is None:
-            text += f" (default: {AUTO})"
         elif default not in (None, "", (), False):
             shown = " ".join(map(str, default)) if is_list else default
             text += f" (default: {shown})"
         flags = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
         arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-        if name in decided_by_program(config_class):
-            arguments |= {"type": _to_bool_or_auto, "nargs": "?", "const": True, "metavar": f"BOOL|{AUTO}"}
-        elif kind is bool:
+        if kind is bool:
             arguments |= {"type": _to_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
         elif typing.get_origin(kind) is Literal:
             arguments |= {"type": str, "metavar": "|".join(map(str, typing.get_args(kind)))}
         else:
             arguments |= {"type": kind, "metavar": kind.__name__.upper()}
+            if getattr(kind, "is_switch", False):
+                arguments |= {"nargs": "?", "const": True}
         if is_list:
             arguments["nargs"] = "+"
         parser.add_argument(*flags, **arguments)
@@ -170,8 +158,6 @@ def _coerce(config_class: type, name: str, value: Any) -> Any:
         value = value if isinstance(value, list) else [value]
         return tuple(value)
     try:
-        if name in decided_by_program(config_class):
-            return _to_bool_or_auto(value)
         if kind is bool:
             return _to_bool(value)
         if typing.get_origin(kind) is Literal:
@@ -194,6 +180,8 @@ def check_choices(config: Any) -> None:
     """Raise `OptionError` for a value outside its field's `Literal`, and for NaN and infinity, which pass every comparison."""
     for name, (kind, _) in field_types(type(config)).items():
         value = getattr(config, name)
+        if isinstance(kind, WordOr) and isinstance(value, str) and value not in kind.words:
+            raise OptionError(f"--{name} {value}: give a {kind.kind.__name__}, or {' or '.join(kind.words)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise OptionError(f"--{name} {value}: must be a finite number")
         if typing.get_origin(kind) is Literal and value is not None and value not in typing.get_args(kind):

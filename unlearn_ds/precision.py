@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from unlearn_ds import distributed
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import AUTO, OptionError
 
 Options = TypeVar("Options")
 
@@ -28,12 +28,12 @@ def settle(config: Options, device: torch.device, begun_in_bf16: bool | None = N
     for the other.
     """
     asked = config.bf16
-    if begun_in_bf16 is not None and asked not in (None, begun_in_bf16):
+    if begun_in_bf16 is not None and asked not in (AUTO, begun_in_bf16):
         raise OptionError(
             f"--bf16 {asked}: the run that is gone on with computes in {name_of(begun_in_bf16)}: leave --bf16 out, or start a "
             "new run"
         )
-    if asked is not None:
+    if asked != AUTO:
         return config
     if begun_in_bf16 is not None:
         return dataclasses.replace(config, bf16=begun_in_bf16)

@@ -93,6 +93,8 @@ class RunRecord:
     model_fingerprint: str | None = None
     bf16: bool | None = None  # what it computes in
     num_threads: int | None = None  # CPU threads of a rank
+    world_size: int | None = None
+    chosen: dict[str, Any] = dataclasses.field(default_factory=dict)  # options that were `auto` -> what they came to
 
 
 def read_record(run_dir: Path) -> RunRecord:
@@ -109,6 +111,8 @@ def read_record(run_dir: Path) -> RunRecord:
             model_fingerprint=content["model_fingerprint"],
             bf16=content["options"]["bf16"],
             num_threads=content.get("num_threads"),
+            world_size=content.get("world_size"),
+            chosen=dict(content.get("chosen", {})),
         )
     except (ValueError, LookupError, TypeError) as error:
         raise CorpusError(

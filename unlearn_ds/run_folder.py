@@ -1,5 +1,6 @@
 """The folder of a run: claimed when it starts, and the checkpoint there that it goes on from."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from unlearn_ds import checkpoint, distributed
 from unlearn_ds.config import RunConfig
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import AUTO, OptionError
 from unlearn_ds.run_data import read_record
 
 _READ_OPTIONS = "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed"
@@ -72,6 +73,18 @@ def check_same_model(run_dir: Path, fingerprint: str) -> None:
 def begun_in_bf16(config: RunConfig) -> bool | None:
     """Whether the run that `config` goes on with computes in bf16; None for a new one."""
     return read_record(config.run_dir).bf16 if config.resume or config.auto_resume else None
+
+
+def with_earlier_choices(config: RunConfig, world_size: int) -> RunConfig:
+    """The options of a run that is gone on with, `auto` replaced by what it came to at the start, on as many ranks.
+
+    Rows and workspace decide in which order floats are summed, and memory may be free in other amounts today.
+    """
+    if not (config.resume or config.auto_resume):
+        return config
+    before = read_record(config.run_dir)
+    again = {name: value for name, value in before.chosen.items() if getattr(config, name, None) == AUTO}
+    return dataclasses.replace(config, **again) if before.world_size == world_size else config
 
 
 def note_other_threads(run_dir: Path, device: torch.device) -> None:

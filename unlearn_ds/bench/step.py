@@ -12,7 +12,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.flops import model_flops, peak_flops
 from unlearn_ds.memory import num_parameters
 from unlearn_ds.objectives import OBJECTIVES
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import OptionError, WordOr
 from unlearn_ds.processes import default_num_ranks, run_ranks
 
 _METHODS = [
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--global_batch_size", type=positive_int, default=16, help="sequences per update")
     parser.add_argument(
         "--per_device_train_batch_size",
-        type=lambda word: word if word == "auto" else positive_int(word),
+        type=WordOr(positive_int, Literal["auto"]),
         default=1,
         help="packed rows in one forward, or auto",
     )
@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--attn", default="auto")
     parser.add_argument("--torch_compile", action="store_true")
-    parser.add_argument("--loss_workspace_mib", type=float, default=1024)
+    parser.add_argument(
+        "--loss_workspace_mib", type=WordOr(float, Literal["auto"]), default="auto", help="as in training"
+    )
     parser.add_argument("--deepspeed", default="zero3")
     parser.add_argument("--json", type=Path, help="write the results here, and a plot beside them (.png)")
     parser.add_argument("--traces", type=Path, help="folder for a torch profiler trace of one more update of each way")
@@ -221,6 +223,7 @@ def result_row(
             "dtype": "bf16" if measured["device"] != "cpu" and not args.fp32 else "fp32",
             "activation_checkpointing": measured["activation_checkpointing"],
             "rows_per_micro_batch": measured["per_device_train_batch_size"],
+            "loss_workspace_mib": measured["loss_workspace_mib"],
             "attention": measured["attention"],
             "compiled": args.torch_compile and impl == "ours",
         },

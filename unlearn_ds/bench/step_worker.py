@@ -83,6 +83,7 @@ def main(case: StepCase) -> None:
             "attention": shape._attn_implementation,
             "activation_checkpointing": config.activation_checkpointing,
             "per_device_train_batch_size": config.per_device_train_batch_size,
+            "loss_workspace_mib": config.loss_workspace_mib,
             "parts_s": parts,
             "longest": longest(profiler),
         }

@@ -82,7 +82,7 @@ class EvaluateConfig(PublishedFlags, Thresholds):
     """seed of that sample, of bootstrap intervals and of relearning's data order"""
     deepspeed: str = "zero3"
     """a file of DeepSpeed options, or one of those shipped"""
-    bf16: bool | None = None
+    bf16: bool | Literal["auto"] = "auto"
     """bf16 parameters; False measures in fp32; auto: bf16 where the device has instructions for it"""
     attn: str = "auto"
     """attention for packed rows"""
