@@ -5,6 +5,7 @@ Must be set up in a process of its own, before the first backward in it.
 
 import tempfile
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ C10_REGISTER_GUARD_IMPL(CUDA, OneFakeDevice);
 
 
 def pretend_one_device() -> None:
-    """Let autograd record what is done to fake CUDA tensors."""
+    """Let autograd record what is done to fake CUDA tensors, on a card of as many multiprocessors as an H100 has."""
+    torch.cuda.get_device_properties = lambda _device: SimpleNamespace(multi_processor_count=132)
     if torch.backends.cuda.is_built():
         torch._C._ensureCUDADeviceGuardSet()
         return

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +22,7 @@ from unlearn_ds import attention, distributed
 from unlearn_ds.bench.step_worker import packed_model
 from unlearn_ds.checks import pack
 from unlearn_ds.config import RunConfig
-from unlearn_ds.ds_config import inference_config, load_ds_file, training_config
+from unlearn_ds.ds_config import ModelSize, inference_config, load_ds_file, training_config
 from unlearn_ds.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.loss_head import HeadOptions
@@ -86,8 +85,8 @@ def differences(model: nn.Module, wanted: Mapping[Any, Tensor]) -> list[str]:
     return [f"{path}.{name}".strip(".") for path, name, _ in wanted.keys() - same]
 
 
-def ds_options(config: Any, training: bool) -> dict[str, Any]:
-    file, size = load_ds_file("zero3"), model_size(config)
+def ds_options(size: ModelSize, training: bool) -> dict[str, Any]:
+    file = load_ds_file("zero3")
     if not training:
         return inference_config(file, bf16=True, size=size)
     world = distributed.world_size()
@@ -97,7 +96,7 @@ def ds_options(config: Any, training: bool) -> dict[str, Any]:
 def loaded(folder: Path, options: dict[str, Any], training: bool) -> TrainingEngine | FrozenEngine:
     model_options = ModelOptions(str(folder), **options)
     config = load_config(model_options)
-    ds_config = ds_options(config, training)
+    ds_config = ds_options(model_size(config), training)
     model = load_model(model_options, config, ds_config, HeadOptions(logit_shape(config)), torch.device("cpu"))
     if not training:
         return FrozenEngine(model, ds_config)
@@ -108,8 +107,8 @@ def loaded(folder: Path, options: dict[str, Any], training: bool) -> TrainingEng
 def benched(folder: Path) -> FrozenEngine:
     config = load_config(ModelOptions(str(folder)))
     config._attn_implementation = attention.SDPA
-    run = RunConfig("gradient_ascent", "-", target_model_name_or_path=str(folder), bf16=True)
-    ds_config = ds_options(config, training=False)
+    run = RunConfig("gradient_ascent", "-", target_model_name_or_path=str(folder), bf16=True, loss_workspace_mib=64)
+    ds_config = ds_options(model_size(config), training=False)
     return FrozenEngine(packed_model(run, config, ds_config), ds_config)
 
 
@@ -138,7 +137,7 @@ def measure(folder: Path) -> None:
 
 def measure_table() -> None:
     wanted = fixed_tensors(Table())
-    with deepspeed.zero.Init(config_dict_or_path=ds_options(SimpleNamespace(hidden_size=4), training=False)):
+    with deepspeed.zero.Init(config_dict_or_path=ds_options(ModelSize(layer=16, hidden=4, head=16), training=False)):
         model = Table()
     before = differences(model, wanted)
     restore(model, wanted)

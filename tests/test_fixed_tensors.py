@@ -21,9 +21,7 @@ ENGINES = [f"{way}, {kind}" for way in WAYS for kind in ("frozen", "training")]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """One run on two ranks for all models."""
-    finished = launch(
-        "tests.fixed_tensors_worker", [str(tmp_path_factory.mktemp("models"))], num_ranks=2, timeout_s=900
-    )
+    finished = launch("tests.fixed_tensors_worker", [str(tmp_path_factory.mktemp("models"))], num_ranks=2)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     lines = [line.split("RESULT ")[1] for line in finished.stdout.splitlines() if "RESULT " in line]
     return {(row["model"], row["way"]): row for row in map(json.loads, lines)}
@@ -107,7 +105,7 @@ def test_what_models_with_other_tensors_answered_is_not_read_again(monkeypatch):
 
     def keys():
         return [
-            hidden_cache.cache_key(SimpleNamespace(corpora=[corpus], seq_len=9), "model", torch.bfloat16),
+            hidden_cache.cache_key(SimpleNamespace(corpora=[corpus], seq_len=9, shortest=5), "model", torch.bfloat16),
             relabel.cache_key(config, named, "model"),
             sequence_nll.cache_key(config, named, "model"),
         ]

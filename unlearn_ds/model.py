@@ -25,7 +25,7 @@ from unlearn_ds.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.layers import decoder_layers
 from unlearn_ds.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
 from unlearn_ds.memory import blank_model
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import AUTO, OptionError
 
 # A config field that changes logits after the projection -> how our head expresses it.
 _SCALE_FIELDS = {"logit_scale": lambda x: x, "logits_scaling": lambda x: 1.0 / x, "lm_head_multiplier": lambda x: x}
@@ -157,7 +157,8 @@ def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | Non
 
 def head_options(config: PreTrainedConfig, loss_impl: str, workspace_mib: float) -> HeadOptions:
     """How a run's or an evaluation's loss head computes, by --loss_impl and --loss_workspace_mib."""
-    impl = None if loss_impl == "auto" else loss_impl
+    assert workspace_mib != AUTO, "the loss workspace is settled before the head is made"
+    impl = None if loss_impl == AUTO else loss_impl
     return HeadOptions(logit_shape(config), int(workspace_mib * 2**20), impl)
 
 
