@@ -102,8 +102,9 @@ def steps(on_cpu: bool) -> dict[str, Step]:
         ),
         Step(
             "update",
-            "an update of ours: activations kept, recomputed, compiled; one and two rows",
+            "an update of ours as it chooses itself; activations kept, recomputed, compiled; one and two rows",
             (
+                update("auto", 40, "--activation_checkpointing", "auto", "--per_device_train_batch_size", "auto"),
                 update("none_1", 40),
                 update("full_1", 40, *full),
                 update("none_2", 40, *two),
