@@ -72,6 +72,8 @@ def measure(folder: Path, model: torch.nn.Module) -> dict[str, Any]:
     loss = engine.micro_step(pack(own), call)[0].clone()
     dist.all_reduce(loss)
 
+    # transformers 5.17 takes SDPA for Gemma 2, which leaves out the cap on its scores.
+    model.set_attn_implementation("eager")
     expected = torch.zeros(())
     for rank in range(distributed.world_size()):
         nll = [
