@@ -54,6 +54,9 @@ def test_a_case_that_fails_is_a_row_and_the_others_run(tmp_path, monkeypatch, ca
             raise RuntimeError("out of memory")
         seen.append(json.loads((tmp_path / "step.json").read_text())["results"])
         parts = {"parts_s": {}, "longest": [], "world_size": 1, "attention": "sdpa", "device": "cpu"}
+        parts |= dict.fromkeys(
+            ("activation_checkpointing", "per_device_train_batch_size", "loss_workspace_mib"), "auto"
+        )
         return parts | {"step_s": [1.0], "memory": {"peak": 1}, "lengths": [[8, 8]], "kl_lengths": [[]], "rows": [2]}
 
     monkeypatch.setattr(step, "run_case", run_case)
