@@ -49,6 +49,8 @@ def block(row_ptr, at, stride, V, bias_ptr, scale, softcap, FLIPPED: tl.constexp
     if MASKED:
         # By the stride, a multiple of 64, and not by V: the loads are 16 bytes wide where V is odd, too.
         u = tl.load(row_ptr + at, mask=at < stride)
+        if softcap is not None:  # which raises it to a power; between V and the stride lies anything
+            u = tl.where(at < V, u, 0.0)
         z, bend = logit(u, at, at < stride, bias_ptr, scale, softcap, FLIPPED)
         z = tl.where(at < V, z, float("-inf"))
     else:

@@ -120,7 +120,7 @@ def make_inputs(root: Path) -> None:
     short = corpus_path(root / "short", "github", "forget")
     short.parent.mkdir(parents=True)
     with CorpusWriter(short, VOCAB_SIZE) as writer:
-        writer.add([1, 2, 3])
+        writer.add([1])
     shutil.copytree(root / "model", root / "run" / "model")
     (root / "run" / "run.json").write_text("{}")
     (root / "full").mkdir()

@@ -9,7 +9,7 @@ from tests.cluster import largest_difference, make_tiny_run, metrics, weights
 from unlearn_ds.checkpoint import complete_checkpoints
 
 # fp32, 40 updates of Adam at a learning rate of 1e-3: sums over ranks are taken in another order.
-ROUNDING = 5e-6
+ROUNDING = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_stage_1_in_bf16_with_adapters_and_states_in_bf16(tiny, tmp_path):
     for name, changes in ways.items():
         tiny.server.run(tiny.arguments(tmp_path / name, **common, **changes))
         losses[name] = [row["loss"] for row in metrics(tmp_path / name)]
-    assert losses["zero1"] == pytest.approx(losses["zero3"], rel=1e-3)
-    assert losses["lora1"] == pytest.approx(losses["lora3"], rel=1e-3)
-    assert losses["states"] == losses["states_zero2"] == pytest.approx(losses["zero3"], rel=1e-3)
+    assert losses["zero1"] == pytest.approx(losses["zero3"], rel=5e-3)
+    assert losses["lora1"] == pytest.approx(losses["lora3"], rel=5e-3)
+    assert losses["states"] == losses["states_zero2"] == pytest.approx(losses["zero3"], rel=5e-3)
     assert losses["states"] != losses["zero3"], "the option changed nothing"

@@ -53,9 +53,13 @@ def test_same_losses_however_the_step_runs(results, model, variant):
     ("model", "variant"), [(model, name) for model in EQUALITY for name in VARIANTS[model] if "compiled" in name]
 )
 def test_zeros_hooks_break_no_compiled_layer(results, model, variant):
+    """All variants run in one process: what is compiled for one is there for the next, and breaks are counted once."""
     breaks = only(results, kind="curve", model=model, variant=variant)["breaks"]
-    assert len(breaks) == 1, breaks
-    assert "packed_sdpa" in breaks[0]
+    assert all("packed_sdpa" in reason for reason in breaks), breaks
+
+
+def test_breaks_of_compiled_layers_are_counted(results):
+    assert any(row["breaks"] for row in results if row.get("kind") == "curve")
 
 
 @pytest.mark.parametrize("variant", [name for name in LORA if name != "live"])

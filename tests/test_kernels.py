@@ -306,11 +306,12 @@ def test_one_chunk_keeps_its_logit_gradient_and_never_dw_in_fp32(name, dtype, im
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("name", OPS)
 def test_the_upstream_gradient_is_not_rounded(name, impl):
-    case = make_case(10, 64, 257, bias=True).cast(torch.bfloat16, device_of(impl))
-    for workspace in (2**30, 4 * 320 * BYTES_PER_LOGIT[name, torch.bfloat16]):
+    case = make_case(300, 64, 257, bias=True).cast(torch.bfloat16, device_of(impl))
+    for workspace in (2**30, 100 * 320 * BYTES_PER_LOGIT[name, torch.bfloat16]):
         leaves = [case.hidden, case.weight, case.bias]
         once = torch.autograd.grad(OPS[name](case, impl, workspace_bytes=workspace)[0], leaves)
         scaled = torch.autograd.grad(UPSTREAM * OPS[name](case, impl, workspace_bytes=workspace)[0], leaves)
-        for one, other in zip(once, scaled):  # UPSTREAM in bf16 is 1.3e-3 more than itself
+        # UPSTREAM in bf16 is 1.3e-3 more than itself; gradients in bf16 leave 3e-4 of uncertainty.
+        for one, other in zip(once, scaled):
             ratio = (other.double() * one.double()).sum() / one.double().square().sum()
-            assert abs(ratio / UPSTREAM - 1) < 3e-4
+            assert abs(ratio / UPSTREAM - 1) < 6e-4

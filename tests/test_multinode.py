@@ -81,7 +81,10 @@ class FirstHost:
         unset = (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME", "PYTHONPATH")
         self._environment = {name: value for name, value in os.environ.items() if name not in unset}
         self._environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
-        self._environment |= {"PYTHONFAULTHANDLER": "1", "EXPORT": "DS_ OMP_ HF_HUB_ UNLEARN_DS_ PYTHONFAULTHANDLER"}
+        self._environment |= {
+            "PYTHONFAULTHANDLER": "1",
+            "EXPORT": "DS_ OMP_ HF_HUB_ UNLEARN_DS_ PYTHONFAULTHANDLER ATEN_ MKL_ ONEDNN_",
+        }
         self.terminal = Terminal(folder, self._environment, tuple(hosts.command(0, ["bash"])))
         self.clone = self.terminal.install(bash_lines("SLURM")[:3], repository(folder / "repository"))
 

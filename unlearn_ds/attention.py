@@ -46,6 +46,7 @@ def choose_attention(
     flash kernels are for 16 bits. capability: of the CUDA device (default: it is asked).
     Raises `OptionError` for an unknown choice and for one that cannot run here.
     """
+    register()  # whoever writes the name into a config may build a model of it
     if choice not in CHOICES:
         raise OptionError(f"--attn {choice}: choose one of {', '.join(CHOICES)}.{did_you_mean(choice, CHOICES)}")
     if choice == "sdpa":

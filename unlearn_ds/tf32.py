@@ -18,8 +18,14 @@ TF32, EXACT = "high", "highest"  # as torch.set_float32_matmul_precision names t
 
 @contextmanager
 def fp32_products(precision: str) -> Iterator[None]:
-    """A context in which fp32 matrices are multiplied in TF32, or exactly; the setting belongs to the process."""
+    """A context in which fp32 matrices are multiplied in TF32, or exactly; the setting belongs to the process.
+
+    It is left alone where it is right: set again and again around compiled layers, torch 2.13 corrupted its heap on a CPU.
+    """
     before = torch.get_float32_matmul_precision()
+    if before == precision:
+        yield
+        return
     torch.set_float32_matmul_precision(precision)
     try:
         yield

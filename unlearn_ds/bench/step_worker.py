@@ -56,7 +56,6 @@ def main(case: StepCase) -> None:
     """Every rank calls this; rank 0 writes `case.output`."""
     config = RunConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in case.run.items()})
     device = distributed.init_distributed(config.num_threads)
-    attention.register()  # before the first model of this shape, which is only counted
     shape = model_config(case.model, config.seq_len)
     dtype, caps = parameter_dtype(config.bf16), attention.caps_scores(shape)
     shape._attn_implementation = attention.choose_attention(config.attn, device.type, caps, dtype)[0]
