@@ -118,11 +118,8 @@ class ForgetIndex:
             return None
         if (exact := self.exact_digests.get(made.digest)) is not None:
             return exact, 1.0
-        candidates = set()
-        for index, min_hash in ((self._whole, made.whole), (self._sampled, made.sampled)):
-            if min_hash is not None:
-                candidates.update(index.query(min_hash))
-        closest = max(((similarity(tokens, self.forget.document(c)), c) for c in candidates), default=(0.0, 0))
+        alike = self._alike(made)
+        closest = max(((similarity(tokens, self.forget.document(c)), c) for c in alike), default=(0.0, 0))
         return (closest[1], closest[0]) if closest[0] >= NEAR else None
 
     def copies(self, tokens: np.ndarray) -> list[int]:
@@ -130,11 +127,18 @@ class ForgetIndex:
         if not len(tokens):
             return []
         made = sketch(tokens, self.near)
-        candidates = {self.exact_digests[made.digest]} if made.digest in self.exact_digests else set()
+        candidates = self._alike(made)
+        if made.digest in self.exact_digests:
+            candidates.add(self.exact_digests[made.digest])
+        return sorted(c for c in candidates if similarity(tokens, self.forget.document(c)) >= NEAR)
+
+    def _alike(self, made: Sketch) -> set[int]:
+        """Forget documents whose sketches look like `made`."""
+        found: set[int] = set()
         for index, min_hash in ((self._whole, made.whole), (self._sampled, made.sampled)):
             if min_hash is not None:
-                candidates.update(index.query(min_hash))
-        return sorted(c for c in candidates if similarity(tokens, self.forget.document(c)) >= NEAR)
+                found.update(index.query(min_hash))
+        return found
 
 
 class CopyFilter:
