@@ -91,6 +91,7 @@ class Subject:
     config: PreTrainedConfig
     tokenizer: Any | None
     fingerprint: str
+    size: ModelSize
     num_parameters: int
     num_trainable: int
 
@@ -115,20 +116,20 @@ def build_run(config: RunConfig) -> Run:
         check_same_corpora(config.run_dir, corpora)
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
     sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
-    size, world = model_size(subject.config), distributed.world_size()
+    world = distributed.world_size()
     plan = make_plan(config, sources, world)
     if config.profile_steps is not None and profiled_steps(config.profile_steps)[1] > plan.num_steps:
         raise OptionError(f"--profile_steps {config.profile_steps}: the run has {plan.num_steps} updates")
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
 
-    setting = setting_of(config, ds_file, size, world, distributed.ranks_per_node())
-    facts = model_facts(subject.config, size, subject.num_parameters, subject.num_trainable)
+    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node())
+    facts = model_facts(subject.config, subject.size, subject.num_parameters, subject.num_trainable)
     check_memory(facts, setting, device)
     asked, config = config, with_earlier_choices(config, world)
     config = settle_memory(config, facts, subject.config, setting, plan, device)
     chosen = {name: value for name, value in asdict(config).items() if getattr(asked, name) != value}
-    ds_config = complete_ds_config(config, ds_file, size)
+    ds_config = complete_ds_config(config, ds_file, subject.size)
     resumed_from = find_checkpoint(config, config.run_dir)
     if resumed_from is not None:
         check_same_model(config.run_dir, subject.fingerprint)
@@ -180,6 +181,7 @@ def open_subject(config: RunConfig) -> Subject:
         config=model_config,
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
+        size=model_size(model_config),
         num_parameters=parameters,
         num_trainable=trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters,
     )
@@ -261,8 +263,8 @@ def make_reference(
         return NoReference()
     if adapter is not None:
         return AdapterReference(engine)
-    size = model_size(subject.config)
-    frozen_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=distributed.ranks_per_node())
+    node = distributed.ranks_per_node()
+    frozen_config = inference_config(ds_file, bf16=config.bf16, size=subject.size, ranks_per_node=node)
     frozen = load_model(subject.options, subject.config, frozen_config, head_of(config, subject), device)
     return LiveReference(FrozenEngine(frozen, frozen_config))
 

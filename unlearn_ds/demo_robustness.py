@@ -6,6 +6,7 @@ What the runs measured stays as it is: this adds quantize.json and relearn.json 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from unlearn_ds import distributed
 from unlearn_ds.evaluation.card import update_card
@@ -18,7 +19,7 @@ from unlearn_ds.evaluation.relearn import measure_relearning
 from unlearn_ds.evaluation.subject import load_subject
 from unlearn_ds.evaluation.verdict import Comparison
 from unlearn_ds.model import model_fingerprint
-from unlearn_ds.options import AUTO
+from unlearn_ds.options import WordOr
 from unlearn_ds.precision import name_of, settle
 
 RELEARN_UPDATES = 8
@@ -28,7 +29,7 @@ _RELEARN_LEARNING_RATE = 1e-3  # the demo's model is small: the default rate is 
 def main(argv: Sequence[str]) -> int:
     """Arguments: the demo's folder, seq_len, seed, bf16, then the names of the models; returns the exit code."""
     root, seq_len, seed, bf16, *names = argv
-    chosen = AUTO if bf16 == AUTO else bf16 == "True"
+    chosen = WordOr(bool, Literal["auto"])(bf16)
     return distributed.guarded("unlearn-ds demo", lambda: measure(Path(root), int(seq_len), int(seed), chosen, names))
 
 
