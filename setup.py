@@ -51,6 +51,7 @@ setup(
             "hypothesis>=6.100.0",
             "megatron-core>=0.16.0",
             "ruff>=0.12.0",
+            "import-linter>=2.7",
             "scikit-learn>=1.5.0",
             "lm-eval>=0.4.9",
             "wandb>=0.19.0",

@@ -97,31 +97,16 @@ def cross_entropy_kernel(
 
 
 @triton.jit
-def _kl_block(
-    row_ptr,
-    ref_row_ptr,
-    dz_row_ptr,
-    at,
-    stride,
-    V,
-    bias_ptr,
-    ref_bias_ptr,
-    scale,
-    softcap,
-    peak,
-    ref_peak,
-    rate,
-    log2_total,
-    ref_log2_total,
-    b,
-    FLIPPED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def _kl_block(student, reference, dz_row_ptr, at, row, rate, b, BACKWARD: tl.constexpr, MASKED: tl.constexpr):
     """The summands of the KL, after the gradient is written.
 
-    Both probabilities go through the same operations and are subtracted as they are: equal logits give exact zeros.
+    student, reference: each the pointer to its row and to its bias, its peak and log2 of its sum. row: what both share, as
+    `block` takes it. Both probabilities go through the same operations and are subtracted as they are: equal logits give exact
+    zeros.
     """
+    row_ptr, bias_ptr, peak, log2_total = student
+    ref_row_ptr, ref_bias_ptr, ref_peak, ref_log2_total = reference
+    stride, V, scale, softcap, FLIPPED = row
     z, bend = block(row_ptr, at, stride, V, bias_ptr, scale, softcap, FLIPPED, MASKED)
     s, _bend = block(ref_row_ptr, at, stride, V, ref_bias_ptr, scale, softcap, FLIPPED, MASKED)
     log_p = log2_p(z, peak, rate, log2_total)
@@ -162,56 +147,17 @@ def kl_kernel(
     ref_peak, ref_total = peak_and_total(ref_row_ptr, stride, V, ref_bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
 
     rate = natural_rate(scale, softcap) * LOG2_E
-    log2_total = tl.log2(total)
-    ref_log2_total = tl.log2(ref_total)
+    student = (row_ptr, bias_ptr, peak, tl.log2(total))
+    reference = (ref_row_ptr, ref_bias_ptr, ref_peak, tl.log2(ref_total))
+    shared = (stride, V, scale, softcap, FLIPPED)
     b = tl.load(weight_ptr + row) * scale
     kl = tl.zeros((BLOCK // LINE, LINE), tl.float32)
     inner = tile(BLOCK, LINE)
     full = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        kl += _kl_block(
-            row_ptr,
-            ref_row_ptr,
-            dz_row_ptr,
-            start + inner,
-            stride,
-            V,
-            bias_ptr,
-            ref_bias_ptr,
-            scale,
-            softcap,
-            peak,
-            ref_peak,
-            rate,
-            log2_total,
-            ref_log2_total,
-            b,
-            FLIPPED,
-            BACKWARD,
-            False,
-        )
+        kl += _kl_block(student, reference, dz_row_ptr, start + inner, shared, rate, b, BACKWARD, False)
     if full < V:
-        kl += _kl_block(
-            row_ptr,
-            ref_row_ptr,
-            dz_row_ptr,
-            full + inner,
-            stride,
-            V,
-            bias_ptr,
-            ref_bias_ptr,
-            scale,
-            softcap,
-            peak,
-            ref_peak,
-            rate,
-            log2_total,
-            ref_log2_total,
-            b,
-            FLIPPED,
-            BACKWARD,
-            True,
-        )
+        kl += _kl_block(student, reference, dz_row_ptr, full + inner, shared, rate, b, BACKWARD, True)
     tl.store(kl_ptr + row, tl.sum(kl))
 
 

@@ -23,6 +23,8 @@ TESTS=(
     test_tasks test_verdict test_evaluation_table test_report                             # evaluation
     test_bench_loss test_bench_step test_gpu_check                                        # benchmarks
 )
-PATHS=("${TESTS[@]/#/tests/}")
-PATHS=("${PATHS[@]/%/.py}")
+PATHS=()
+for name in "${TESTS[@]}"; do
+    PATHS+=(tests/*/"$name".py)
+done
 exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "${PATHS[@]}" "$@"

@@ -16,6 +16,6 @@ if torch.cuda.is_available():
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must stand before triton's first import
 
-from unlearn_ds import vector_math
+from unlearn_ds.kernels import vector_math
 
 vector_math.settle()

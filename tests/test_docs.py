@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from tests.pages import bash_lines
-from tests.support import ROOT
+from tests.support.pages import bash_lines
+from tests.support.paths import ROOT
 from unlearn_ds import cli
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), ROOT / "kernels" / "README.md"])

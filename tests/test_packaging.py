@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import finish
-from tests.support import ROOT, environment
+from tests.support.paths import ROOT
+from tests.support.patience import finish
+from tests.support.runs import environment
 
 PROBE = """
-import unlearn_ds.kernels, unlearn_ds.kernels.reference, unlearn_ds.ds_config, unlearn_ds
-assert "zero3" in {path.stem for path in unlearn_ds.ds_config.SHIPPED_DIR.glob("*.json")}
+import unlearn_ds.kernels, unlearn_ds.kernels.reference, unlearn_ds.engine.ds_config, unlearn_ds
+assert "zero3" in {path.stem for path in unlearn_ds.engine.ds_config.SHIPPED_DIR.glob("*.json")}
 print(unlearn_ds.kernels.__path__[0])
 """
 

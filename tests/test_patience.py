@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from tests.patience import finish
+from tests.support.patience import finish
 
 WORK = "import time\nend = time.process_time() + 3\nwhile time.process_time() < end: pass\nprint('done')"
 WAIT = "import subprocess, sys\nprint('before', flush=True)\nsubprocess.run(['sleep', '1234.5'])"

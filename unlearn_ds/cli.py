@@ -1,12 +1,11 @@
 """`unlearn-ds COMMAND ...`: the commands, each a module that is imported only when it is asked for."""
 
-import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from unlearn_ds import __version__
-from unlearn_ds.options import OptionError, did_you_mean
+from unlearn_ds.options import OptionError, did_you_mean, run_with_arguments
 
 # command -> (module with main(argv) -> exit code, one line of help)
 COMMANDS = {
@@ -16,8 +15,8 @@ COMMANDS = {
     "report": ("unlearn_ds.evaluation.report", "an HTML page from the folders of one or more runs"),
     "inspect": ("unlearn_ds.data.inspect", "look into a corpus, or at what one update will see"),
     "sweep": ("unlearn_ds.sweep", "a grid of runs: under SLURM or on this machine, and their comparison"),
-    "plan": ("unlearn_ds.cost_report", "memory, communication, time and GPU-hours of a run before it is started"),
-    "demo": ("unlearn_ds.demo", "the whole story on one machine, offline, in ten minutes"),
+    "plan": ("unlearn_ds.cost.report", "memory, communication, time and GPU-hours of a run before it is started"),
+    "demo": ("unlearn_ds.demo.demo", "the whole story on one machine, offline, in ten minutes"),
     "bench": ("unlearn_ds.cli", "benchmarks: bench loss|kernels|loader|step|scaling|save|evaluation"),
 }
 # bench WHAT -> module with add_arguments(parser) and main(args) -> exit code
@@ -74,17 +73,6 @@ def _bench(words: Sequence[str]) -> int:
     return run_with_arguments(
         module.add_arguments, module.main, f"unlearn-ds bench {words[0]}", module.__doc__, words[1:]
     )
-
-
-def run_with_arguments(
-    add_arguments: Callable, function: Callable, prog: str, description: str | None, words: Sequence[str]
-) -> int:
-    """Parse `words` by the flags that `add_arguments(parser)` adds, and call `function(args)`."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_arguments(parser)
-    return function(parser.parse_args(words))
 
 
 def _usage(prog: str, table: dict[str, tuple[str, str]]) -> str:

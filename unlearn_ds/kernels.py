@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unlearn_ds import triton_interpreter, vector_math
-
 _HERE = Path(__file__).resolve().parent
 __path__ = [str(_HERE / "kernels" if (_HERE / "kernels").is_dir() else _HERE.parent / "kernels")]
 
-from unlearn_ds.kernels import chunked, ops, reference  # noqa: E402  (after __path__)
+from unlearn_ds.kernels import chunked, ops, reference, triton_interpreter, vector_math  # noqa: E402  (after __path__)
 from unlearn_ds.kernels.reference import IGNORED, TokenStats  # noqa: E402
 from unlearn_ds.kernels.tuning import keeps_dz  # noqa: E402
 

@@ -13,7 +13,7 @@ import os
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -224,3 +224,14 @@ def parse(config_class: type[Options], argv: Sequence[str], prog: str, descripti
     config = config_class(**merged)
     check_choices(config)
     return config
+
+
+def run_with_arguments(
+    add_arguments: Callable, function: Callable, prog: str, description: str | None, words: Sequence[str]
+) -> int:
+    """Parse `words` by the flags that `add_arguments(parser)` adds, and call `function(args)`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_arguments(parser)
+    return function(parser.parse_args(words))

@@ -29,12 +29,12 @@ from typing import Any
 
 import yaml
 
-from unlearn_ds import distributed
+from unlearn_ds.cluster import distributed
+from unlearn_ds.cluster.processes import default_num_ranks, rank_command, rank_environment
+from unlearn_ds.cluster.signals import EXIT_RESUMABLE
 from unlearn_ds.config import RunConfig
 from unlearn_ds.durable import replacing
 from unlearn_ds.options import OptionError, did_you_mean, field_types, parse
-from unlearn_ds.processes import default_num_ranks, rank_command, rank_environment
-from unlearn_ds.signals import EXIT_RESUMABLE
 
 MARKER = "done.json"
 _KEYS = ("output_dir", "base", "grid", "variants")

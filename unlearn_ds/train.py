@@ -20,31 +20,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from unlearn_ds import distributed  # before whatever imports DeepSpeed: it chooses the accelerator
+from unlearn_ds.cluster import distributed  # before whatever imports DeepSpeed: it chooses the accelerator
 
 # isort: split
-from unlearn_ds import checkpoint
-from unlearn_ds.build import Run, build_run
+from unlearn_ds.cluster.health import time_all_reduce
+from unlearn_ds.cluster.signals import StopRequest, StopRequested
+from unlearn_ds.cluster.watchdog import Watchdog
 from unlearn_ds.config import RunConfig
+from unlearn_ds.cost.flops import peak_flops
 from unlearn_ds.data.loader import Loader, Step
-from unlearn_ds.data.plan import Plan
-from unlearn_ds.engine import UpdateResult
-from unlearn_ds.evaluation.folder import stamp_model
-from unlearn_ds.export import export_model, model_card
-from unlearn_ds.flops import peak_flops
-from unlearn_ds.guards import Guard
-from unlearn_ds.health import time_all_reduce
-from unlearn_ds.metrics import MetricsWriter, peak_memory_gib
-from unlearn_ds.model import model_fingerprint
+from unlearn_ds.engine import checkpoint
+from unlearn_ds.engine.engine import UpdateResult
+from unlearn_ds.engine.metrics import MetricsWriter, peak_memory_gib
+from unlearn_ds.engine.profile import StepProfiler
+from unlearn_ds.measures.folder import stamp_model
+from unlearn_ds.model.load import model_fingerprint
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
-from unlearn_ds.profile import StepProfiler
-from unlearn_ds.records import announce, describe, write_run_json
-from unlearn_ds.signals import StopRequest, StopRequested
-from unlearn_ds.watchdog import Watchdog
+from unlearn_ds.run.build import Run, build_run
+from unlearn_ds.run.export import export_model, model_card
+from unlearn_ds.run.guards import Guard
+from unlearn_ds.run.records import announce, describe, write_run_json
+from unlearn_ds.run.update import accumulate, reduce_losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +71,7 @@ def train(config: RunConfig) -> Path:
     with resumable(run):
         evaluation = None
         if config.do_eval:
-            from unlearn_ds.evaluation.result import evaluate_run
+            from unlearn_ds.measures.result import evaluate_run
 
             evaluation = evaluate_run(config, run.engine.ask, run.model_config, run.tokenizer, run.device)
         if config.export:
@@ -201,28 +200,6 @@ def frozen_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def accumulate(run: Run, step: Step) -> Tensor:
-    """Forward and backward over this rank's micro-batches; returns (3,): loss, forget part, retain part, before reduction."""
-    sums = torch.zeros(3, dtype=torch.float64, device=run.engine.device)
-    for batch in step.micro_batches:
-        with run.reference.loss_call(batch) as call:
-            sums += micro_sums(batch, run.engine.micro_step(batch.rows, call))
-    return sums
-
-
-def micro_sums(batch: Any, answer: tuple[Tensor, ...]) -> Tensor:
-    """(3,) fp64: the micro-batch's share of the loss, of its forget part and of its retain part; no device sync."""
-    loss, nll, kl, whole = answer
-    weighted = batch.ce_weights * nll
-    forget = torch.where(batch.ce_is_forget, weighted, 0).sum(dtype=torch.float64)
-    retain = torch.where(batch.ce_is_forget, 0, weighted).sum(dtype=torch.float64)
-    if kl.numel():
-        retain = retain + (batch.kl_weights * kl).sum(dtype=torch.float64)
-    if whole.numel():  # a term of whole sequences is the forget set's
-        forget = forget + (batch.sequences.weights * whole).sum(dtype=torch.float64)
-    return torch.stack([loss.double(), forget, retain])
-
-
 def metrics_row(
     run: Run, step: Step, sums: Tensor, result: UpdateResult, learning_rate: float, elapsed_s: float
 ) -> dict[str, Any]:
@@ -252,19 +229,6 @@ def achieved_flops(run: Run, step: Step, elapsed_s: float) -> dict[str, float]:
     rates = {"tflops": rate / 1e12, "reference_tflops": reference / 1e12}
     peak = peak_flops(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None
     return rates | ({"mfu": rate / peak} if peak else {})
-
-
-def reduce_losses(plan: Plan, step: Step, sums: Tensor) -> dict[str, float | None]:
-    """Add the ranks' shares; forget_loss and retain_loss are means over their own sequences, without sign and weight."""
-    if distributed.world_size() > 1:
-        dist.all_reduce(sums)
-    loss, forget, retain = sums.tolist()
-    parts: dict[str, float | None] = {"forget_loss": None, "retain_loss": None}
-    for source, count in zip(plan.sources, step.num_sequences_by_source):
-        total = forget if source.role == "forget" else retain
-        if source.factor and count:
-            parts[f"{source.role}_loss"] = total / source.factor * step.num_sequences / count
-    return {"loss": loss, **parts}
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unlearn_ds import distributed
 from unlearn_ds.bench.record import Run, peak_memory, positive_int, time_interleaved, write_json
+from unlearn_ds.cluster import distributed
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.evaluation.collect import collect_tables, open_sets
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.subject import load_subject
+from unlearn_ds.measures.collect import collect_tables, open_sets
 
 IMPLS = ("one_pass", "separate")
 _TOLERANCE = 1e-3  # nats, and standard deviations for Min-K%++; both sum in fp32

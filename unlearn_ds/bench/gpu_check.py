@@ -30,6 +30,8 @@ WHOLE_MODEL_BYTES = 130 << 30  # of device memory, for all layers of Yi-6B: weig
 KEPT_LINES = 4000  # of a log
 _END_S = 5  # for a process that is told to stop
 
+_FULL = ("--activation_checkpointing", "full")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -84,19 +86,22 @@ def _kernels(vocab_size: int, ops: dict[str, int], on_cpu: bool) -> tuple[Case, 
 
 def steps(on_cpu: bool) -> dict[str, Step]:
     """All steps in the order of what is wanted most; on CPU the same commands with small shapes."""
+    ordered = [*_speed(on_cpu), *_correctness(on_cpu)]
+    if on_cpu or torch.cuda.mem_get_info()[1] >= WHOLE_MODEL_BYTES:
+        model = "tiny" if on_cpu else "yi-6b"
+        ordered.append(Step("whole", "all layers of Yi-6B", (_update("whole", 120, on_cpu, *_FULL, "--model", model),)))
+    return {step.name: step for step in ordered}
+
+
+def _speed(on_cpu: bool) -> tuple[Step, ...]:
     device = "cpu" if on_cpu else "cuda"
 
     def update(name: str, seconds: int, *options: str) -> Case:
         return _update(name, seconds, on_cpu, *options)
 
-    def tests(name: str, seconds: int, words: str) -> Case:
-        return _tests(name, seconds, *shlex.split("tests/test_attention.py -k choice" if on_cpu else words))
-
-    full = ("--activation_checkpointing", "full")
     two = ("--per_device_train_batch_size", "2")
     kl = ("--method", "ascent_plus_kl_divergence")
-    first = "tests/test_kernels_gpu.py tests/test_kernel_stats.py tests/test_attention.py tests/test_loader.py"
-    ordered = (
+    return (
         Step(
             "versions", "does the code fit what is installed", (_bench("versions", 30, "versions", "--device", device),)
         ),
@@ -106,23 +111,23 @@ def steps(on_cpu: bool) -> dict[str, Step]:
             (
                 update("auto", 40, "--activation_checkpointing", "auto", "--per_device_train_batch_size", "auto"),
                 update("none_1", 40),
-                update("full_1", 40, *full),
+                update("full_1", 40, *_FULL),
                 update("none_2", 40, *two),
-                update("full_2", 40, *full, *two),
+                update("full_2", 40, *_FULL, *two),
                 update("compiled_1", 65, "--torch_compile"),
                 update("compiled_2", 65, "--torch_compile", *two),
             ),
         ),
-        Step("baseline", "the published way beside ours, in one run", (update("baseline", 80, "--baseline", *full),)),
+        Step("baseline", "the published way beside ours, in one run", (update("baseline", 80, "--baseline", *_FULL),)),
         Step("kernels_64000", "loss ops beside every peer", _kernels(64000, {"cross_entropy": 60, "kl": 60}, on_cpu)),
         Step("kernels_128256", "the same", _kernels(128256, {"cross_entropy": 70, "kl": 70}, on_cpu)),
         Step(
             "kl",
             "KL with the reference live and cached, beside descent and the published way",
             (
-                update("kl", 80, *kl, *full, "--reference", "live", "cache"),
-                update("descent", 40, "--method", "ascent_plus_descent", *full),
-                update("kl_baseline", 80, *kl, *full, "--baseline"),
+                update("kl", 80, *kl, *_FULL, "--reference", "live", "cache"),
+                update("descent", 40, "--method", "ascent_plus_descent", *_FULL),
+                update("kl_baseline", 80, *kl, *_FULL, "--baseline"),
             ),
         ),
         Step(
@@ -130,12 +135,24 @@ def steps(on_cpu: bool) -> dict[str, Step]:
             "the trace of an update of one micro-step",
             (update("profile", 40, "--global_batch_size", "2", "--steps", "2"),),
         ),
+    )
+
+
+def _correctness(on_cpu: bool) -> tuple[Step, ...]:
+    def tests(name: str, seconds: int, words: str) -> Case:
+        return _tests(name, seconds, *shlex.split("tests/model/test_attention.py -k choice" if on_cpu else words))
+
+    first = (
+        "tests/kernels/test_kernels_gpu.py tests/kernels/test_kernel_stats.py "
+        "tests/model/test_attention.py tests/data/test_loader.py"
+    )
+    return (
         Step(
             "tests",
             "the kernels against fp64, attention, loader, on the device",
             (
                 tests("tests_first", 180, f"{first} -k not\\ sanitizer"),
-                tests("tests_grid", 150, "tests/test_kernels.py tests/test_kernel_sequence.py"),
+                tests("tests_grid", 150, "tests/kernels/test_kernels.py tests/kernels/test_kernel_sequence.py"),
             ),
         ),
         Step(
@@ -146,15 +163,9 @@ def steps(on_cpu: bool) -> dict[str, Step]:
         Step(
             "sanitizer",
             "compute-sanitizer over our kernels",
-            (tests("sanitizer", 150, "tests/test_kernels_gpu.py -k sanitizer"),),
+            (tests("sanitizer", 150, "tests/kernels/test_kernels_gpu.py -k sanitizer"),),
         ),
     )
-    whole = Step(
-        "whole", "all layers of Yi-6B", (update("whole", 120, *full, "--model", "tiny" if on_cpu else "yi-6b"),)
-    )
-    if on_cpu or torch.cuda.mem_get_info()[1] >= WHOLE_MODEL_BYTES:
-        ordered = (*ordered, whole)
-    return {step.name: step for step in ordered}
 
 
 def run_case(case: Case, out: Path, limit_s: float, environment: dict[str, str]) -> dict[str, Any]:
@@ -363,7 +374,7 @@ def _describe_gpu(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    from unlearn_ds.cli import run_with_arguments
+    from unlearn_ds.options import run_with_arguments
 
     try:
         sys.exit(run_with_arguments(add_arguments, main, "gpu_check", __doc__, sys.argv[1:]))

@@ -17,10 +17,10 @@ import torch
 
 from unlearn_ds.bench.contestants import NUM_PRODUCTS, OPS, ZERO_SHARE, make_inputs, outcome, products
 from unlearn_ds.bench.loss import DTYPES, TOLERANCE, Shape, show
-from unlearn_ds.bench.plots import plot_kernels
 from unlearn_ds.bench.qualify import DeviceLost, LeftOut, failure, first_runs, left_out_rows, ours_fell_out, qualify
 from unlearn_ds.bench.record import Run, percent, positive_int, quantiles, time_interleaved, version, write_json
 from unlearn_ds.options import OptionError
+from unlearn_ds.plots.benchmarks import plot_kernels
 
 # N, D, V of the models the kernels are for: Llama-2, Yi-6B, Llama-3, Qwen, Gemma
 GPU_SHAPES = (

@@ -283,7 +283,7 @@ if __name__ == "__main__":
 
 def train_tokenizer(folder: Path, text: Path) -> None:
     """A byte-level BPE of 32 000 tokens, trained on the first 2 000 documents."""
-    from unlearn_ds.demo_data import write_tokenizer
+    from unlearn_ds.demo.data import write_tokenizer
 
     head = folder / "head.jsonl"
     with text.open(encoding="utf-8") as file:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from unlearn_ds.cluster.processes import LAUNCHER_VARIABLES
 from unlearn_ds.durable import replacing
-from unlearn_ds.processes import LAUNCHER_VARIABLES
 
 Run = Callable[[], object]
 

@@ -16,11 +16,12 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from unlearn_ds import checkpoint, distributed
 from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
 from unlearn_ds.bench.small_engine import small_engine, update
+from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import flush
-from unlearn_ds.engine import TrainingEngine
+from unlearn_ds.engine import checkpoint
+from unlearn_ds.engine.engine import TrainingEngine
 
 _PIECE = 4 << 20  # bytes
 

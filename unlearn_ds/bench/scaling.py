@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from unlearn_ds import distributed
-from unlearn_ds.bench.plots import plot_scaling
 from unlearn_ds.bench.record import positive_int, time_interleaved, version, write_json
 from unlearn_ds.bench.small_engine import small_engine, update
-from unlearn_ds.engine import TrainingEngine
+from unlearn_ds.cluster import distributed
+from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.options import OptionError
+from unlearn_ds.plots.benchmarks import plot_scaling
 
 _SHAPE = {
     "hidden_size": 128,

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from unlearn_ds import attention
 from unlearn_ds.bench.step_worker import packed_model, training_ds_config
-from unlearn_ds.checks import pack
 from unlearn_ds.config import RunConfig
-from unlearn_ds.engine import TrainingEngine
-from unlearn_ds.layers import decoder_layer_classes
-from unlearn_ds.loss_head import LossCall
-from unlearn_ds.model import parameter_dtype
+from unlearn_ds.engine.checks import pack
+from unlearn_ds.engine.engine import TrainingEngine
+from unlearn_ds.model import attention
+from unlearn_ds.model.layers import decoder_layer_classes
+from unlearn_ds.model.load import parameter_dtype
+from unlearn_ds.model.loss_head import LossCall
 
 
 def small_engine(shape: LlamaConfig, bf16: bool) -> TrainingEngine:

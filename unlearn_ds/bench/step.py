@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from unlearn_ds.bench.geometry import GEOMETRIES, model_config, write_documents
-from unlearn_ds.bench.plots import plot_step
 from unlearn_ds.bench.record import positive_int, quantiles, version, whole_number, write_json
+from unlearn_ds.cluster.processes import default_num_ranks, run_ranks
 from unlearn_ds.config import RunConfig
-from unlearn_ds.flops import model_flops, peak_flops
-from unlearn_ds.memory import num_parameters
+from unlearn_ds.cost.flops import model_flops, peak_flops
+from unlearn_ds.model.size import num_parameters
 from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError, WordOr
-from unlearn_ds.processes import default_num_ranks, run_ranks
+from unlearn_ds.plots.benchmarks import plot_step
 
 _METHODS = [
     name

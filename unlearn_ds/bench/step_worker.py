@@ -16,27 +16,30 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from unlearn_ds import attention, distributed, weights
 from unlearn_ds.bench.baseline import PublishedStep, padded_batches
 from unlearn_ds.bench.geometry import model_config
 from unlearn_ds.bench.record import resident
+from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
+from unlearn_ds.cost.fit import model_facts, setting_of, settle_memory
 from unlearn_ds.data.loader import Loader
 from unlearn_ds.data.plan import Plan
-from unlearn_ds.ds_config import inference_config, load_ds_file, training_config
-from unlearn_ds.engine import FrozenEngine, TrainingEngine, make_optimizer
-from unlearn_ds.fit import model_facts, setting_of, settle_memory
-from unlearn_ds.fixed_tensors import fixed_tensors, restore
-from unlearn_ds.hidden_cache import open_or_fill
-from unlearn_ds.layers import decoder_layer_classes, wrap_layers
-from unlearn_ds.loss_head import PackedCausalLM, attach
-from unlearn_ds.memory import blank_model, num_parameters
-from unlearn_ds.model import ZeroInit, head_options, model_size, parameter_dtype
+from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora
+from unlearn_ds.engine.ds_config import inference_config, load_ds_file, training_config
+from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine, make_optimizer
+from unlearn_ds.engine.profile import breakdown, longest
+from unlearn_ds.model import attention, weights
+from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
+from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
+from unlearn_ds.model.load import ZeroInit, head_options, parameter_dtype
+from unlearn_ds.model.loss_head import PackedCausalLM, attach
+from unlearn_ds.model.size import model_size, num_parameters
 from unlearn_ds.objectives import KL
-from unlearn_ds.profile import breakdown, longest
-from unlearn_ds.reference import CachedReference, LiveReference, NoReference, Reference
-from unlearn_ds.run_data import make_plan, make_sources, open_run_corpora
-from unlearn_ds.train import accumulate, frozen_garbage
+from unlearn_ds.original.hidden_cache import open_or_fill
+from unlearn_ds.original.reference import CachedReference, LiveReference, NoReference, Reference
+from unlearn_ds.run.update import accumulate
+from unlearn_ds.train import frozen_garbage
 
 
 @dataclass(frozen=True)

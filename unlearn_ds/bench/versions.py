@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 import unlearn_ds
-from unlearn_ds import attention
 from unlearn_ds.bench import signatures
 from unlearn_ds.bench.contestants import OPS, make_inputs
 from unlearn_ds.bench.loss import TOLERANCE
 from unlearn_ds.bench.qualify import qualify
 from unlearn_ds.bench.record import version, write_json
+from unlearn_ds.model import attention
 from unlearn_ds.options import OptionError
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "numpy", "accelerate", "safetensors", "peft", "flash-attn")

@@ -16,10 +16,10 @@ from typing import Any
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, with_suffix
 from unlearn_ds.data.plan import Plan, StepPlan
+from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora
 from unlearn_ds.data.summary import format_summary, save_histogram, save_step_picture, summarise
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.options import OptionError, parse
-from unlearn_ds.run_data import make_plan, make_sources, open_run_corpora
 
 _SAMPLE_TOKENS = 120
 _SHOWN_SEQUENCES = 20

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unlearn_ds import distributed
+from unlearn_ds.cluster import distributed
 from unlearn_ds.data.corpus import CorpusError, with_suffix
 from unlearn_ds.data.hashing import derive_key, mix
 from unlearn_ds.durable import flush, replacing

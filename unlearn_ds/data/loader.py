@@ -77,7 +77,7 @@ class Loader:
     """Iterate over the steps of a plan from `start_step` on, as rank `rank` sees them.
 
     Used in a `with` block, which ends the prefetch thread. An error in the thread is raised in the loop.
-    hidden_cache: the reference's hidden states (`unlearn_ds.hidden_cache`), put into the micro-batches.
+    hidden_cache: the reference's hidden states (`unlearn_ds.original.hidden_cache`), put into the micro-batches.
     """
 
     def __init__(

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import torch
 
-from unlearn_ds import distributed
+from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.evaluation.card import update_card
-from unlearn_ds.evaluation.collect import collect_tables, open_sets
-from unlearn_ds.evaluation.folder import check_same_model, check_same_subject, evaluated, subject_statement
+from unlearn_ds.engine.precision import name_of, settle
 from unlearn_ds.evaluation.generation import measure_generation
-from unlearn_ds.evaluation.measured import check_comparable, statement
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.quantize import measure_quantized
 from unlearn_ds.evaluation.relearn import measure_relearning
-from unlearn_ds.evaluation.result import finish
 from unlearn_ds.evaluation.subject import load_subject
-from unlearn_ds.evaluation.verdict import Comparison
-from unlearn_ds.model import model_fingerprint
+from unlearn_ds.measures.card import update_card
+from unlearn_ds.measures.collect import collect_tables, open_sets
+from unlearn_ds.measures.folder import check_same_model, check_same_subject, evaluated, subject_statement
+from unlearn_ds.measures.measured import check_comparable, statement
+from unlearn_ds.measures.result import finish
+from unlearn_ds.measures.verdict import Comparison
+from unlearn_ds.model.load import model_fingerprint
 from unlearn_ds.options import OptionError, parse
-from unlearn_ds.precision import name_of, settle
 
 _OPTION_OF = {"generation": "generate"}  # measured beside the corpora -> its option, where that has another name
 

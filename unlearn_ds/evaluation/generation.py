@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlearn_ds import distributed
-from unlearn_ds.checks import pack
+from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.engine import Ask
-from unlearn_ds.evaluation.folder import write_json
+from unlearn_ds.engine.checks import pack
+from unlearn_ds.engine.engine import Ask
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.subject import Subject
-from unlearn_ds.loss_head import SampleCall
+from unlearn_ds.measures.folder import write_json
+from unlearn_ds.model.loss_head import SampleCall
 
 
 def measure_generation(

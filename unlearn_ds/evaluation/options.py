@@ -4,33 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unlearn_ds.evaluation.published import PublishedFlags
+from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.options import OptionError, check_choices, did_you_mean
 
 QUANTIZATIONS = ("int8", "int4")
 _POSITIVE = (
     "seq_len per_device_eval_batch_size loss_workspace_mib relearn_learning_rate relearn_batch_size generate_tokens"
 )
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What counts as forgotten and as kept."""
-
-    ppl_tolerance: float = 0.25
-    """forgotten: forget perplexity between the yardstick's / (1 + this) and the yardstick's x (1 + this)"""
-    auc_tolerance: float = 0.1
-    """forgotten: AUC of the Min-40% attack within this of the yardstick's"""
-    max_ppl_increase: float = 0.1
-    """kept: perplexity on retain and general at most the original's x (1 + this)"""
-
-    def __post_init__(self) -> None:
-        for name, value in self.limits().items():
-            if not value > 0:
-                raise OptionError(f"--{name} {value}: must be above 0")
-
-    def limits(self) -> dict[str, float]:
-        """The thresholds alone, also of a class that adds options of its own."""
-        return {name: getattr(self, name) for name in Thresholds.__dataclass_fields__}
 
 
 @dataclass(frozen=True, kw_only=True)

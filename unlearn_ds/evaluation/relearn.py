@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from unlearn_ds import distributed
-from unlearn_ds.build import build_run
+from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.labels import TrueTargets
@@ -20,14 +19,15 @@ from unlearn_ds.data.loader import Loader
 from unlearn_ds.data.overlap import ForgetIndex
 from unlearn_ds.data.plan import Source
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.evaluation.collect import collect_tables, open_sets
-from unlearn_ds.evaluation.folder import write_json
+from unlearn_ds.data.sources import make_plan
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.evaluation.summary import evaluate_tables, show
+from unlearn_ds.measures.collect import collect_tables, open_sets
+from unlearn_ds.measures.folder import write_json
+from unlearn_ds.measures.summary import evaluate_tables, show
 from unlearn_ds.objectives import CROSS_ENTROPY
 from unlearn_ds.options import OptionError
-from unlearn_ds.run_data import make_plan
-from unlearn_ds.train import accumulate
+from unlearn_ds.run.build import build_run
+from unlearn_ds.run.update import accumulate
 
 _SHARED_OPTIONS = (
     "domain data_dir seq_len seed deepspeed bf16 attn loss_impl loss_workspace_mib num_threads trust_remote_code"

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.evaluation.folder import write_json, write_text
-from unlearn_ds.evaluation.measured import check_comparable
-from unlearn_ds.evaluation.options import ReportConfig, Thresholds
+from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
-from unlearn_ds.evaluation.summary import DEFAULT_SEED, evaluate_tables
-from unlearn_ds.evaluation.verdict import Comparison, document_changes, judge
+from unlearn_ds.measures.folder import write_json, write_text
+from unlearn_ds.measures.measured import check_comparable
+from unlearn_ds.measures.summary import DEFAULT_SEED, evaluate_tables
+from unlearn_ds.measures.thresholds import Thresholds
+from unlearn_ds.measures.verdict import Comparison, document_changes, judge
 from unlearn_ds.options import OptionError, did_you_mean, parse
 
 _NUM_DOCUMENTS = 5  # shown at each end of the list of documents

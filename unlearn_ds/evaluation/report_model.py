@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.evaluation.folder import evaluated_tables, read_json, read_robustness
-from unlearn_ds.evaluation.table import Table
-from unlearn_ds.metrics import read_metrics
+from unlearn_ds.engine.metrics import read_metrics
+from unlearn_ds.measures.folder import evaluated_tables, read_json, read_robustness
+from unlearn_ds.measures.table import Table
 
 
 @dataclass

@@ -9,11 +9,12 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from unlearn_ds import __version__
-from unlearn_ds.evaluation import plots
-from unlearn_ds.evaluation.attacks import MAIN_ATTACK, attack_scores, roc_curve
 from unlearn_ds.evaluation.report_model import Model
-from unlearn_ds.evaluation.summary import show
-from unlearn_ds.evaluation.verdict import verdict_words
+from unlearn_ds.measures.attacks import MAIN_ATTACK, attack_scores, roc_curve
+from unlearn_ds.measures.summary import show
+from unlearn_ds.measures.verdict import verdict_words
+from unlearn_ds.plots import models as plots
+from unlearn_ds.plots import style
 
 SETS = ("forget", "approximate", "retain", "general")
 _ATTACK_NAMES = {"min_k_100": "LOSS (Min-100%)", "zlib": "zlib ratio", "reference": "gain over the original"}
@@ -101,14 +102,14 @@ def run_facts(model: Model) -> dict[str, Any]:
 
 def draw_figures(report: dict[str, Any], models: dict[str, Model]) -> list[dict[str, str]]:
     """The plots that the data allows: `id`, `title`, `text` and `svg` of each."""
-    ink = plots.colours(list(models))
+    ink = style.colours(list(models))
     unlearned = {name: model for name, model in models.items() if name not in (report["original"], report["retrained"])}
     drawn = [_tradeoff(report, ink), _roc(models, ink), _losses(report, models, ink), *_curves(unlearned, ink)]
     return [figure for figure in drawn if figure is not None]
 
 
 def _entry(name: str, title: str, text: str, figure: Any) -> dict[str, str]:
-    return {"id": name, "title": title, "text": text, "svg": plots.to_svg(figure, name, title)}
+    return {"id": name, "title": title, "text": text, "svg": style.to_svg(figure, name, title)}
 
 
 def _tradeoff(report: dict[str, Any], ink: dict[str, str]) -> dict[str, str] | None:
@@ -123,7 +124,7 @@ def _tradeoff(report: dict[str, Any], ink: dict[str, str]) -> dict[str, str] | N
     target = targets.pop() if len(targets) == 1 else None  # without a common yardstick there is no common target
     start = report["models"].get(report["original"], {}).get("sets", {}).get("retain", {}).get("ppl")
     limit = None if start is None else start * (1 + report["thresholds"]["max_ppl_increase"])
-    figure, (axes,) = plots.new_figure(6.4, 4.8)
+    figure, (axes,) = style.new_figure(6.4, 4.8)
     plots.draw_tradeoff(axes, points, ink, target, limit)
     text = "Right is forgotten, up is damaged. "
     text += "" if target is None else "The dashed line is the yardstick: a good method lands on it. "
@@ -139,7 +140,7 @@ def _roc(models: dict[str, Model], ink: dict[str, str]) -> dict[str, str] | None
             curves[name] = roc_curve(scores)
     if not curves:
         return None
-    figure, (axes,) = plots.new_figure(5.2, 5.2)
+    figure, (axes,) = style.new_figure(5.2, 5.2)
     plots.draw_roc(axes, curves, ink)
     text = (
         "Can the Min-40% attack tell the forget set from unseen documents? On the diagonal it cannot. Above: the model still "
@@ -156,7 +157,7 @@ def _losses(report: dict[str, Any], models: dict[str, Model], ink: dict[str, str
     }
     if not losses:
         return None
-    figure, (axes,) = plots.new_figure(6.4, 4.2)
+    figure, (axes,) = style.new_figure(6.4, 4.2)
     plots.draw_losses(axes, losses, ink, dashed=[report["original"], report["retrained"]])
     largest = max(values.max() for values in losses.values())
     median = float(np.median([np.median(values) for values in losses.values()]))
@@ -187,10 +188,10 @@ def _curves(models: dict[str, Model], ink: dict[str, str]) -> list[dict[str, str
             if points:
                 curves[name] = tuple(np.array(points, float).T)
         if curves:
-            figure, (axes,) = plots.new_figure(6.4, 3.6)
+            figure, (axes,) = style.new_figure(6.4, 3.6)
             plots.draw_curves(axes, curves, ink, key.replace("eval_", "").replace("_", " "))
             if "ppl" in key:
-                plots.set_log_scale(axes, axes.yaxis)
+                style.set_log_scale(axes, axes.yaxis)
             drawn.append(_entry(key, title, text, figure))
     return drawn
 

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from unlearn_ds import distributed
-from unlearn_ds.checks import check_model
+from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.ds_config import inference_config, load_ds_file
-from unlearn_ds.engine import FrozenEngine
-from unlearn_ds.evaluation.collect import open_sets
+from unlearn_ds.engine.checks import check_model
+from unlearn_ds.engine.ds_config import inference_config, load_ds_file
+from unlearn_ds.engine.engine import FrozenEngine
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.model import ModelOptions, head_options, load_model, load_tokenizer, model_size, open_config
+from unlearn_ds.measures.collect import open_sets
+from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, open_config
+from unlearn_ds.model.size import model_size
 
 
 @dataclass(frozen=True)

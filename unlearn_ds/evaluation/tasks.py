@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds import distributed
-from unlearn_ds.evaluation.card import update_card
-from unlearn_ds.evaluation.folder import write_json
+from unlearn_ds.cluster import distributed
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.evaluation.summary import number, show
+from unlearn_ds.measures.card import update_card
+from unlearn_ds.measures.folder import write_json
+from unlearn_ds.measures.summary import number, show
 from unlearn_ds.options import OptionError, did_you_mean
 
 

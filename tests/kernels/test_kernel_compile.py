@@ -1,0 +1,54 @@
+"""Every variant of the row kernels goes through ptxas for the architectures we promise, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+
+MAX_REGISTERS = 80  # three programs of 8 warps fit the register file
+# Instructions of the loops over full blocks for an entry of the vocabulary, without a bias; a softcap costs an exponential and
+# a division in each pass.
+MAX_PER_LOGIT = {"cross_entropy": 8, "cross_entropy backward": 15, "kl": 32, "kl backward": 35, "token_stats": 22}
+SOFTCAP_FACTOR = 2.5
+MAX_SECONDS = 900  # 33 s where two cores have nothing else to do
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_no_variant_spills_and_all_load_16_bytes(arch, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = ROOT / "tests" / "support" / "compile_kernels.py"
+    progress = tmp_path / "progress.txt"
+    with progress.open("w") as stderr, (tmp_path / "variants.json").open("w") as stdout:
+        compiler = subprocess.Popen(
+            [sys.executable, script, str(arch)],
+            cwd=ROOT,
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            stdout=stdout,
+            stderr=stderr,
+        )
+        try:
+            status = compiler.wait(MAX_SECONDS)
+        except subprocess.TimeoutExpired:
+            compiler.kill()
+            status = f"killed after {MAX_SECONDS} s"
+    assert status == 0, f"{status}: {progress.read_text()[-4000:]}"
+    variants = json.loads((tmp_path / "variants.json").read_text())
+    assert len(variants) == 54
+    for variant in variants:
+        assert variant["spills"] == variant["stack"] == 0, variant
+        assert variant["registers"] <= MAX_REGISTERS, variant
+        assert variant["loop_barriers"] == 0, variant
+        assert variant["wide_loads"] >= 2, variant
+        if "bias" not in variant["name"]:  # one in bf16 beside logits in fp32 is read 8 bytes at a time
+            # target, its logit and the weight are scalars
+            assert variant["wide_loads"] >= variant["loads"] - 3, variant
+            words = variant["name"].split()
+            limit = MAX_PER_LOGIT[words[0] + " backward" * ("backward" in words)]
+            assert variant["per_logit"] <= limit * (SOFTCAP_FACTOR if "softcap" in words else 1), variant
+        if "backward" in variant["name"]:
+            assert variant["wide_stores"] >= 1, variant

@@ -1,0 +1,160 @@
+"""unlearn_ds.run.export: what is gathered at once on every rank stays small, and transformers 4 reads the result as 5 does."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig
+
+from tests.support.cluster import require
+from unlearn_ds.demo.data import write_tokenizer
+from unlearn_ds.engine.gather import _groups
+from unlearn_ds.run.export import export_model
+from unlearn_ds.run.transformers_4 import for_transformers_4
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+BY_LAYER = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 70000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+}
+ROTARY = {
+    "yi": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 5e6}),
+    "llama3": LlamaConfig(**SHAPE, rope_parameters=LLAMA_3),
+    "neox": GPTNeoXConfig(
+        **SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.5}
+    ),
+    "phi": PhiConfig(
+        **SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.75}
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE,
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters=BY_LAYER,
+    ),
+}
+LOGITS_IN_4 = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+assert __version__.startswith("4."), __version__
+folder, text = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+logits = model(torch.tensor([ids])).logits[0].float()
+print(json.dumps({"ids": ids, "logits": logits.tolist(), "dtype": str(model.dtype)}))
+"""
+
+
+def test_parameters_are_gathered_by_size_not_by_number() -> None:
+    named = [(str(i), nn.Parameter(torch.empty(size))) for i, size in enumerate([3, 4, 5, 100, 1, 1, 8, 1])]
+    assert [[name for name, _ in group] for group in _groups(named, 10)] == [
+        ["0", "1"],
+        ["2"],
+        ["3"],
+        ["4", "5", "6"],
+        ["7"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    documents = folder / "documents.jsonl"
+    documents.write_text(json.dumps({"text": "a b c question which letter"}))
+    write_tokenizer(folder, [documents], SHAPE["vocab_size"])
+    # As most models on the hub say it, and as only a file that is copied can.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def exported(name, tokenizer, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ROTARY[name], dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1)  # large enough that attention depends on positions
+    export_model(model, tokenizer, folder, "card")
+    return model
+
+
+def test_config_holds_the_keys_of_transformers_4_beside_those_of_5(tokenizer, tmp_path):
+    exported("llama3", tokenizer, tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert content["rope_parameters"] == LLAMA_3
+    assert content["rope_theta"] == 500000.0
+    assert content["rope_scaling"] == {name: value for name, value in LLAMA_3.items() if name != "rope_theta"}
+    assert content["torch_dtype"] == content["dtype"] == "float32"
+
+
+def test_config_of_layers_with_rotary_embeddings_of_their_own():
+    content = for_transformers_4(ROTARY["gemma3"].to_dict())
+    assert (content["rope_theta"], content["rope_local_base_freq"]) == (70000.0, 3000.0)
+    assert content["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    content = for_transformers_4(ROTARY["neox"].to_dict())
+    assert (content["rotary_emb_base"], content["rotary_pct"]) == (777.0, 0.5)
+    with pytest.raises(ValueError, match="olmo3: transformers 4 has no keys for the rotary embedding of its sliding"):
+        for_transformers_4({"model_type": "olmo3", "rope_parameters": BY_LAYER})
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_transformers_5_reads_the_keys_of_4_as_its_own(tokenizer, tmp_path, name):
+    exported(name, tokenizer, tmp_path / "model")
+    again = type(ROTARY[name]).from_pretrained(tmp_path / "model")
+    assert again.rope_parameters == ROTARY[name].rope_parameters
+
+
+def test_tokenizer_files_are_copied_as_they_are(tokenizer, tmp_path):
+    exported("yi", tokenizer, tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert filecmp.cmp(f"{tokenizer.name_or_path}/{file}", tmp_path / "model" / file, shallow=False), file
+
+
+@pytest.fixture(scope="module")
+def transformers_4(tmp_path_factory):
+    """A folder with transformers 4, to put first on PYTHONPATH; UNLEARN_DS_TRANSFORMERS_4 names one that is there."""
+    folder = os.environ.get("UNLEARN_DS_TRANSFORMERS_4")
+    if folder is None:
+        folder = str(tmp_path_factory.mktemp("transformers_4"))
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, "transformers==4.57.6"]
+        installed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        require([] if installed.returncode == 0 else ["transformers 4.57.6"])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROTARY)
+def test_transformers_4_computes_the_same_logits(tokenizer, transformers_4, tmp_path, name):
+    model = exported(name, tokenizer, tmp_path / "model")
+    text = "a question which letter b c a letter which question " * 2
+    environment = os.environ | {"PYTHONPATH": transformers_4, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LOGITS_IN_4, str(tmp_path / "model"), text]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    there = json.loads(finished.stdout.splitlines()[-1])
+    ids = tokenizer(text)["input_ids"]
+    assert (there["ids"], there["dtype"]) == (ids, "torch.float32")
+    with torch.no_grad():
+        here = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(torch.tensor(there["logits"]), here, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,164 @@
+"""The update is the paper's, whatever the machine: every method, on real ZeRO-3 ranks, against plain PyTorch and itself."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.naive import naive_step_loss, sequence_logits
+from tests.support.record_runs import DETAILED
+from tests.support.runs import VOCAB_SIZE, launch, save_tiny_model, write_corpora
+from unlearn_ds.data.corpus import Corpus, corpus_path
+from unlearn_ds.data.labels import RandomTargets
+from unlearn_ds.data.sequences import SequenceIndex
+
+SEQ_LEN = 48
+BATCH = 8
+SEED = 42
+METHODS = {
+    "gradient_ascent": "--unlearn_method gradient_ascent",
+    "random_label": "--unlearn_method random_label --completely_random True",
+    "adversarial": "--unlearn_method random_label --top_k 1 --rm_groundtruth True",
+    "ascent_plus_descent": "--unlearn_method ascent_plus_descent",
+    "ascent_plus_descent_general": "--unlearn_method ascent_plus_descent --general True",
+    "ascent_plus_kl": "--unlearn_method ascent_plus_kl_divergence",
+    "ascent_plus_kl_general": "--unlearn_method ascent_plus_kl_divergence --general True",
+}
+# How a run may be laid out on the machine; `ranks` is the only key that is no option.
+LAYOUTS = {
+    "base": {},
+    "padded": {"--packing": "False"},
+    "micro_batch_4": {"--per_device_train_batch_size": "4"},
+    "small_chunks": {"--loss_workspace_mib": "0.02"},  # 20 rows of logits, a few per chunk
+    "two_ranks": {"ranks": 2},
+    "two_ranks_micro_batch_2": {"ranks": 2, "--per_device_train_batch_size": "2"},
+}
+MODELS = {"untied": False, "tied": True}
+# Relative differences allowed: everything is fp32, and only the order of summation differs.
+GRADIENT_TOLERANCE = 1e-5
+LOSS_TOLERANCE = 1e-5
+# Against another implementation of the model's forward (unpacked, whole logits).
+NAIVE_TOLERANCE = 2e-5
+
+
+def arguments(root: Path, method: str, model: str, layout: str) -> list[str]:
+    ranks = LAYOUTS[layout].get("ranks", 1)
+    options = {
+        "--target_model_name_or_path": root / model,
+        "--output_dir": root / f"run-{method}-{model}-{layout}",
+        "--data_dir": root / f"data-{ranks}",  # of its own, so that two ranks also draw their labels themselves
+        "--seq_len": SEQ_LEN,
+        "--global_batch_size": BATCH,
+        "--num_train_epochs": 5,
+        "--learning_rate": 1e-4,
+        "--lr_scheduler_type": "constant",
+        "--bf16": "False",
+        "--seed": SEED,
+    } | {key: value for key, value in LAYOUTS[layout].items() if key != "ranks"}
+    words = [str(word) for pair in options.items() for word in pair]
+    return [*words, *METHODS[method].split(), "--disable_tqdm"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> tuple[Path, dict]:
+    """Folder of the data and models, and (method, model, layout) -> what the run computed."""
+    root = tmp_path_factory.mktemp("methods")
+    for model, tied in MODELS.items():
+        save_tiny_model(root / model, tied)
+    for ranks in (1, 2):
+        write_corpora(root / f"data-{ranks}")
+        cases = [
+            {
+                "name": f"{method}-{model}-{layout}",
+                "arguments": arguments(root, method, model, layout),
+                "num_updates": 5,
+            }
+            for method, model, layout in itertools.product(METHODS, MODELS, LAYOUTS)
+            if LAYOUTS[layout].get("ranks", 1) == ranks and (model == "untied" or layout in ("base", "two_ranks"))
+        ]
+        spec = root / f"spec-{ranks}.json"
+        spec.write_text(json.dumps(cases))
+        finished = launch("tests.support.record_runs", [str(spec), str(root)], ranks)
+        assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
+
+
+def gradients(result: dict, update: int = 0) -> dict[str, np.ndarray]:
+    prefix = f"grad/{update}/"
+    return {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
+
+
+def relative_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Norm of the difference of two whole gradients over the norm of the second."""
+    assert one.keys() == other.keys()
+    difference = sum(float(((one[name] - other[name]).astype(np.float64) ** 2).sum()) for name in other)
+    return (difference / sum(float((value.astype(np.float64) ** 2).sum()) for value in other.values())) ** 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "base"])
+def test_layout_does_not_change_the_update(recorded, method, layout):
+    _, results = recorded
+    base, other = results[f"{method}-untied-base"], results[f"{method}-untied-{layout}"]
+    assert relative_difference(gradients(other), gradients(base)) < GRADIENT_TOLERANCE
+    np.testing.assert_allclose(other["losses"], base["losses"], rtol=LOSS_TOLERANCE, atol=1e-7)
+    assert len(set(base["losses"])) == 5, "the losses do not move: nothing was trained"
+
+
+def plain_model(folder: Path, weights: dict[str, np.ndarray] | None = None) -> torch.nn.Module:
+    """Plain transformers, no DeepSpeed and none of our attention."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    if weights:
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+    return model
+
+
+def naive_parts(root: Path, method: str, original: torch.nn.Module, result: dict, update: int) -> list[tuple]:
+    """The sequences of an update as `naive_step_loss` wants them: METHODS as the table of docs/methods.md has it."""
+    retain_domain = "general" if "general" in method else "github"
+    sets = [("github", "forget"), (retain_domain, "retain")]
+    indices = [SequenceIndex([Corpus(corpus_path(root / "data-1", *names))], SEQ_LEN) for names in sets]
+    random_labels = RandomTargets(SEED, VOCAB_SIZE, ())
+    parts = []
+    for source, sequence in zip(result[f"source/{update}"], result[f"sequence/{update}"]):
+        tokens = np.array(indices[source].tokens(sequence))
+        labels = tokens[1:].astype(np.int64)
+        factor, loss = -1.0, "cross_entropy"
+        if source == 1:
+            factor, loss = 1.0, "kl" if "kl" in method else "cross_entropy"
+        elif method == "random_label":
+            positions = np.arange(1, len(tokens))
+            factor, labels = 1.0, random_labels(labels, np.full_like(labels, sequence), positions, positions)
+        elif method == "adversarial":
+            logits = sequence_logits(original, tokens).detach()
+            logits[torch.arange(len(labels)), torch.from_numpy(labels)] = -torch.inf
+            factor, labels = 1.0, logits.argmax(-1).numpy()
+        parts.append((tokens, labels, factor, loss))
+    return parts
+
+
+@pytest.mark.parametrize("update", DETAILED)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_plain_pytorch(recorded, method, model, update):
+    root, results = recorded
+    result = results[f"{method}-{model}-base"]
+    original = plain_model(root / model)
+    prefix = f"weight/{update}/"
+    weights = {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
+    student = plain_model(root / model, weights)
+    loss = naive_step_loss(student, original, naive_parts(root, method, original, result, update))
+    loss.backward()
+    naive = {name: parameter.grad.numpy() for name, parameter in student.named_parameters()}
+    assert result["losses"][update] == pytest.approx(loss.item(), rel=NAIVE_TOLERANCE)
+    assert relative_difference(gradients(result, update), naive) < NAIVE_TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["ascent_plus_kl", "ascent_plus_kl_general"])
+def test_both_terms_are_paired(recorded, method):
+    _, results = recorded
+    assert np.bincount(results[f"{method}-untied-base"]["source/0"]).tolist() == [BATCH // 2, BATCH // 2]

@@ -1,0 +1,161 @@
+"""NPO and SimNPO on real ZeRO-3 ranks: against plain PyTorch, and the same however the run is laid out."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from tests.support.naive import sequence_logits
+from tests.support.runs import launch, save_tiny_model, write_corpora
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.corpus import Corpus, corpus_path
+from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.options import OptionError, parse
+from unlearn_ds.original.sequence_nll import _read
+
+SEQ_LEN = 48
+# method -> (flags, beta, gamma); margins of the tiny model are small, so NPO's beta is larger than its default
+METHODS = {
+    "npo": ("--beta 0.5", 0.5, 0.0),
+    "npo_plus_descent": ("--beta 0.5 --retain_weight 0.7", 0.5, 0.0),
+    "simnpo": ("", 4.5, 0.0),
+    "simnpo_plus_descent": ("--beta 0.8 --gamma 0.3", 0.8, 0.3),
+}
+LAYOUTS = {
+    "base": {},
+    "padded": {"--packing": "False"},
+    "micro_batch_4": {"--per_device_train_batch_size": "4"},
+    "small_chunks": {"--loss_workspace_mib": "0.008"},  # fewer rows than a sequence has: it is read twice
+    "two_ranks": {"ranks": 2},
+}
+LAID_OUT = ("npo_plus_descent", "simnpo")  # the others run in the base layout alone
+TOLERANCE = 1e-5
+NAIVE_TOLERANCE = 2e-5
+UPDATE = 2  # the model has moved away from the original
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Folder of data and model, and (method, layout) -> what the run computed."""
+    root = tmp_path_factory.mktemp("sequence_objectives")
+    save_tiny_model(root / "model")
+    for ranks in (1, 2):
+        write_corpora(root / f"data-{ranks}")
+        cases = []
+        for method, layout in itertools.product(METHODS, LAYOUTS):
+            if LAYOUTS[layout].get("ranks", 1) != ranks or (layout != "base" and method not in LAID_OUT):
+                continue
+            options = {
+                "--target_model_name_or_path": root / "model",
+                "--output_dir": root / f"run-{method}-{layout}",
+                "--data_dir": root / f"data-{ranks}",
+                "--unlearn_method": method,
+                "--seq_len": SEQ_LEN,
+                "--global_batch_size": 8,
+                "--num_train_epochs": 5,
+                "--learning_rate": 1e-3,
+                "--lr_scheduler_type": "constant",
+                "--bf16": "False",
+            } | {name: value for name, value in LAYOUTS[layout].items() if name != "ranks"}
+            words = [str(word) for pair in options.items() for word in pair]
+            words += [*METHODS[method][0].split(), "--disable_tqdm"]
+            cases.append({"name": f"{method}-{layout}", "arguments": words, "num_updates": 4})
+        spec = root / f"spec-{ranks}.json"
+        spec.write_text(json.dumps(cases))
+        finished = launch("tests.support.record_runs", [str(spec), str(root)], ranks)
+        assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
+
+
+def gradients(result: dict, update: int = UPDATE) -> dict[str, np.ndarray]:
+    prefix = f"grad/{update}/"
+    return {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
+
+
+def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    assert one.keys() == other.keys()
+    apart = sum(float(((one[name] - other[name]).astype(np.float64) ** 2).sum()) for name in other)
+    return (apart / sum(float((value.astype(np.float64) ** 2).sum()) for value in other.values())) ** 0.5
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "base"])
+@pytest.mark.parametrize("method", LAID_OUT)
+def test_layout_does_not_change_the_update(recorded, method, layout):
+    _, results = recorded
+    base, other = results[f"{method}-base"], results[f"{method}-{layout}"]
+    assert difference(gradients(other), gradients(base)) < TOLERANCE
+    np.testing.assert_allclose(other["losses"], base["losses"], rtol=TOLERANCE)
+    assert len(set(base["losses"])) == 4, "the losses do not move: nothing was trained"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_plain_pytorch(recorded, method):
+    root, results = recorded
+    result = results[f"{method}-base"]
+    flags, beta, gamma = METHODS[method]
+    original, model = (
+        AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32, attn_implementation="eager")
+        for _ in range(2)
+    )
+    prefix = f"weight/{UPDATE}/"
+    weights = {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+    indices = [
+        SequenceIndex([Corpus(corpus_path(root / "data-1", "github", name))], SEQ_LEN) for name in ("forget", "retain")
+    ]
+    retain_weight = 0.7 if "retain_weight" in flags else 1.0
+    loss = torch.zeros(())
+    for source, sequence in zip(result[f"source/{UPDATE}"], result[f"sequence/{UPDATE}"]):
+        tokens = np.array(indices[source].tokens(sequence))
+        labels = torch.from_numpy(tokens[1:].astype(np.int64))
+        nll = F.cross_entropy(sequence_logits(model, tokens), labels, reduction="sum")
+        if source == 1:
+            loss = loss + retain_weight * nll / len(labels)
+        elif method.startswith("npo"):
+            with torch.no_grad():
+                before = F.cross_entropy(sequence_logits(original, tokens), labels, reduction="sum")
+            loss = loss - 2 / beta * F.logsigmoid(beta * (nll - before))
+        else:
+            loss = loss - 2 / beta * F.logsigmoid(beta * nll / len(labels) - gamma)
+    loss = loss / len(result[f"source/{UPDATE}"])
+    assert result["losses"][UPDATE] == pytest.approx(loss.item(), rel=NAIVE_TOLERANCE)
+    loss.backward()
+    expected = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    assert difference(gradients(result), expected) < NAIVE_TOLERANCE
+
+
+def test_npo_starts_at_two_log_two_over_beta(recorded):
+    _, results = recorded
+    assert results["npo-base"]["losses"][0] == pytest.approx(2 / 0.5 * np.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--unlearn_method gradient_ascent --beta 0.1", "--beta is for npo and simnpo, not for gradient_ascent"),
+        ("--unlearn_method npo --gamma 1", "--gamma is for simnpo, not for npo"),
+        ("--unlearn_method simnpo --beta 0", r"--beta 0\.0: must be above 0"),
+        ("--unlearn_method npo --reference cache", "npo has no KL term"),
+        ("--unlearn_method npo --general True", "npo uses none"),
+    ],
+)
+def test_options_that_cannot_take_effect_stop_the_run(words, message):
+    with pytest.raises(OptionError, match=message):
+        parse(RunConfig, ["--target_model_name_or_path", "m", "--output_dir", "o", *words.split()], "train")
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    (tmp_path / "nll.bin").write_bytes(np.zeros(3).tobytes())
+    (tmp_path / "cache.json").write_text(json.dumps({"key": {}, "num_sequences": 3}))
+    assert len(_read(tmp_path, {}, 3)) == 3
+    with pytest.raises(OptionError, match="3 numbers for 4 sequences, or of another model: delete it"):
+        _read(tmp_path, {}, 4)
+    with pytest.raises(OptionError, match="or of another model"):
+        _read(tmp_path, {"model": "x"}, 3)
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(OptionError, match="damaged"):
+        _read(tmp_path, {}, 3)

@@ -1,0 +1,66 @@
+"""Carries out several runs in one process group and stores what they computed: started by tests, on one or more ranks.
+
+    python -m tests.support.record_runs SPEC.json OUT_DIR
+
+SPEC is a list of {"name", "arguments", "num_updates"}; OUT_DIR/NAME.npz gets `losses` (num_updates,) and, for each update k of
+`DETAILED`, the sequences it saw (`source/k`, `sequence/k`) and, per parameter, `weight/k/PARAMETER` before it and
+`grad/k/PARAMETER` in it, both whole.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.loader import Loader
+from unlearn_ds.options import parse
+from unlearn_ds.run.build import Run, build_run
+from unlearn_ds.run.update import accumulate, reduce_losses
+
+DETAILED = (0, 2)  # the first update, and one in which the model has moved away from the reference
+
+
+def parameters(run: Run):
+    for name, parameter in run.engine.engine.module.named_parameters():
+        yield name.removeprefix("model."), parameter
+
+
+def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:
+    """Every rank calls this."""
+    run = build_run(parse(RunConfig, arguments, "record_runs"))
+    result = {}
+    losses = []
+    with Loader(run.plan, distributed.rank(), run.device, 0) as loader:
+        for step in loader:
+            k = step.index
+            if k in DETAILED:
+                planned = run.plan.step(k)
+                result |= {f"source/{k}": planned.source, f"sequence/{k}": planned.sequence}
+                for name, parameter in parameters(run):
+                    result[f"weight/{k}/{name}"] = safe_get_full_fp32_param(parameter).cpu().numpy().copy()
+            sums = accumulate(run, step)
+            if k in DETAILED:
+                for name, parameter in parameters(run):
+                    result[f"grad/{k}/{name}"] = safe_get_full_grad(parameter).cpu().numpy().copy()
+            run.engine.update()
+            losses.append(reduce_losses(run.plan, step, sums)["loss"])
+            if len(losses) == num_updates:
+                break
+    return result | {"losses": np.array(losses)}
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    for case in spec:
+        result = record(case["arguments"], case["num_updates"])
+        if distributed.is_main():
+            np.savez(Path(sys.argv[2]) / f"{case['name']}.npz", **result)
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    main()

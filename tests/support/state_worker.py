@@ -1,0 +1,31 @@
+"""Carries out a run and prints, as JSON, the bytes that its engine holds: parameters, gradients, optimizer."""
+
+import json
+import sys
+
+from torch import Tensor
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.cluster.signals import StopRequest
+from unlearn_ds.config import RunConfig
+from unlearn_ds.options import parse
+from unlearn_ds.run.build import build_run
+from unlearn_ds.train import run_steps
+
+
+def num_bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+if __name__ == "__main__":
+    run = build_run(parse(RunConfig, sys.argv[1:], "state_worker"))
+    run_steps(run, StopRequest())
+    optimizer = run.engine.engine.optimizer
+    states = [tensor for state in optimizer.optimizer.state.values() for tensor in state.values() if tensor.dim() > 0]
+    held = {
+        "parameters": num_bytes(*optimizer.fp32_partitioned_groups_flat),
+        "gradients": num_bytes(optimizer.grad_partitions_flat_buffer),
+        "optimizer": num_bytes(*states),
+    }
+    print(json.dumps(held))
+    distributed.shut_down()

@@ -1,0 +1,1 @@
+"""What makes many processes one run: ranks, launchers, signals, and the watch over ranks that die or stand still."""

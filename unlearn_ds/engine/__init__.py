@@ -1,0 +1,1 @@
+"""The calls to DeepSpeed, and what stands around an update: configuration, precision, checks, checkpoints, metrics, profile."""

@@ -1,0 +1,321 @@
+"""Resumable state: complete or absent, verified before use, resumable at another world size.
+
+A checkpoint is written to a hidden folder beside its final place, every rank its own shards; each file's checksum is taken
+while it is written. Only when all ranks succeeded is the folder described by a manifest and renamed to `checkpoints/step_N`.
+The folder must be on a file system that all ranks see.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder, start_writing_back
+from unlearn_ds.engine.engine import TrainingEngine
+
+MANIFEST = "checkpoint.json"
+CONVERSION_TIMEOUT_S = 6 * 3600.0
+_STATE = "state"
+_UNIVERSAL = "universal"
+_PIECE = 4 << 20  # bytes, written and summed at once
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int  # updates done
+    world_size: int
+    plan_fingerprint: str
+    files: dict[str, str] = field(default_factory=dict)  # name below path -> checksum
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, cannot be written, or belongs to another run."""
+
+
+def folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+class _SummedFile:
+    """A file that is summed and sent to disk while it is written. An error waits for `finish`: torch's writer would hide it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb", buffering=0)
+        self._sum = xxhash.xxh3_64()
+        self._written = 0
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _PIECE):
+            self._write_piece(view[start : start + _PIECE])
+        return len(view)
+
+    def _write_piece(self, piece: memoryview) -> None:
+        self._sum.update(piece)
+        left = piece
+        while left and self._error is None:
+            try:
+                left = left[self._file.write(left) :]
+            except OSError as error:
+                self._error = error
+        # Left to itself Linux begins with `finish`, and the disk stands idle until then. In a thread of its own this would be
+        # slower: it and the writing would wait for each other.
+        if len(piece) == _PIECE and self._error is None:
+            start_writing_back(self._file, self._written, len(piece))
+        self._written += len(piece)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def finish(self) -> str:
+        """Force to disk and return the checksum; raises the `OSError` of an earlier write."""
+        self._file.close()
+        if self._error is not None:
+            raise self._error
+        flush(self._path)
+        return self._sum.hexdigest()
+
+
+@contextlib.contextmanager
+def _without_torch_s_own_sums() -> Iterator[None]:
+    """torch sums every tensor on its way into the file; the whole file is summed here."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class _Writer(CheckpointEngine):
+    """Takes DeepSpeed's files: sums and flushes them, and keeps a failure to itself until all ranks can hear of it.
+
+    An exception from inside `save_checkpoint` would leave the other ranks waiting in one of its barriers.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.checksums: dict[str, str] = {}
+        self.failure = distributed.KeptFailure()
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        pass
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self.failure.reason is not None:
+            return
+        with self.failure.keep(), _without_torch_s_own_sums():
+            file = _SummedFile(Path(path))
+            torch.save(state_dict, file)
+            self.checksums[str(Path(path).relative_to(self.root))] = file.finish()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        with self.failure.keep():
+            Path(path).mkdir(parents=True, exist_ok=True)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise AssertionError("this engine only writes")
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _writing_through(engine: Any, writer: _Writer) -> Iterator[None]:
+    """DeepSpeed's engine writes through `writer`, and leaves out its recovery script (an unguarded copy on rank 0)."""
+    before = engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = before
+        del engine._copy_recovery_script
+
+
+def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str, keep: int | None) -> Path:
+    """Write `checkpoints/step_N` and then drop all but the newest `keep`. Every rank calls this.
+
+    Raises `CheckpointError` on every rank if any could not write; the checkpoints that were there before stay.
+    """
+    started = time.monotonic()
+    final = folder(run_dir) / f"step_{step}"
+    partial = folder(run_dir) / f".step_{step}.partial"
+    try:
+        distributed.on_main(lambda: fresh_folder(partial / _STATE))
+    except OSError as error:
+        raise _not_saved(run_dir, step, str(error)) from error
+    writer = _Writer(partial)
+    with _writing_through(engine.engine, writer):
+        engine.engine.save_checkpoint(str(partial), tag=_STATE, client_state={"step": step}, save_latest=False)
+    why = writer.failure.everywhere()
+    written = distributed.gather_objects(writer.checksums)
+    checksums = {name: checksum for part in written for name, checksum in sorted(part.items())}
+
+    def publish() -> None:
+        if why:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _not_saved(run_dir, step, why)
+        try:
+            manifest = {
+                "step": step,
+                "world_size": distributed.world_size(),
+                "plan_fingerprint": plan_fingerprint,
+                "files": checksums,
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (partial / MANIFEST, partial / _STATE, partial):
+                flush(path)
+            publish_folder(partial, final)
+            for old in complete_checkpoints(run_dir)[keep:] if keep else []:
+                remove_folder(old.path)
+        except OSError as error:
+            raise _not_saved(run_dir, step, str(error)) from error
+
+    distributed.on_main(publish)
+    size = sum(path.stat().st_size for path in (final / _STATE).iterdir()) if distributed.is_main() else 0
+    distributed.say(f"saved {final} ({size / 2**30:.2f} GiB in {time.monotonic() - started:.1f} s)")
+    return final
+
+
+def _not_saved(run_dir: Path, step: int, why: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint of step {step} could not be written ({why}); {newest_one(run_dir)}")
+
+
+def newest_one(run_dir: Path) -> str:
+    """Which checkpoint a run would go on from, as the end of a message."""
+    good = complete_checkpoints(run_dir)
+    return f"the newest checkpoint is {good[0].path}" if good else "there is no earlier checkpoint"
+
+
+def _checksum(path: Path) -> str:
+    """XXH3 of 64 bits: against torn writes and flipped bits, ten times as fast as a disk."""
+    found = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(_PIECE):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """Checkpoints that were published, newest first."""
+    found = []
+    for manifest in folder(run_dir).glob(f"step_*/{MANIFEST}"):
+        try:
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+            fields = (content[name] for name in ("step", "world_size", "plan_fingerprint", "files"))
+            found.append(Checkpoint(manifest.parent, *fields))
+        except (OSError, ValueError, KeyError):
+            distributed.say(f"checkpoint {manifest.parent} has no readable {MANIFEST}: passed over")
+    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+
+
+def newest_intact(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files match their checksums; damaged ones are named and passed over. All ranks call this."""
+    for checkpoint in distributed.on_main(lambda: complete_checkpoints(run_dir)):
+        names = sorted(checkpoint.files)
+        mine = names[distributed.rank() :: distributed.world_size()]  # ranks share the reading
+        damage = [what for name in mine if (what := _damage(checkpoint.path / name, checkpoint.files[name]))]
+        damaged = [what for part in distributed.gather_objects(damage) for what in part]
+        if not damaged:
+            return checkpoint
+        distributed.say(f"checkpoint {checkpoint.path} is damaged ({damaged[0]}): passed over")
+    return None
+
+
+def _damage(path: Path, checksum: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    return None if _checksum(path) == checksum else f"{path.name} is not what was written"
+
+
+def remove_remains(run_dir: Path) -> None:
+    """Delete what a run that was killed while saving or deleting left behind."""
+    for path in (*folder(run_dir).glob(".step_*.partial"), *folder(run_dir).glob(".step_*.old")):
+        shutil.rmtree(path)
+
+
+def prepare_resume(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> None:
+    """Before the engine exists: if the world size differs, convert to DeepSpeed's universal format on rank 0."""
+    if checkpoint.world_size == distributed.world_size():
+        return
+    if ds_config["zero_optimization"]["stage"] != 3:
+        raise CheckpointError(
+            f"{checkpoint.path} was written by {checkpoint.world_size} ranks and this run has "
+            f"{distributed.world_size()}: only ZeRO-3 checkpoints change their world size. Start as many ranks, or use "
+            "--deepspeed zero3"
+        )
+    distributed.say(
+        f"{checkpoint.path} was written by {checkpoint.world_size} ranks, this run has {distributed.world_size()}: "
+        "converting it to a universal checkpoint"
+    )
+    distributed.on_main(lambda: _convert(checkpoint.path), timeout_s=CONVERSION_TIMEOUT_S)
+    ds_config["checkpoint"] = ds_config.get("checkpoint", {}) | {"load_universal": True}
+
+
+def _convert(path: Path) -> None:
+    import argparse
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    partial = fresh_folder(path / f".{_UNIVERSAL}.partial")
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(path / _STATE),
+                output_folder=str(partial),
+                # One worker: the converter's pool would fork a process whose group and threads are up.
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+    publish_folder(partial, path / _UNIVERSAL)
+
+
+def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) -> int:
+    """Restore the engine and return the number of updates done. Every rank calls this.
+
+    Raises `CheckpointError` if the checkpoint belongs to other data or options.
+    """
+    if checkpoint.plan_fingerprint != plan_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to a run over other data or with other data options (seed, seq_len, batch size, "
+            "method, epochs): resume with the same ones, or start afresh in another --output_dir"
+        )
+    universal = checkpoint.world_size != distributed.world_size()
+    tag = _UNIVERSAL if universal else _STATE
+    optimizer = engine.engine.optimizer.optimizer
+    decay = [group["weight_decay"] for group in optimizer.param_groups]
+    loaded, client_state = engine.engine.load_checkpoint(str(checkpoint.path), tag=tag)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed could not load {checkpoint.path}")
+    if universal:
+        # DeepSpeed 0.19.8 gives all groups the options of the first, and one step counter between them, which then advances
+        # once per group and update.
+        for group, own in zip(optimizer.param_groups, decay):
+            group["weight_decay"] = own
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+        distributed.barrier()
+        distributed.on_main(lambda: remove_folder(checkpoint.path / _UNIVERSAL))  # as large as the checkpoint itself
+    return int(client_state["step"])

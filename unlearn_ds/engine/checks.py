@@ -1,0 +1,67 @@
+"""Before step 1: does our path through the model compute what the model itself computes?
+
+Two things can go wrong silently with a new architecture: logits that are changed after the projection in a way the loss head
+does not know, and attention that looks across the sequences of a packed row. Both are measured on a few tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.data.loader import PackedRows
+from unlearn_ds.engine.engine import Ask
+from unlearn_ds.model.loss_head import StatsCall
+from unlearn_ds.options import OptionError
+
+_LENGTH = 12
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}
+
+
+def pack(sequences: list[Tensor]) -> PackedRows:
+    """Lay sequences (each (n,) int64) end to end as one micro-batch."""
+    lengths = [len(sequence) for sequence in sequences]
+    bounds = torch.tensor([0, *lengths], device=sequences[0].device).cumsum(0)
+    return PackedRows(
+        input_ids=torch.cat(sequences)[None],
+        position_ids=torch.cat([torch.arange(n, device=sequences[0].device) for n in lengths])[None],
+        cu_seqlens=bounds.int(),
+        max_seqlen=max(lengths),
+    )
+
+
+def check_model(ask: Ask, vocab_size: int, dtype: torch.dtype, device: torch.device, name: str) -> None:
+    """Compare the head with the model's own logits, and a packed row with its sequences alone.
+
+    Every rank calls this. Raises `OptionError` on a difference beyond rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(vocab_size, (_LENGTH,), generator=generator).to(device) for _ in range(2))
+    targets = torch.randint(vocab_size, (_LENGTH,), generator=generator).to(device)
+    rows = torch.arange(_LENGTH, device=device)
+
+    alone = ask(pack([second]), StatsCall(rows, targets))[0].float()
+    logits = ask(pack([second]))[0].float()
+    packed = ask(pack([first, second]), StatsCall(rows + _LENGTH, targets))[0].float()
+    own = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    # The model's own logits are rounded to its dtype, and large ones coarsely: GPT-2's lie about -100. What all of them share
+    # cancels in what the head computes.
+    epsilon = torch.finfo(dtype).eps
+    head_tolerance = _TOLERANCE[dtype] + epsilon * logits.abs().max().item()
+    packing_tolerance = _TOLERANCE[dtype] + epsilon * (logits - logits.mean(-1, keepdim=True)).abs().max().item()
+    worst_head = (alone - own).abs().max().item()
+    worst_packing = (packed - alone).abs().max().item()
+    distributed.assert_same(
+        "the check of the model", (worst_head <= head_tolerance, worst_packing <= packing_tolerance)
+    )
+    if not worst_head <= head_tolerance:
+        raise OptionError(
+            f"{name}: the loss head's log-probabilities differ from the model's own by {worst_head:.3g} (allowed "
+            f"{head_tolerance:.3g}): its logits are changed after the output projection in a way that is not supported. "
+            "Supported: bias, logit scale (logit_scale, logits_scaling), final_logit_softcapping."
+        )
+    if not worst_packing <= packing_tolerance:
+        raise OptionError(
+            f"{name}: log-probabilities of a sequence change by {worst_packing:.3g} (allowed {packing_tolerance:.3g}) when "
+            "another is packed before it: this architecture mixes the sequences of a row, and is not supported."
+        )

@@ -1,0 +1,182 @@
+"""From a JSON file of ds_configs/ and the run's options to the dict that DeepSpeed gets.
+
+The file holds ZeRO and precision only. DeepSpeed itself ignores unknown top-level keys without a word; here they stop the
+run. Sizes marked "auto" follow from the model's largest decoder layer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.model.size import ModelSize
+from unlearn_ds.options import OptionError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+SHIPPED_DIR = _PACKAGE / "ds_configs" if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent / "ds_configs"
+
+ALLOWED_KEYS = (
+    "bf16",
+    "data_types",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "aio",
+    "dump_state",
+    "checkpoint",
+    "flops_profiler",
+)
+_DATA_TYPES = ("grad_accum_dtype", "keep_in_fp32_modules")
+FROM_THE_RUN = {
+    "train_batch_size": "--global_batch_size",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+    "optimizer": "--learning_rate and the --adam_* options",
+    "scheduler": "--lr_scheduler_type",
+    "activation_checkpointing": "--activation_checkpointing",
+    "fp16": "--bf16 (fp16 overflows under ascent and is not offered)",
+}
+
+
+def load_ds_file(name_or_path: str) -> dict[str, Any]:
+    """Read and check a DeepSpeed file; `name_or_path` is a shipped name (`zero3`) or a path.
+
+    Raises `OptionError` for a missing file, broken JSON, unknown keys, and keys that the run's own options set.
+    """
+    shipped = {path.stem: path for path in sorted(SHIPPED_DIR.glob("*.json"))}
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise OptionError(
+            f"--deepspeed {name_or_path}: no such file, and not one of those shipped: {', '.join(shipped)}."
+            f"{did_you_mean(name_or_path, shipped)}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"--deepspeed {path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"--deepspeed {path}: expected an object, got a {type(content).__name__}")
+    check_keys(content, str(path))
+    return content
+
+
+def check_keys(content: dict[str, Any], source: str) -> None:
+    """Raise `OptionError` for keys of `content` that would be ignored or fight with the run's options."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key in content:
+        if key in FROM_THE_RUN:
+            raise OptionError(f"--deepspeed {source}: {key!r} comes from the run: use {FROM_THE_RUN[key]}")
+        if key not in ALLOWED_KEYS:
+            raise OptionError(f"--deepspeed {source}: unknown key {key!r}.{did_you_mean(key, ALLOWED_KEYS)}")
+    for key in content.get("data_types", {}):
+        if key == "param_dtype":
+            raise OptionError(f"--deepspeed {source}: {key!r} comes from the run: use --bf16")
+        if key == "buffer_dtype":
+            raise OptionError(
+                f"--deepspeed {source}: {key!r} would round what models keep in fp32, rotary frequencies first: leave it out"
+            )
+        if key not in _DATA_TYPES:
+            raise OptionError(
+                f"--deepspeed {source}: unknown key {key!r} in 'data_types'.{did_you_mean(key, _DATA_TYPES)}"
+            )
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {field.alias for field in fields.values() if field.alias}
+    zero = content.get("zero_optimization", {})
+    for key in zero:
+        if key not in known:
+            raise OptionError(
+                f"--deepspeed {source}: unknown key {key!r} in 'zero_optimization'.{did_you_mean(key, known)}"
+            )
+    if zero.get("stage") not in (1, 2, 3):
+        raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')}: choose 1, 2 or 3")
+
+
+def check_device(content: dict[str, Any], device_type: str, source: str) -> None:
+    """Raise `OptionError` for options that DeepSpeed has no code for on this kind of device."""
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if device_type == "cpu" and content["zero_optimization"].get(key):
+            raise OptionError(f"--deepspeed {source}: {key} needs a GPU. Without one use zero3 or zero3_hpz")
+
+
+def training_config(
+    content: dict[str, Any],
+    *,
+    bf16: bool,
+    max_grad_norm: float,
+    micro_batch_size: int,
+    world_size: int,
+    size: ModelSize,
+    ranks_per_node: int = 1,
+    bf16_states: bool = False,
+) -> dict[str, Any]:
+    """Complete a checked file to the dict for `deepspeed.initialize` of the training engine. Raises what `sized` raises."""
+    config = sized(content, bf16=bf16, size=size, ranks_per_node=ranks_per_node, bf16_states=bf16_states)
+    config |= {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro_batch_size * world_size,
+        # The caller owns the boundary: any number of (forward, backward), then one step().
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
+        "zero_allow_untested_optimizer": True,
+    }
+    return config
+
+
+def inference_config(
+    content: dict[str, Any], *, bf16: bool, size: ModelSize, ranks_per_node: int = 1
+) -> dict[str, Any]:
+    """The dict for a frozen model: the same parameter sharding, no optimizer."""
+    config = sized(content, bf16=bf16, size=size, ranks_per_node=ranks_per_node)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    if zero["stage"] != 3:
+        zero["stage"] = 0
+    return config | {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+
+
+def sized(
+    content: dict[str, Any], *, bf16: bool, size: ModelSize, ranks_per_node: int = 1, bf16_states: bool = False
+) -> dict[str, Any]:
+    """A checked file with the run's precision, and with numbers in the place of "auto".
+
+    bf16_states: master weights and moments in bf16. Raises `OptionError` where DeepSpeed would pass over that.
+    """
+    config = json.loads(json.dumps(content))
+    # DeepSpeed's own default sums the micro-steps of an update in bf16.
+    config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
+    config["bf16"] = config.get("bf16", {}) | {"enabled": bf16}
+    zero = config["zero_optimization"]
+    if bf16_states:
+        if not bf16 or zero["stage"] == 1:
+            raise OptionError(
+                "--optimizer_states bf16 needs parameters in bf16 (--bf16 True) and ZeRO stage 2 or 3: DeepSpeed keeps fp32 "
+                "states at stage 1"
+            )
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    # One layer in use and those fetched ahead, beside the output projection, from where forward turns to backward.
+    live = 3 * size.layer + size.head
+    auto = {
+        # Two layers ahead, so that the gather of one hides behind the other's compute (elements, not bytes).
+        "stage3_prefetch_bucket_size": 2 * size.layer,
+        "reduce_bucket_size": max(size.layer, 1_000_000),
+        # Fetching ahead stops where more than this is gathered; what is used again within as much stays.
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+        # Norm weights and biases stay gathered: their all-gathers would be all latency.
+        "stage3_param_persistence_threshold": 10 * size.hidden,
+        # The second copy of the parameters is spread over one node.
+        "zero_hpz_partition_size": ranks_per_node,
+    }
+    for key, value in auto.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+    return config

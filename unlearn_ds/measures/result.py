@@ -1,0 +1,84 @@
+"""From tables to evaluation.json: compute the measures, judge them, write them, print them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.config import RunConfig
+from unlearn_ds.engine.engine import Ask
+from unlearn_ds.measures.collect import collect_tables, open_sets
+from unlearn_ds.measures.folder import table_digests, write_json
+from unlearn_ds.measures.measured import statement
+from unlearn_ds.measures.roc import save_roc
+from unlearn_ds.measures.summary import evaluate_tables, show
+from unlearn_ds.measures.table import Table, write_table
+from unlearn_ds.measures.verdict import Comparison, judge
+
+SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib", "reference")
+
+
+def evaluate_run(
+    config: RunConfig, ask: Ask, model_config: PreTrainedConfig, tokenizer: Any | None, device: torch.device
+) -> dict[str, Any]:
+    """Measure the model of a run through its own engine and write the result into the run's folder."""
+    sets = open_sets(config, model_config.vocab_size, tokenizer)
+    tables = collect_tables(sets, ask, device, config, tokenizer)
+    measured = statement(sets, config.seq_len, config.seed, config.bf16)
+    header = {"model": str(config.run_dir), "measured": measured}
+    return finish(config.run_dir, tables, header, Comparison(), config.seed)
+
+
+def finish(
+    output_dir: Path,
+    tables: dict[str, Table],
+    header: dict[str, Any],
+    comparison: Comparison,
+    seed: int,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Compute the measures, write them and print them; rank 0 writes, every rank gets the result."""
+
+    def write() -> dict[str, Any]:
+        measured = evaluate_tables(tables, original=comparison.original, seed=seed)
+        measured["notes"] = [*notes, *measured["notes"]]
+        result = header | measured | {"verdict": judge(tables, measured, comparison, seed=seed)}
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for old in (output_dir / "tables").glob("*.parquet"):
+            if old.stem not in tables:
+                old.unlink()
+        for name, table in tables.items():
+            write_table(output_dir / "tables" / f"{name}.parquet", table)
+        write_json(output_dir / "evaluation.json", result | {"tables": table_digests(output_dir)})
+        if result["mia"]:
+            save_roc(output_dir / "roc.png", tables)
+        else:
+            (output_dir / "roc.png").unlink(missing_ok=True)
+        return result
+
+    result = distributed.on_main(write)
+    distributed.say(format_evaluation(result))
+    distributed.say(f"written to {output_dir / 'evaluation.json'}")
+    return result
+
+
+def format_evaluation(result: dict[str, Any]) -> str:
+    """A table for the terminal."""
+    lines = [f"{'set':<14}{'ppl':>12}{'acc %':>9}{'sequences':>11}{'tokens':>12}"]
+    for name, measured in result["sets"].items():
+        lines.append(
+            f"{name:<14}{show(measured['ppl']):>12}{measured['acc']:>9.2f}{measured['num_sequences']:>11,}"
+            f"{measured['num_tokens']:>12,}"
+        )
+    for attack in SHOWN_ATTACKS:
+        if attack in result["mia"]:
+            measured = result["mia"][attack]
+            bounds = measured["auc_interval"]
+            spread = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
+            best = f", best accuracy {show(measured['best_accuracy'], '.3f')}"
+            lines.append(f"membership inference {attack:<20} AUC {show(measured['auc'], '.3f')}{spread}{best}")
+    lines += [f"note: {note}" for note in result["notes"]]
+    return "\n".join([*lines, result["verdict"]["sentence"]])

@@ -1,0 +1,220 @@
+"""The loss inside the output projection: its forward turns hidden states into a loss and never into a logits tensor.
+
+ZeRO-3 gathers a module's weight around that module's own forward, so the loss must be computed there. `attach` gives the
+model's own output projection a second meaning: called with a `HeadCall` it returns what the call asks for, called with
+hidden states alone it returns logits as before.
+
+Legend: T tokens of a micro-batch, D hidden size, V vocabulary, M rows with cross-entropy, K rows with KL.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from unlearn_ds.kernels import (
+    linear_cross_entropy,
+    linear_kl,
+    linear_sample,
+    linear_sequence_loss,
+    linear_token_stats,
+)
+from unlearn_ds.marks import LOSS
+from unlearn_ds.model.weights import Loading
+
+if TYPE_CHECKING:
+    from unlearn_ds.data.batch import SequenceRows
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model does to its logits after the projection: `softcap * tanh(scale * u / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How the loss ops run."""
+
+    shape: LogitShape
+    workspace_bytes: int = 2**30
+    impl: str | None = None  # None: triton on CUDA, chunked elsewhere
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """Ask for `sum_t a_t * CE_t + sum_t b_t * KL_t + sum_i w_i * L(NLL_i)`.
+
+    Returns (loss, CE per row, KL per row, L per sequence); empty where there is no such term.
+    """
+
+    ce_rows: Tensor  # (M,) int64
+    ce_targets: Tensor  # (M,) int64
+    ce_weights: Tensor  # (M,) fp32, signed
+    kl_rows: Tensor | None = None  # (K,) int64
+    kl_weights: Tensor | None = None  # (K,) fp32
+    ref_hidden: Tensor | None = None  # (K, D), of the reference, in the order of kl_rows
+    ref_weight: Tensor | None = None  # (V, D)
+    ref_bias: Tensor | None = None  # (V,)
+    sequences: "SequenceRows | None" = None
+
+
+@dataclass(frozen=True)
+class StatsCall:
+    """Ask for the statistics of each row's next token; returns (log_prob, correct, sum p log p, sum p log^2 p)."""
+
+    rows: Tensor  # (M,) int64
+    targets: Tensor  # (M,) int64
+
+
+@dataclass(frozen=True)
+class SampleCall:
+    """Ask for tokens drawn from the model's own distribution, `banned` ones excluded; returns ids (M,)."""
+
+    rows: Tensor  # (M,) int64
+    banned: Tensor | None  # (M,) int64
+    sample_ids: Tensor  # (M,) int64: what a draw depends on beside the seed
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+
+HeadCall = LossCall | StatsCall | SampleCall
+
+
+def attach(head: nn.Module, options: HeadOptions) -> None:
+    """Teach the output projection `head` (an `nn.Linear` with or without bias) to answer a `HeadCall`."""
+    projection = head.forward
+
+    def forward(hidden: Tensor, call: HeadCall | None = None) -> Any:
+        if call is None:
+            return projection(hidden)
+        with record_function(LOSS):
+            return _ANSWERS[type(call)](head, options, hidden.reshape(-1, hidden.shape[-1]), call)
+
+    head.forward = forward
+
+
+def _bound(op: Callable, head: nn.Module, options: HeadOptions) -> Callable:
+    return partial(
+        op,
+        bias=getattr(head, "bias", None),
+        logit_scale=options.shape.scale,
+        softcap=options.shape.softcap,
+        workspace_bytes=options.workspace_bytes,
+        impl=options.impl,
+    )
+
+
+def _loss(
+    head: nn.Module,
+    options: HeadOptions,
+    hidden: Tensor,  # (T, D)
+    call: LossCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cross_entropy = _bound(linear_cross_entropy, head, options)
+    loss, nll = cross_entropy(hidden, head.weight, call.ce_targets, call.ce_weights, rows=call.ce_rows)
+    kl = whole = nll.new_empty(0)
+    if call.sequences is not None:
+        some = call.sequences
+        whole_loss, whole = _bound(linear_sequence_loss, head, options)(
+            hidden,
+            head.weight,
+            some.targets,
+            some.weights,
+            some.nll_scale,
+            some.shift,
+            bounds=some.bounds,
+            beta=some.beta,
+            rows=some.rows,
+        )
+        loss = loss + whole_loss
+    if call.kl_rows is None:
+        return loss, nll, kl, whole
+    divergence = _bound(linear_kl, head, options)
+    kl_loss, kl = divergence(
+        hidden,
+        head.weight,
+        call.ref_hidden,
+        call.ref_weight,
+        call.kl_weights,
+        rows=call.kl_rows,
+        ref_bias=call.ref_bias,
+    )
+    return loss + kl_loss, nll, kl, whole
+
+
+def _stats(
+    head: nn.Module,
+    options: HeadOptions,
+    hidden: Tensor,  # (T, D)
+    call: StatsCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats = _bound(linear_token_stats, head, options)(hidden, head.weight, call.targets, rows=call.rows)
+    return stats.log_prob, stats.correct, stats.sum_p_logp, stats.sum_p_logp2
+
+
+def _sample(
+    head: nn.Module,
+    options: HeadOptions,
+    hidden: Tensor,  # (T, D)
+    call: SampleCall,
+) -> Tensor:
+    draw = _bound(linear_sample, head, options)
+    return draw(
+        hidden,
+        head.weight,
+        call.banned,
+        rows=call.rows,
+        top_k=call.top_k,
+        top_p=call.top_p,
+        seed=call.seed,
+        sample_ids=call.sample_ids,
+    )
+
+
+_ANSWERS = {LossCall: _loss, StatsCall: _stats, SampleCall: _sample}
+
+
+class PackedCausalLM(nn.Module):
+    """A causal LM as the engine calls it: packed rows in, the head's answer out.
+
+    One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants.
+    """
+
+    def __init__(self, model: nn.Module, loading: Loading | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.loading = loading
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None) -> Any:
+        """Run `rows` (a `PackedRows`) and return the head's answer to `call`.
+
+        Without a call: the final hidden states (len(pick), D) of the positions `pick`, or, without `pick` either, the
+        model's own logits (1, T, V), which only the check on a few tokens wants.
+        """
+        inputs = {
+            "input_ids": rows.input_ids,
+            "position_ids": rows.position_ids,
+            "cu_seq_lens_q": rows.cu_seqlens,
+            "cu_seq_lens_k": rows.cu_seqlens,
+            "max_length_q": rows.max_seqlen,
+            "max_length_k": rows.max_seqlen,
+            "use_cache": False,  # with a cache transformers builds no packed attention, silently
+        }
+        if call is None and pick is None:
+            return self.model(**inputs).logits
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        if call is None:
+            return torch.index_select(hidden[0], 0, pick)
+        return self.head(hidden, call)

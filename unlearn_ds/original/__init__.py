@@ -1,0 +1,1 @@
+"""What the frozen original model says: as a live reference, or asked once and kept beside the corpus."""

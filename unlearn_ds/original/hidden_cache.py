@@ -1,0 +1,222 @@
+"""The original model's final hidden states of the retain sequences, computed once, kept beside the corpus, memory-mapped.
+
+A folder `hidden-KEY/`: `part_R.bin` per writing rank (rows of D values, a sequence's rows one after the other), `index.bin`
+(int64 per token of the corpora: part * 2^40 + row, -1 where none), `head.bin` and `bias.bin` (the output projection), and
+`cache.json`. It is complete or absent. No two ranks write to one file.
+
+Legend: K rows, D hidden size, V vocabulary.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.data.loader import evaluation_batches
+from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
+from unlearn_ds.engine.engine import TrainingEngine
+from unlearn_ds.options import OptionError
+from unlearn_ds.original.cache_key import cache_path, make_cache_folder, original_model
+
+_MANIFEST = "cache.json"
+_PART = 1 << 40
+_BATCHES_BETWEEN_CHECKS = 32  # of whether all ranks can still write
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def cache_key(sequences: SequenceIndex, model_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything the hidden states depend on."""
+    return {
+        "corpora": [corpus.fingerprint for corpus in sequences.corpora],
+        **original_model(model_fingerprint),
+        "seq_len": sequences.seq_len,
+        "shortest_document": sequences.shortest,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+class HiddenCache:
+    """A complete cache, opened for reading; knows this rank's slice of the original output projection."""
+
+    def __init__(self, folder: Path, key: dict[str, Any], device: torch.device) -> None:
+        """Raises `OptionError` if the folder holds something else, or is damaged."""
+        manifest = _read_manifest(folder)
+        if manifest is None or manifest["key"] != key:
+            raise OptionError(
+                f"{folder}: not the hidden states that this run needs: delete it, or --overwrite_cache True"
+            )
+        self._size, self._vocab_size = manifest["hidden_size"], manifest["vocab_size"]
+        self.dtype = _DTYPES[key["dtype"]]
+        self.num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        for name, size in manifest["files"].items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if found != size:
+                raise OptionError(f"{folder / name}: {found} bytes instead of {size}: damaged; delete {folder}")
+        self._index = np.memmap(folder / "index.bin", dtype=np.int64, mode="r")
+        storage = np.uint16 if self.dtype == torch.bfloat16 else np.float32
+        parts = sorted(folder.glob("part_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
+        self._parts = [
+            np.memmap(path, dtype=storage, mode="r").reshape(-1, self._size) if path.stat().st_size else None
+            for path in parts
+        ]
+        self._rows = -(-self._vocab_size // distributed.world_size())
+        whole = np.memmap(folder / "head.bin", dtype=storage, mode="r").reshape(self._vocab_size, self._size)
+        mine = whole[distributed.rank() * self._rows : (distributed.rank() + 1) * self._rows]
+        self._head = torch.zeros(self._rows, self._size, dtype=self.dtype)
+        self._head[: len(mine)] = torch.from_numpy(mine.copy()).view(self.dtype)
+        self._head = self._head.to(device)
+        self.bias = None
+        if (folder / "bias.bin").exists():
+            self.bias = torch.from_numpy(np.fromfile(folder / "bias.bin", dtype=storage)).view(self.dtype).to(device)
+
+    def read(self, starts: list[int], lengths: list[int]) -> Tensor:  # (K, D) in the model's dtype, on the CPU
+        """Hidden states of the positions that have a target: all but the last of each sequence, given by token offset."""
+        pieces = []
+        for start, length in zip(starts, lengths):
+            part, row = divmod(int(self._index[start]), _PART)
+            assert part >= 0, f"no hidden states for the sequence at token {start}"
+            pieces.append(self._parts[part][row : row + length - 1])
+        rows = np.concatenate(pieces) if pieces else np.zeros((1, self._size), dtype=self._parts[0].dtype)
+        return torch.from_numpy(rows).view(self.dtype)
+
+    def whole_head(self) -> Tensor:  # (V, D)
+        """The original output projection, gathered from all ranks; every rank must call this."""
+        if distributed.world_size() == 1:
+            return self._head
+        whole = torch.empty(
+            self._rows * distributed.world_size(), self._size, dtype=self.dtype, device=self._head.device
+        )
+        dist.all_gather_into_tensor(whole.view(torch.uint8), self._head.view(torch.uint8))
+        return whole[: self._vocab_size]
+
+
+def open_or_fill(
+    sequences: SequenceIndex,
+    engine: TrainingEngine,
+    model_fingerprint: str,
+    dtype: torch.dtype,
+    *,
+    rows_per_batch: int,
+    cache_dir: str | None,
+    overwrite: bool,
+    progress: bool,
+) -> HiddenCache:
+    """Open the cache, or let `engine`, which must still hold the original weights, compute it. Every rank calls this."""
+    key = cache_key(sequences, model_fingerprint, dtype)
+    folder = cache_path(sequences.corpora[0].path, "hidden", key, cache_dir)
+    found = distributed.on_main(lambda: _read_manifest(folder))
+    if overwrite or found is None:
+        _fill(sequences, engine, folder, key, rows_per_batch, progress)
+    return HiddenCache(folder, key, engine.device)
+
+
+def _fill(
+    sequences: SequenceIndex,
+    engine: TrainingEngine,
+    folder: Path,
+    key: dict[str, Any],
+    rows_per_batch: int,
+    progress: bool,
+) -> None:
+    head = engine.engine.module.head
+    vocab_size, hidden_size = getattr(head.weight, "ds_shape", head.weight.shape)
+    num_tokens = sum(corpus.num_tokens for corpus in sequences.corpora)
+    partial = folder.with_name(f".{folder.name}.partial")
+
+    def prepare() -> None:
+        make_cache_folder(folder)
+        # States and head; the index, and the offsets that it is made of.
+        needed = (num_tokens + vocab_size) * hidden_size * _DTYPES[key["dtype"]].itemsize + 2 * 8 * num_tokens
+        free = shutil.disk_usage(folder.parent).free
+        if needed > free:
+            raise OptionError(
+                f"--reference cache: {folder.parent} has {free / 2**30:.1f} GiB free and the hidden states take "
+                f"{needed / 2**30:.1f} GiB: make room, or use --reference live"
+            )
+        fresh_folder(partial)
+
+    distributed.on_main(prepare)
+    batches = evaluation_batches(
+        sequences,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        rows_per_batch=rows_per_batch,
+        seq_len=sequences.seq_len,
+        device=engine.device,
+    )
+    part = partial / f"part_{distributed.rank()}.bin"
+    offsets, failure = [], distributed.KeptFailure()
+    bar = tqdm(batches, desc="reference", unit="batch", disable=not (progress and distributed.is_main()))
+    for number, batch in enumerate(bar):
+        hidden = engine.ask(batch.rows, pick=batch.ce_rows)
+        with failure.keep(), naming(part), part.open("ab") as file:
+            file.write(hidden.cpu().contiguous().view(torch.uint8).numpy())
+        offsets.append(batch.token_offsets.cpu().numpy() - 1)  # of the position, whose target is the next token
+        if number % _BATCHES_BETWEEN_CHECKS == 0:
+            _end_on(failure, partial)
+    with failure.keep(), naming(partial):
+        (partial / f"offsets_{distributed.rank()}.bin").write_bytes(np.concatenate(offsets))
+    _end_on(failure, partial)
+    state = _whole(head)
+    with failure.keep():
+        distributed.on_main(lambda: _publish(partial, folder, key, state, num_tokens))
+    _end_on(failure, partial)
+
+
+def _end_on(failure: distributed.KeptFailure, partial: Path) -> None:
+    """Raise `OptionError` on every rank, with nothing left behind, if any could not write. Every rank calls this."""
+    if why := failure.everywhere():
+        distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise OptionError(
+            f"--reference cache: the hidden states could not be written ({why}): make room, choose another folder with "
+            "--cache_dir, or use --reference live"
+        )
+
+
+def _whole(head: nn.Module) -> dict[str, Tensor]:
+    """The output projection on the CPU of rank 0; empty elsewhere."""
+    from unlearn_ds.engine.gather import gathered_state_dict
+
+    return gathered_state_dict(head)
+
+
+def _publish(partial: Path, folder: Path, key: dict[str, Any], head: dict[str, Tensor], num_tokens: int) -> None:
+    index = np.full(num_tokens, -1, dtype=np.int64)
+    for rank in range(distributed.world_size()):
+        path = partial / f"offsets_{rank}.bin"
+        offsets = np.fromfile(path, dtype=np.int64)
+        index[offsets] = rank * _PART + np.arange(len(offsets))
+        path.unlink()
+    with naming(partial):
+        (partial / "index.bin").write_bytes(index)
+        for name, file in (("weight", "head.bin"), ("bias", "bias.bin")):
+            if name in head:
+                (partial / file).write_bytes(head[name].contiguous().view(torch.uint8).numpy())
+    manifest = {
+        "key": key,
+        "vocab_size": head["weight"].shape[0],
+        "hidden_size": head["weight"].shape[1],
+        "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+    }
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    flush_tree(partial)
+    publish_folder(partial, folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / _MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: content[name] for name in ("key", "vocab_size", "hidden_size", "files")}
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise OptionError(f"{path}: not the description of a cache of hidden states ({error})") from error

@@ -1,0 +1,98 @@
+"""The frozen original model, asked for the retain sequences of KL methods only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from unlearn_ds.data.loader import MicroBatch
+from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.marks import REFERENCE
+from unlearn_ds.model.lora import adapters_off
+from unlearn_ds.model.loss_head import LossCall
+from unlearn_ds.original.hidden_cache import HiddenCache
+
+
+class NoReference:
+    """For objectives without KL."""
+
+    hidden_cache = None
+
+    @contextmanager
+    def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
+        """The question that `batch` puts to the loss head."""
+        yield LossCall(batch.ce_rows, batch.ce_targets, batch.ce_weights, sequences=batch.sequences)
+
+
+class LiveReference:
+    """The original model as its own ZeRO-3 inference engine, run on packed retain sequences alone."""
+
+    hidden_cache = None
+
+    def __init__(self, engine: FrozenEngine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
+        """The same, with the reference's hidden states and, while the context lasts, its whole output projection."""
+        with record_function(REFERENCE):
+            hidden = self.engine.hidden_states(batch.reference, batch.ref_rows)
+        head = self.engine.head
+        with _whole(head):
+            yield _call(batch, hidden, head.weight, getattr(head, "bias", None))
+
+
+class AdapterReference:
+    """The training engine's own model with its LoRA adapters switched off: its frozen weights are the original's."""
+
+    hidden_cache = None
+
+    def __init__(self, engine: TrainingEngine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
+        """As `LiveReference`; a forward of its own on the training engine, between its steps."""
+        module = self.engine.engine.module
+        with record_function(REFERENCE), adapters_off(module.model):
+            hidden = self.engine.ask(batch.reference, pick=batch.ref_rows)
+        with _whole(module.head):
+            yield _call(batch, hidden, module.head.weight.detach(), getattr(module.head, "bias", None))
+
+
+class CachedReference:
+    """Hidden states that the original model wrote once; the loader has read them into the micro-batch."""
+
+    def __init__(self, cache: HiddenCache) -> None:
+        self.hidden_cache = cache
+
+    @contextmanager
+    def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
+        """As `LiveReference`, without running any model."""
+        yield _call(batch, batch.ref_hidden, self.hidden_cache.whole_head(), self.hidden_cache.bias)
+
+
+Reference = NoReference | LiveReference | AdapterReference | CachedReference
+
+
+def _whole(head: nn.Module) -> Any:
+    """A context in which the projection's parameters are whole; every rank must enter it."""
+    sharded = [parameter for parameter in head.parameters() if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded))
+
+
+def _call(batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LossCall:
+    return LossCall(
+        batch.ce_rows,
+        batch.ce_targets,
+        batch.ce_weights,
+        kl_rows=batch.kl_rows,
+        kl_weights=batch.kl_weights,
+        ref_hidden=hidden,
+        ref_weight=weight,
+        ref_bias=bias,
+        sequences=batch.sequences,
+    )

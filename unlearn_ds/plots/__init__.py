@@ -1,0 +1,1 @@
+"""All pictures, drawn by matplotlib without a display."""

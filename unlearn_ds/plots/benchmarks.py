@@ -1,0 +1,78 @@
+"""The benchmarks' plots, each written beside the JSON that it draws."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unlearn_ds.plots.style import new_figure, save_png
+
+_OURS, _OTHERS = "tab:blue", "tab:gray"
+Rows = list[dict[str, Any]]
+
+
+def _bars(axis: Any, names: list[str], values: list[float], ours: list[bool], **errors: Any) -> None:
+    axis.barh(names, values, color=[_OURS if mine else _OTHERS for mine in ours], **errors)
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=7)
+
+
+def plot_kernels(results: Rows, path: Path) -> None:
+    """Bars per op and shape: each contestant's time over that of the bare products."""
+    groups: dict[str, Rows] = {}
+    for row in results:
+        if "median_ms" in row and row["impl"] != "products":
+            groups.setdefault(f"{row['name']}\n{' '.join(f'{k}={v}' for k, v in row['shape'].items())}", []).append(row)
+    if not groups:
+        return
+    figure, axes = new_figure(8, 1.8 * len(groups) + 0.5, rows=len(groups))
+    for axis, (title, rows) in zip(axes, groups.items()):
+        times = [100 / row["percent_of_products"] for row in rows]
+        _bars(axis, [row["impl"] for row in rows], times, [row["impl"].startswith("ours") for row in rows])
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("time / time of the bare matrix products", fontsize=7)
+    save_png(figure, path)
+
+
+def plot_scaling(results: Rows, path: Path) -> None:
+    """Three panels: what was measured, with its spread, beside the fit or what follows from it."""
+    panels = {
+        "length": ("tokens of one document", "constant + linear + quadratic"),
+        "vocabulary": ("vocabulary", "constant + linear"),
+        "documents": ("documents in a row of fixed length", "expected from the first panel"),
+    }
+    figure, axes = new_figure(13, 4, columns=3)
+    for axis, (name, (label, line)) in zip(axes, panels.items()):
+        rows = sorted((row for row in results if row["name"] == name), key=lambda row: row["value"])
+        values, times, fitted, low, high = (
+            np.array([row[key] for row in rows]) for key in ("value", "median_ms", "fitted_ms", "p20_ms", "p80_ms")
+        )
+        axis.errorbar(values, times, [times - low, high - times], fmt="o", color=_OURS, label="median, p20-p80")
+        axis.plot(values, fitted, color="black", linewidth=1, label=line)
+        if name == "documents":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(values, [str(value) for value in values])
+        axis.set_xlabel(label)
+        axis.set_ylabel("ms per update")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    save_png(figure, path)
+
+
+def plot_step(results: Rows, path: Path) -> None:
+    """Two panels: real tokens per second with their spread, and peak memory, of every method each way."""
+    names = [
+        f"{row['name']}\n{'' if row['reference'] is None else row['reference'] + ', '}{row['impl']}" for row in results
+    ]
+    ours = [row["impl"] == "ours" for row in results]
+    rates = np.array([row["tokens_per_s"] for row in results])
+    low, high = np.array([row["tokens_per_s_p20_p80"] for row in results]).T
+    peaks = [row["peak_mem_bytes"] / 2**30 for row in results]
+    figure, axes = new_figure(12, 0.6 * len(results) + 1, columns=2)
+    _bars(axes[0], names, rates.tolist(), ours, xerr=[rates - low, high - rates])
+    axes[0].set_xlabel("real tokens per second, all ranks (median, p20-p80)", fontsize=8)
+    _bars(axes[1], names, peaks, ours)
+    axes[1].set_xlabel("peak memory of a rank, GiB", fontsize=8)
+    axes[1].set_yticklabels([])
+    save_png(figure, path)

@@ -1,0 +1,303 @@
+"""From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.cluster.health import compare_ranks, rank_facts
+from unlearn_ds.config import RunConfig, profiled_steps
+from unlearn_ds.cost.fit import check_memory, model_facts, setting_of, settle_memory
+from unlearn_ds.cost.flops import ModelFlops, model_flops
+from unlearn_ds.cost.peak import state
+from unlearn_ds.data.plan import Plan, Source
+from unlearn_ds.data.sources import (
+    NamedCorpus,
+    check_same_corpora,
+    make_plan,
+    make_sources,
+    open_run_corpora,
+    with_reference_nll,
+    with_targets,
+)
+from unlearn_ds.data.tokenizer import tokenizer_fingerprint
+from unlearn_ds.engine import checkpoint
+from unlearn_ds.engine.checks import check_model
+from unlearn_ds.engine.ds_config import check_device, inference_config, load_ds_file, training_config
+from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.engine.precision import settle
+from unlearn_ds.engine.tf32 import EXACT, training_precision
+from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
+from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, model_fingerprint, open_config
+from unlearn_ds.model.lora import add_adapters, lora_options, trainable_parameters
+from unlearn_ds.model.loss_head import HeadOptions
+from unlearn_ds.model.size import ModelSize, model_size, num_parameters
+from unlearn_ds.objectives import KL
+from unlearn_ds.options import OptionError
+from unlearn_ds.original.hidden_cache import open_or_fill
+from unlearn_ds.original.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
+from unlearn_ds.original.relabel import sampled_targets
+from unlearn_ds.original.sequence_nll import reference_nll
+from unlearn_ds.run.folder import (
+    begun_in_bf16,
+    check_same_model,
+    claim_run_dir,
+    find_checkpoint,
+    note_other_threads,
+    warn_of_another_length,
+    with_earlier_choices,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run ready to take its next step."""
+
+    config: RunConfig
+    run_dir: Path
+    device: torch.device
+    model_config: PreTrainedConfig
+    tokenizer: Any | None
+    model_fingerprint: str
+    num_parameters: int  # of the whole model, without adapters
+    num_trainable: int
+    state: dict[str, tuple[int, str]]  # of a rank: component -> (bytes, where)
+    flops: ModelFlops
+    corpora: list[list[NamedCorpus]]  # per term of the objective
+    plan: Plan
+    plan_id: str  # what a checkpoint must agree with
+    engine: TrainingEngine
+    reference: Reference
+    adapter: Any | None  # peft's configuration, with LoRA
+    start_step: int  # updates already done
+    chosen: dict[str, Any]  # options that were `auto` -> what they came to
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to train, before its weights are loaded."""
+
+    options: ModelOptions
+    config: PreTrainedConfig
+    tokenizer: Any | None
+    fingerprint: str
+    size: ModelSize
+    num_parameters: int
+    num_trainable: int
+
+
+def build_run(config: RunConfig) -> Run:
+    """Open the data, load the model into ZeRO partitions, draw labels, restore a checkpoint. Every rank calls this.
+
+    Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints.
+    """
+    ds_file = load_ds_file(config.deepspeed)
+    device = distributed.init_distributed(config.num_threads)
+    check_device(ds_file, device.type, config.deepspeed)
+    distributed.on_main(lambda: claim_run_dir(config, config.run_dir))
+    config = settle(config, device, begun_in_bf16(config))
+    torch.manual_seed(config.seed)
+
+    subject = open_subject(config)
+    if config.tf32 and training_precision(config.tf32, subject.options.dtype) == EXACT:
+        distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
+    corpora = open_run_corpora(config, subject.config.vocab_size, subject.tokenizer)
+    if config.resume:
+        check_same_corpora(config.run_dir, corpora)
+    world = distributed.world_size()
+    sources, plan = plan_run(config, subject, corpora)
+    plan_id = f"{config.objective_name}-{plan.fingerprint}"
+    compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
+
+    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node())
+    facts = model_facts(subject.config, subject.size, subject.num_parameters, subject.num_trainable)
+    check_memory(facts, setting, device)
+    asked, config = config, with_earlier_choices(config, world)
+    config = settle_memory(config, facts, subject.config, setting, plan, device)
+    chosen = {name: value for name, value in asdict(config).items() if getattr(asked, name) != value}
+    ds_config = complete_ds_config(config, ds_file, subject.size)
+    resumed_from = find_checkpoint(config, config.run_dir)
+    if resumed_from is not None:
+        check_resume(config, subject, plan, device)
+        checkpoint.prepare_resume(resumed_from, ds_config)
+    engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
+    # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
+    sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
+    plan = make_plan(config, sources, world)
+    reference = make_reference(config, subject, sources, engine, adapter, ds_file, device)
+    start_step = checkpoint.load(engine, resumed_from, plan_id) if resumed_from is not None else 0
+    return Run(
+        config=config,
+        run_dir=config.run_dir,
+        device=device,
+        model_config=subject.config,
+        tokenizer=subject.tokenizer,
+        model_fingerprint=subject.fingerprint,
+        num_parameters=subject.num_parameters,
+        num_trainable=subject.num_trainable,
+        state=state(facts, setting),
+        flops=model_flops(subject.config, subject.num_trainable if config.lora_r else 0),
+        corpora=corpora,
+        plan=plan,
+        plan_id=plan_id,
+        engine=engine,
+        reference=reference,
+        adapter=adapter,
+        start_step=start_step,
+        chosen=chosen,
+    )
+
+
+def open_subject(config: RunConfig) -> Subject:
+    """Everything about the model that needs no weights."""
+    options = ModelOptions(
+        config.start_model,
+        config.bf16,
+        config.attn,
+        config.random_init,
+        config.trust_remote_code,
+        config.loading,
+    )
+    model_config = open_config(options, config.seq_len)
+    parameters = num_parameters(model_config)
+    return Subject(
+        options=options,
+        config=model_config,
+        tokenizer=tokenizer_of(config),
+        fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
+        size=model_size(model_config),
+        num_parameters=parameters,
+        num_trainable=trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters,
+    )
+
+
+def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]]) -> tuple[list[Source], Plan]:
+    """The terms of the objective over their corpora, and the run's updates."""
+    special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
+    sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
+    plan = make_plan(config, sources, distributed.world_size())
+    if config.profile_steps is not None and profiled_steps(config.profile_steps)[1] > plan.num_steps:
+        raise OptionError(f"--profile_steps {config.profile_steps}: the run has {plan.num_steps} updates")
+    return sources, plan
+
+
+def check_resume(config: RunConfig, subject: Subject, plan: Plan, device: torch.device) -> None:
+    """Raise `OptionError` for another start model than the run's; say what else differs and may."""
+    check_same_model(config.run_dir, subject.fingerprint)
+    warn_of_another_length(config.run_dir, plan.num_steps)
+    note_other_threads(config.run_dir, device)
+
+
+def facts_of_rank(
+    config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]], plan_id: str, device: torch.device
+) -> dict[str, str]:
+    """What must be the same on every rank before any of them trains."""
+    tokenizer = subject.tokenizer
+    return (
+        rank_facts(device, subject.options.dtype)
+        | {f"--{name}": str(value) for name, value in asdict(config).items()}
+        | {"model": subject.fingerprint, "plan": plan_id}
+        | {f"corpus {c.name}": c.corpus.fingerprint for term in corpora for c in term}
+        | {"tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none"}
+    )
+
+
+def build_engine(
+    config: RunConfig, subject: Subject, ds_config: dict[str, Any], num_steps: int, device: torch.device
+) -> tuple[TrainingEngine, Any | None]:
+    """The model in ZeRO partitions with its optimizer, checked; and peft's configuration of its adapters, with LoRA."""
+    model = load_model(subject.options, subject.config, ds_config, head_of(config, subject), device)
+    adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
+    wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
+    if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
+        ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
+    model.train()
+    engine = TrainingEngine(model, config, ds_config, num_steps)
+    options = subject.options
+    check_model(engine.ask, subject.config.vocab_size, options.dtype, device, options.name_or_path)
+    return engine, adapter
+
+
+def ask_original(
+    config: RunConfig,
+    subject: Subject,
+    sources: list[Source],
+    forget: NamedCorpus,
+    engine: TrainingEngine,
+    device: torch.device,
+) -> list[Source]:
+    """The sources with what the original model says of the forget set: sampled labels, or each sequence's NLL."""
+    given = (config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
+    if config.objective.needs_sampled_targets:
+        sources = with_targets(config, sources, sampled_targets(*given))
+    form = config.sequence_loss
+    if form is not None and form.needs_reference_nll:
+        sources = with_reference_nll(sources, reference_nll(*given))
+    return sources
+
+
+def make_reference(
+    config: RunConfig,
+    subject: Subject,
+    sources: list[Source],
+    engine: TrainingEngine,
+    adapter: Any | None,
+    ds_file: dict[str, Any],
+    device: torch.device,
+) -> Reference:
+    """The frozen original model as the objective needs it: not at all, from a cache, as adapters off, or as an engine."""
+    if config.reference == "cache":
+        sequences = next(source.sequences for source in sources if source.loss == KL)
+        return CachedReference(
+            open_or_fill(
+                sequences,
+                engine,
+                subject.fingerprint,
+                subject.options.dtype,
+                rows_per_batch=config.per_device_eval_batch_size,
+                cache_dir=config.cache_dir,
+                overwrite=config.overwrite_cache,
+                progress=not config.disable_tqdm,
+            )
+        )
+    if not config.objective.needs_reference:
+        return NoReference()
+    if adapter is not None:
+        return AdapterReference(engine)
+    node = distributed.ranks_per_node()
+    frozen_config = inference_config(ds_file, bf16=config.bf16, size=subject.size, ranks_per_node=node)
+    frozen = load_model(subject.options, subject.config, frozen_config, head_of(config, subject), device)
+    return LiveReference(FrozenEngine(frozen, frozen_config))
+
+
+def head_of(config: RunConfig, subject: Subject) -> HeadOptions:
+    """How the loss head computes, in the trained model and in the reference alike."""
+    return head_options(subject.config, config.loss_impl, config.loss_workspace_mib)
+
+
+def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSize) -> dict[str, Any]:
+    """The dict for the training engine."""
+    return training_config(
+        ds_file,
+        bf16=config.bf16,
+        max_grad_norm=config.max_grad_norm,
+        micro_batch_size=config.per_device_train_batch_size,
+        world_size=distributed.world_size(),
+        size=size,
+        ranks_per_node=distributed.ranks_per_node(),
+        bf16_states=config.optimizer_states == "bf16",
+    )
+
+
+def tokenizer_of(config: RunConfig) -> Any | None:
+    """The tokenizer that goes with the model; None when its folder has none."""
+    name = config.tokenizer_name_or_path or config.start_model
+    tokenizer = load_tokenizer(name, config.trust_remote_code)
+    if tokenizer is None and config.tokenizer_name_or_path is not None:
+        raise OptionError(f"--tokenizer_name_or_path {name}: there is no tokenizer")
+    if tokenizer is None:
+        distributed.say(f"{name} has no tokenizer: special tokens are not known, and none is exported")
+    return tokenizer

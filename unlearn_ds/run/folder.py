@@ -1,0 +1,109 @@
+"""The folder of a run: claimed when it starts, and the checkpoint there that it goes on from."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.sources import read_record
+from unlearn_ds.engine import checkpoint
+from unlearn_ds.options import AUTO, OptionError
+
+_READ_OPTIONS = "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed"
+
+
+def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
+    """Create the output folder, or refuse one that an earlier run left full."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise OptionError(f"--output_dir {run_dir}: is a file")
+    if config.resume or config.auto_resume:
+        if config.resume and not checkpoint.complete_checkpoints(run_dir):
+            raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}")
+        checkpoint.remove_remains(run_dir)
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        if not config.overwrite_output_dir:
+            raise OptionError(
+                f"--output_dir {run_dir} is not empty: --overwrite_output_dir clears it, --resume goes on from its newest "
+                "checkpoint"
+            )
+        if not (run_dir / "run.json").exists():
+            raise OptionError(
+                f"--overwrite_output_dir: {run_dir} holds no run.json, so it is not an earlier run's: not cleared"
+            )
+        for name in _READ_OPTIONS.split():
+            given = getattr(config, name)
+            if given and Path(given).resolve().is_relative_to(run_dir.resolve()):
+                raise OptionError(
+                    f"--overwrite_output_dir would clear {run_dir}, and --{name} {given} lies in it: not cleared"
+                )
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from, if it resumes. Every rank calls this.
+
+    Raises `CheckpointError` rather than start afresh over checkpoints of which none is intact.
+    """
+    if not (config.resume or config.auto_resume):
+        return None
+    found = checkpoint.newest_intact(run_dir)
+    if found is None and distributed.on_main(lambda: checkpoint.complete_checkpoints(run_dir)):
+        raise checkpoint.CheckpointError(
+            f"every checkpoint in {checkpoint.folder(run_dir)} is damaged: start afresh with --overwrite_output_dir"
+        )
+    return found
+
+
+def check_same_model(run_dir: Path, fingerprint: str) -> None:
+    """Before resuming: raise `OptionError` if the start model is not the one that the run in `run_dir` started from.
+
+    The weights come from the checkpoint, but what the original model says (labels, reference) would come from another one.
+    """
+    before = read_record(run_dir).model_fingerprint
+    if before is not None and before != fingerprint:
+        raise OptionError(
+            f"the run in {run_dir} started from another model: its fingerprint was {before} and is {fingerprint}. Bring the "
+            "old model back, or start a new run"
+        )
+
+
+def begun_in_bf16(config: RunConfig) -> bool | None:
+    """Whether the run that `config` goes on with computes in bf16; None for a new one."""
+    return read_record(config.run_dir).bf16 if config.resume or config.auto_resume else None
+
+
+def with_earlier_choices(config: RunConfig, world_size: int) -> RunConfig:
+    """The options of a run that is gone on with, `auto` replaced by what it came to at the start, on as many ranks.
+
+    Rows and workspace decide in which order floats are summed, and memory may be free in other amounts today.
+    """
+    if not (config.resume or config.auto_resume):
+        return config
+    before = read_record(config.run_dir)
+    again = {name: value for name, value in before.chosen.items() if getattr(config, name, None) == AUTO}
+    return dataclasses.replace(config, **again) if before.world_size == world_size else config
+
+
+def note_other_threads(run_dir: Path, device: torch.device) -> None:
+    """Say that a run on CPUs goes on with another number of threads a rank: they sum in another order."""
+    before, now = read_record(run_dir).num_threads, torch.get_num_threads()
+    if device.type == "cpu" and before not in (None, now):
+        distributed.say(
+            f"note: this run began with {before} CPU threads a rank and goes on with {now}: its figures will equal those of an "
+            f"uninterrupted run up to rounding, not bit for bit (--num_threads {before} does that)"
+        )
+
+
+def warn_of_another_length(run_dir: Path, num_steps: int) -> None:
+    """Say that a run goes on for another number of updates than it was started for: its learning rates change with it."""
+    before = read_record(run_dir).num_steps
+    if before not in (None, num_steps):
+        distributed.say(
+            f"warning: this run was started for {before} updates and goes on for {num_steps} (--max_steps, "
+            f"--num_train_epochs): from here its learning rate follows a schedule of {num_steps}, so it will not end as a run "
+            f"of {num_steps} from the start would"
+        )
