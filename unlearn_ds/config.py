@@ -44,7 +44,7 @@ class RunConfig:
     seq_len: int = 4096
     """longest sequence, in tokens; documents are cut into pieces of this length"""
     packing: bool = True
-    """several sequences in one row; False pads each to seq_len, as the published code did"""
+    """several sequences in one row, if the model keeps them apart; False: one a row, padded to the longest beside it"""
     retain_ratio: float = 1.0
     """retain sequences per forget sequence, for the methods that use both"""
     retain_weight: float = 1.0

@@ -95,11 +95,19 @@ def test_properties(options: dict) -> None:
             "each sequence in one place"
         )
         assert all(step.length[row].sum() <= SEQ_LEN for row in step.rows), "no row over seq_len"
-        assert step.num_padding == step.num_rows * SEQ_LEN - step.num_tokens
         for rank in range(options["world_size"]):
             assert len(step.dealt[rank]) == step.num_micro_steps, "every rank as many micro-steps"
-            assert all(len(rows) <= options["micro_batch_size"] for rows in step.dealt[rank])
-        assert step.num_micro_steps == -(-step.num_rows // (options["world_size"] * options["micro_batch_size"]))
+        most = -(-step.num_rows // (options["world_size"] * options["micro_batch_size"]))
+        micro_batches = [step.length[rows] for steps in step.dealt for rows in steps if rows]
+        if options["packing"]:
+            assert step.num_padding == step.num_rows * SEQ_LEN - step.num_tokens
+            assert all(len(rows) <= options["micro_batch_size"] for steps in step.dealt for rows in steps)
+            assert step.num_micro_steps == most
+        else:
+            sizes = [len(lengths) * lengths.max() for lengths in micro_batches]
+            assert max(sizes) <= options["micro_batch_size"] * SEQ_LEN, "no more tokens than as many full rows"
+            assert step.num_padding == sum(sizes) - step.num_tokens
+            assert step.num_micro_steps <= most, "short rows go together"
 
 
 @settings(max_examples=40, deadline=None)

@@ -117,19 +117,20 @@ class _Buffers:
 
 
 class Layout:
-    """How sequences are laid out: tight or each padded to `seq_len`, then padding up to a round number of tokens.
+    """How sequences are laid out: end to end, then padding up to a round number of tokens.
 
-    most: never more tokens than this. fixed: always that many, but for what is packed with `fill=False`.
+    most: never more tokens than this. fixed: always that many, but for what is packed with `fill=False`. padded: whether there
+    is padding at all; sequences that the model will see one a row have it there (`model.loss_head.PackedCausalLM`).
     Everything here is a handful of slice copies per sequence: at millions of tokens a second per rank, calls are what costs.
     """
 
-    def __init__(self, seq_len: int, most: int | None = None, fixed: bool = False, pad_each: bool = False) -> None:
+    def __init__(self, seq_len: int, most: int | None = None, fixed: bool = False, padded: bool = True) -> None:
         self._seq_len = seq_len
         self._most = most
         self._fixed = fixed
         # Of the sizes between, eight: few shapes for a GPU's allocator.
         self._multiple = max(_TOKENS_MULTIPLE, seq_len // 8) if fixed else _TOKENS_MULTIPLE
-        self._pad_each = pad_each
+        self._padded = padded
         self._counter = np.arange(0)
         self.empty = _Buffers().empty
 
@@ -146,9 +147,8 @@ class Layout:
             starts.append(end)
             end += length
             boundaries.append(end)
-            if self._pad_each and length < self._seq_len:
-                end = starts[-1] + self._seq_len
-                boundaries.append(end)
+        if not self._padded:
+            return starts, boundaries
         rounded = -(-end // self._multiple) * self._multiple
         wanted = rounded if self._most is None else self._most if self._fixed and fill else min(rounded, self._most)
         while end < wanted:
@@ -308,7 +308,7 @@ class StepBuilder:
 
 def plan_layout(plan: Plan, fixed_shapes: bool) -> Layout:
     """The layout of a plan's micro-batches; `fixed_shapes` pads all to one size, so that a GPU's allocator sees one shape."""
-    return Layout(plan.seq_len, plan.micro_batch_size * plan.seq_len, fixed_shapes, pad_each=not plan.packing)
+    return Layout(plan.seq_len, plan.micro_batch_size * plan.seq_len, fixed_shapes, padded=plan.packing)
 
 
 def evaluation_batch(sequences: SequenceIndex, ids: np.ndarray, layout: Layout) -> EvaluationBatch:  # ids: (n,) int64

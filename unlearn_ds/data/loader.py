@@ -25,7 +25,7 @@ from unlearn_ds.data.batch import (
     plan_layout,
     to_device,
 )
-from unlearn_ds.data.packing import pack_rows
+from unlearn_ds.data.packing import deal_alike, pack_rows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
 
@@ -180,15 +180,38 @@ def _hand_over(batches: list[MicroBatch], device: torch.device) -> None:
 
 
 def evaluation_batches(
-    sequences: SequenceIndex, *, rank: int, world_size: int, rows_per_batch: int, seq_len: int, device: torch.device
+    sequences: SequenceIndex,
+    *,
+    rank: int,
+    world_size: int,
+    rows_per_batch: int,
+    seq_len: int,
+    device: torch.device,
+    packing: bool = True,
 ) -> Iterator[EvaluationBatch]:
-    """Every sequence once, over all ranks together, in packed rows; every rank gets the same number of batches."""
-    layout = Layout(seq_len)
+    """Every sequence once, over all ranks together; every rank gets the same number of batches.
+
+    packing: in packed rows; else sequences of like length together, of which the model makes a row each.
+    """
+    layout = Layout(seq_len, padded=packing)
     for begin in range(0, len(sequences), _WINDOW):
         ids = np.arange(begin, min(begin + _WINDOW, len(sequences)))
-        rows = pack_rows(sequences.lengths(ids), seq_len)
-        groups = [rows[i : i + rows_per_batch] for i in range(0, len(rows), rows_per_batch)]
-        for first in range(0, len(groups), world_size):
-            mine = groups[first + rank] if first + rank < len(groups) else []
-            chosen = ids[[i for row in mine for i in row]] if mine else ids[:0]
-            yield to_device(evaluation_batch(sequences, chosen, layout), device)
+        for chosen in _evaluated_together(sequences.lengths(ids), rank, world_size, rows_per_batch, seq_len, packing):
+            yield to_device(evaluation_batch(sequences, ids[chosen], layout), device)
+
+
+def _evaluated_together(
+    lengths: np.ndarray,  # (n,) tokens
+    rank: int,
+    world_size: int,
+    rows_per_batch: int,
+    seq_len: int,
+    packing: bool,
+) -> list[list[int]]:
+    """Which of n sequences a rank measures in each of its batches; in some perhaps none."""
+    if not packing:
+        return deal_alike(lengths, world_size, rows_per_batch * seq_len)[rank]
+    rows = pack_rows(lengths, seq_len)
+    groups = [rows[i : i + rows_per_batch] for i in range(0, len(rows), rows_per_batch)]
+    groups += [[]] * (-len(groups) % world_size)
+    return [[i for row in group for i in row] for group in groups[rank::world_size]]

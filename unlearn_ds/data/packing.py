@@ -62,3 +62,20 @@ def deal_rows(costs: np.ndarray, world_size: int, rows_per_micro_batch: int) -> 
             dealt[rank][micro_step].append(row)
             load[rank] = (cost + float(costs[row]), rank)
     return dealt
+
+
+def deal_alike(lengths: np.ndarray, world_size: int, most_tokens: int) -> list[list[list[int]]]:  # (n,) tokens
+    """Deal rows of one sequence each to `[rank][micro-step]`: as many together as `most_tokens` hold, padded to the longest.
+
+    Rows of like length go together, so that little is padded, and every rank gets as many micro-steps.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    dealt: list[list[list[int]]] = [[] for _ in range(world_size)]
+    start = 0
+    while start < len(order):
+        together = world_size * max(1, most_tokens // int(lengths[order[start]]))
+        chosen = order[start : start + together].tolist()
+        for rank in range(world_size):
+            dealt[rank].append(chosen[rank::world_size])
+        start += together
+    return dealt

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unlearn_ds.data.hashing import Permutation, derive_key
-from unlearn_ds.data.packing import deal_rows, pack_rows, row_costs
+from unlearn_ds.data.packing import deal_alike, deal_rows, pack_rows, row_costs
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.objectives import SequenceLoss
 from unlearn_ds.options import OptionError
@@ -55,6 +55,7 @@ class StepPlan:
     dealt: list[list[list[int]]]  # [rank][micro-step] -> rows; a rank without rows gets filler
     seq_len: int
     num_sequences_by_source: list[int]
+    packed: bool = True  # else a row is one sequence, padded to the longest of its micro-batch
 
     @property
     def num_sequences(self) -> int:
@@ -68,10 +69,13 @@ class StepPlan:
     def num_rows(self) -> int:
         return len(self.rows)
 
-    @property
+    @cached_property
     def num_padding(self) -> int:
-        """Tokens that would still fit into the rows."""
-        return self.num_rows * self.seq_len - self.num_tokens
+        """Tokens that are computed, or could be without another row, and belong to no sequence."""
+        if self.packed:
+            return self.num_rows * self.seq_len - self.num_tokens
+        micro_batches = [self.length[rows] for steps in self.dealt for rows in steps if rows]
+        return sum(len(lengths) * int(lengths.max()) for lengths in micro_batches) - self.num_tokens
 
     @property
     def num_micro_steps(self) -> int:
@@ -161,11 +165,14 @@ class Plan:
         sequence = np.concatenate(chosen)
         spans = [s.sequences.spans(ids) for s, ids in zip(self.sources, chosen)]
         start, length = (np.concatenate(parts) for parts in zip(*spans))
-        rows = pack_rows(length, self.seq_len) if self.packing else [[i] for i in range(len(length))]
-        costs = row_costs(length, rows, self.seq_len) if self.packing else np.ones(len(rows))
-        dealt = deal_rows(costs, self.world_size, self.micro_batch_size)
+        if self.packing:
+            rows = pack_rows(length, self.seq_len)
+            dealt = deal_rows(row_costs(length, rows, self.seq_len), self.world_size, self.micro_batch_size)
+        else:
+            rows = [[i] for i in range(len(length))]
+            dealt = deal_alike(length, self.world_size, self.micro_batch_size * self.seq_len)
         by_source = [len(ids) for ids in chosen]
-        return StepPlan(index, source, sequence, start, length, rows, dealt, self.seq_len, by_source)
+        return StepPlan(index, source, sequence, start, length, rows, dealt, self.seq_len, by_source, self.packing)
 
     def lengths_with(self, loss: str, step: Any) -> np.ndarray:  # (n,) tokens
         """Lengths of those sequences of a step whose term takes this loss. `step`: what has `length` and `source` of each."""

@@ -5,7 +5,7 @@ Runs as one process, or on all ranks of a launcher: `deepspeed --num_gpus 8 --mo
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +71,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     device = distributed.init_distributed(config.num_threads)
     config = settle(config, device)
     subject = load_subject(config, device, examine)
+    config = replace(config, packing=subject.packing)
     sets = open_sets(config, subject.model_config.vocab_size, subject.tokenizer, config.max_sequences)
     measured = statement(sets, config.seq_len, config.seed, config.bf16)
     for flag in ("generate", "relearn"):

@@ -35,6 +35,8 @@ class EvaluateConfig(PublishedFlags, Thresholds):
     """longest sequence, in tokens"""
     per_device_eval_batch_size: int = 4
     """rows of seq_len tokens in one forward of a rank"""
+    packing: bool = True
+    """several sequences in one row, if the model keeps them apart; False: one a row, padded to the longest beside it"""
     max_sequences: int | None = None
     """measure at most this many sequences of each corpus (a seeded sample)"""
     quantize: tuple[str, ...] = ()

@@ -30,7 +30,8 @@ from unlearn_ds.run.build import build_run
 from unlearn_ds.run.update import accumulate
 
 _SHARED_OPTIONS = (
-    "domain data_dir seq_len seed deepspeed bf16 attn loss_impl loss_workspace_mib num_threads trust_remote_code"
+    "domain data_dir seq_len seed deepspeed bf16 attn packing "
+    "loss_impl loss_workspace_mib num_threads trust_remote_code"
 )
 
 

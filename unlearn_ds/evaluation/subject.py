@@ -9,12 +9,12 @@ from transformers import PreTrainedConfig
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.engine.checks import check_model
+from unlearn_ds.engine.checks import settle_rows
 from unlearn_ds.engine.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine.engine import FrozenEngine
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.measures.collect import open_sets
-from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, open_config
+from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, open_config, with_rows
 from unlearn_ds.model.size import model_size
 
 
@@ -26,6 +26,7 @@ class Subject:
     model_config: PreTrainedConfig
     tokenizer: Any | None
     device: torch.device
+    packing: bool  # whether sequences may be packed into rows
 
 
 def load_subject(
@@ -41,9 +42,14 @@ def load_subject(
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     options = ModelOptions(
-        config.model_name_or_path, config.bf16, config.attn, trust_remote_code=config.trust_remote_code
+        config.model_name_or_path,
+        config.bf16,
+        config.attn,
+        trust_remote_code=config.trust_remote_code,
+        packing=config.packing,
     )
     model_config = open_config(options, config.seq_len)
+    options = with_rows(options, model_config)
     tokenizer = load_tokenizer(options.name_or_path, config.trust_remote_code)
     size, node = model_size(model_config), distributed.ranks_per_node()
     ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
@@ -51,5 +57,5 @@ def load_subject(
     # What is wrong with the data is said before anything is loaded.
     examine(open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences))
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
-    check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
-    return Subject(engine, model_config, tokenizer, device)
+    options = settle_rows(engine, options, model_config.vocab_size)
+    return Subject(engine, model_config, tokenizer, device, options.packing)

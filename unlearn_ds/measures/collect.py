@@ -28,6 +28,7 @@ class SetOptions(Protocol):
     seq_len: int
     seed: int
     per_device_eval_batch_size: int
+    packing: bool
 
 
 def open_sets(
@@ -78,6 +79,7 @@ def collect_tables(
             device,
             seq_len=options.seq_len,
             rows_per_batch=options.per_device_eval_batch_size,
+            packing=options.packing,
             tokenizer=tokenizer,
             progress=progress,
         )
@@ -93,6 +95,7 @@ def collect_table(
     *,
     seq_len: int,
     rows_per_batch: int,
+    packing: bool = True,
     tokenizer: Any | None = None,
     progress: bool = True,
 ) -> Table:
@@ -107,6 +110,7 @@ def collect_table(
         rows_per_batch=rows_per_batch,
         seq_len=seq_len,
         device=device,
+        packing=packing,
     )
     parts, known_documents = [], {}
     bar = tqdm(batches, desc=f"evaluating {name}", unit="batch", disable=not (progress and distributed.is_main()))

@@ -81,6 +81,16 @@ def choose_attention(
     return VARLEN, "torch's own varlen attention"
 
 
+def own_attention(choice: str) -> str | None:
+    """What a model that sees one sequence a row attends with, by its name in transformers; None leaves it to transformers.
+
+    Raises `OptionError` for a choice that is for packed rows alone.
+    """
+    if choice == "varlen":
+        raise OptionError("--attn varlen is for packed rows, and this run has one sequence a row: use auto")
+    return None if choice == "auto" else choice
+
+
 def caps_scores(config: Any) -> bool:
     """Whether a model with this config caps its attention scores."""
     return getattr(config, "attn_logit_softcapping", None) is not None

@@ -1,5 +1,6 @@
 """A causal LM from a folder or the hub into ZeRO-3 partitions, its attention chosen and the loss head attached."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class ModelOptions:
     random_init: bool = False
     trust_remote_code: bool = False
     loading: str = "auto"
+    packing: bool = True  # False: a row for each sequence, under the model's own attention and mask
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,16 +97,29 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
             f"{options.name_or_path}: its weights are quantised ({method}), and only bf16, fp16 and fp32 can be trained: "
             "give the model that it was made from"
         )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is not None and not model_class._supports_attention_backend:
-        raise OptionError(
-            f"{options.name_or_path}: {model_class.__name__} cannot keep the sequences of a packed row apart: its attention, "
-            "or its recurrent state, is not one that transformers lets us replace (_supports_attention_backend)"
-        )
     for name, value in vars(config).items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
+
+
+def packing_problem(config: PreTrainedConfig) -> str | None:
+    """Why the model cannot keep the sequences of a packed row apart, as far as its class says; None where it may."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None or model_class._supports_attention_backend:
+        return None
+    return (
+        f"the attention or the recurrent state of {model_class.__name__} is not one that transformers lets us replace"
+    )
+
+
+def with_rows(options: ModelOptions, config: PreTrainedConfig) -> ModelOptions:
+    """`options` without packing for a model whose class says that it cannot; says so once."""
+    problem = packing_problem(config) if options.packing else None
+    if problem is None:
+        return options
+    distributed.say(f"--packing False: {problem}. A row for each sequence costs the padding to the longest beside it")
+    return dataclasses.replace(options, packing=False)
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any | None:
@@ -179,7 +194,12 @@ def load_model(
     Raises `OptionError` for weights that cannot be read or that do not arrive as they stand in the file.
     """
     attention.register()
-    attn_name, _ = attention.choose_attention(options.attn, device.type, attention.caps_scores(config), options.dtype)
+    if options.packing:
+        attn_name, _ = attention.choose_attention(
+            options.attn, device.type, attention.caps_scores(config), options.dtype
+        )
+    else:
+        attn_name = attention.own_attention(options.attn)
     common = {"dtype": options.dtype, "attn_implementation": attn_name, "trust_remote_code": options.trust_remote_code}
     watch = weights.Stopwatch()
     if options.random_init:
@@ -197,7 +217,7 @@ def load_model(
             f"{type(model).__name__} has no output projection with a weight: it is no causal LM we can train"
         )
     attach(output, head)
-    return PackedCausalLM(model, loading)
+    return PackedCausalLM(model, loading, options.packing)
 
 
 def _load(

@@ -26,6 +26,8 @@ from unlearn_ds.kernels import (
 from unlearn_ds.marks import LOSS
 from unlearn_ds.model.weights import Loading
 
+_LENGTH_MULTIPLE = 8  # of a padded row: few different shapes
+
 if TYPE_CHECKING:
     from unlearn_ds.data.batch import SequenceRows
 
@@ -185,13 +187,16 @@ _ANSWERS = {LossCall: _loss, StatsCall: _stats, SampleCall: _sample}
 class PackedCausalLM(nn.Module):
     """A causal LM as the engine calls it: packed rows in, the head's answer out.
 
-    One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants.
+    One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants. packs: the backbone
+    keeps the sequences of a packed row apart; without it each sequence is a row of its own, padded at its right end, under the
+    model's own attention and mask.
     """
 
-    def __init__(self, model: nn.Module, loading: Loading | None = None) -> None:
+    def __init__(self, model: nn.Module, loading: Loading | None = None, packs: bool = True) -> None:
         super().__init__()
         self.model = model
         self.loading = loading
+        self.packs = packs
 
     @property
     def head(self) -> nn.Module:
@@ -203,18 +208,52 @@ class PackedCausalLM(nn.Module):
         Without a call: the final hidden states (len(pick), D) of the positions `pick`, or, without `pick` either, the
         model's own logits (1, T, V), which only the check on a few tokens wants.
         """
-        inputs = {
-            "input_ids": rows.input_ids,
-            "position_ids": rows.position_ids,
-            "cu_seq_lens_q": rows.cu_seqlens,
-            "cu_seq_lens_k": rows.cu_seqlens,
-            "max_length_q": rows.max_seqlen,
-            "max_length_k": rows.max_seqlen,
-            "use_cache": False,  # with a cache transformers builds no packed attention, silently
-        }
+        if self.packs:
+            inputs, places = packed_inputs(rows), None
+        else:
+            inputs, places = padded_inputs(rows, getattr(self.model.config, "max_position_embeddings", None))
         if call is None and pick is None:
-            return self.model(**inputs).logits
-        hidden = self.model.base_model(**inputs).last_hidden_state
+            return _in_place(self.model(**inputs).logits, places)
+        hidden = _in_place(self.model.base_model(**inputs).last_hidden_state, places)
         if call is None:
             return torch.index_select(hidden[0], 0, pick)
         return self.head(hidden, call)
+
+
+def packed_inputs(rows: Any) -> dict[str, Any]:
+    """What a backbone is called with that attends inside the boundaries of a `PackedRows`."""
+    return {
+        "input_ids": rows.input_ids,
+        "position_ids": rows.position_ids,
+        "cu_seq_lens_q": rows.cu_seqlens,
+        "cu_seq_lens_k": rows.cu_seqlens,
+        "max_length_q": rows.max_seqlen,
+        "max_length_k": rows.max_seqlen,
+        "use_cache": False,  # with a cache transformers builds no packed attention, silently
+    }
+
+
+def padded_inputs(rows: Any, positions: int | None = None) -> tuple[dict[str, Any], Tensor]:
+    """The same with a row for each of the S sequences, L tokens long; and where each of the T tokens then lies in S * L.
+
+    positions: no row is longer. No device sync: L follows from the longest sequence, which the host knows.
+    """
+    tokens, device = rows.input_ids[0], rows.input_ids.device
+    lengths = rows.cu_seqlens.diff()
+    longest = -(-rows.max_seqlen // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    if positions and longest > positions:
+        longest = rows.max_seqlen
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(tokens))
+    places = sequence * longest + rows.position_ids[0]
+    size = len(lengths) * longest
+    ids = torch.zeros(size, dtype=tokens.dtype, device=device).index_copy_(0, places, tokens)
+    mask = torch.zeros(size, dtype=tokens.dtype, device=device).index_fill_(0, places, 1)
+    shape = (len(lengths), longest)
+    return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places
+
+
+def _in_place(
+    output: Tensor,  # (1, T, D), or (S, L, D) with places
+    places: Tensor | None,  # (T,)
+) -> Tensor:  # (1, T, D)
+    return output if places is None else output.flatten(0, 1).index_select(0, places)[None]

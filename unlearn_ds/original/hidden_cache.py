@@ -105,6 +105,7 @@ def open_or_fill(
     dtype: torch.dtype,
     *,
     rows_per_batch: int,
+    packing: bool = True,
     cache_dir: str | None,
     overwrite: bool,
     progress: bool,
@@ -114,7 +115,7 @@ def open_or_fill(
     folder = cache_path(sequences.corpora[0].path, "hidden", key, cache_dir)
     found = distributed.on_main(lambda: _read_manifest(folder))
     if overwrite or found is None:
-        _fill(sequences, engine, folder, key, rows_per_batch, progress)
+        _fill(sequences, engine, folder, key, rows_per_batch, packing, progress)
     return HiddenCache(folder, key, engine.device)
 
 
@@ -124,6 +125,7 @@ def _fill(
     folder: Path,
     key: dict[str, Any],
     rows_per_batch: int,
+    packing: bool,
     progress: bool,
 ) -> None:
     head = engine.engine.module.head
@@ -151,6 +153,7 @@ def _fill(
         rows_per_batch=rows_per_batch,
         seq_len=sequences.seq_len,
         device=engine.device,
+        packing=packing,
     )
     part = partial / f"part_{distributed.rank()}.bin"
     offsets, failure = [], distributed.KeptFailure()

@@ -76,6 +76,7 @@ def _draw(
         rows_per_batch=config.per_device_eval_batch_size,
         seq_len=config.seq_len,
         device=device,
+        packing=config.packing,
     )
     failure = distributed.KeptFailure()
     bar = tqdm(batches, desc="drawing labels", unit="batch", disable=config.disable_tqdm or not distributed.is_main())

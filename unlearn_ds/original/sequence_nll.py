@@ -58,6 +58,7 @@ def reference_nll(
             device,
             seq_len=config.seq_len,
             rows_per_batch=config.per_device_eval_batch_size,
+            packing=config.packing,
             progress=not config.disable_tqdm,
         )
         values = -table["log_prob"] * table["num_tokens"]

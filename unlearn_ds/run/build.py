@@ -1,6 +1,6 @@
 """From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,21 @@ from unlearn_ds.data.sources import (
 )
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.engine import checkpoint
-from unlearn_ds.engine.checks import check_model
+from unlearn_ds.engine.checks import settle_rows
 from unlearn_ds.engine.ds_config import check_device, inference_config, load_ds_file, training_config
 from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.engine.precision import settle
 from unlearn_ds.engine.tf32 import EXACT, training_precision
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
-from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, model_fingerprint, open_config
+from unlearn_ds.model.load import (
+    ModelOptions,
+    head_options,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    open_config,
+    with_rows,
+)
 from unlearn_ds.model.lora import add_adapters, lora_options, trainable_parameters
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size, num_parameters
@@ -124,6 +132,8 @@ def build_run(config: RunConfig) -> Run:
         check_resume(config, subject, plan, device)
         checkpoint.prepare_resume(resumed_from, ds_config)
     engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
+    options = settle_rows(engine, subject.options, subject.config.vocab_size)
+    subject, config = replace(subject, options=options), replace(config, packing=options.packing)
     # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
     sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
     plan = make_plan(config, sources, world)
@@ -160,8 +170,10 @@ def open_subject(config: RunConfig) -> Subject:
         config.random_init,
         config.trust_remote_code,
         config.loading,
+        config.packing,
     )
     model_config = open_config(options, config.seq_len)
+    options = with_rows(options, model_config)
     parameters = num_parameters(model_config)
     return Subject(
         options=options,
@@ -208,17 +220,14 @@ def facts_of_rank(
 def build_engine(
     config: RunConfig, subject: Subject, ds_config: dict[str, Any], num_steps: int, device: torch.device
 ) -> tuple[TrainingEngine, Any | None]:
-    """The model in ZeRO partitions with its optimizer, checked; and peft's configuration of its adapters, with LoRA."""
+    """The model in ZeRO partitions with its optimizer; and peft's configuration of its adapters, with LoRA."""
     model = load_model(subject.options, subject.config, ds_config, head_of(config, subject), device)
     adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
     wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
     model.train()
-    engine = TrainingEngine(model, config, ds_config, num_steps)
-    options = subject.options
-    check_model(engine.ask, subject.config.vocab_size, options.dtype, device, options.name_or_path)
-    return engine, adapter
+    return TrainingEngine(model, config, ds_config, num_steps), adapter
 
 
 def ask_original(
@@ -258,6 +267,7 @@ def make_reference(
                 subject.fingerprint,
                 subject.options.dtype,
                 rows_per_batch=config.per_device_eval_batch_size,
+                packing=config.packing,
                 cache_dir=config.cache_dir,
                 overwrite=config.overwrite_cache,
                 progress=not config.disable_tqdm,

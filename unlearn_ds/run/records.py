@@ -94,13 +94,21 @@ def published_updates(plan: Plan, num_epochs: float) -> list[str]:
     ]
 
 
+def attention_of(run: Run) -> tuple[str, str]:
+    """(what the model attends with, why)."""
+    if not run.config.packing:
+        return run.engine.engine.module.model.config._attn_implementation, "the model's own, one sequence a row"
+    dtype = parameter_dtype(run.config.bf16)
+    return choose_attention(run.config.attn, run.device.type, caps_scores(run.model_config), dtype)
+
+
 def announce(run: Run) -> None:
     """Print the arithmetic of the run before its first step."""
     config, plan, device = run.config, run.plan, run.device
     first = plan.step(min(run.start_step, plan.num_steps - 1))
     world = distributed.world_size()
     shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in run.state.items() if size)
-    attn, why = choose_attention(config.attn, device.type, caps_scores(run.model_config), parameter_dtype(config.bf16))
+    attn, why = attention_of(run)
     padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
     visible = torch.cuda.device_count() if device.type == "cuda" else 0
     for note in [*config.notes(), *published_updates_note(run), *idle_gpus_note(world, visible)]:
