@@ -16,7 +16,7 @@ from unlearn_ds.cost.memory import available_bytes, require_memory
 from unlearn_ds.cost.peak import CHECKPOINTING, Model, Setting, checkpointing_share, state, update_bytes
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine.ds_config import sized
-from unlearn_ds.model.activations import LayerActivations, layer_activations
+from unlearn_ds.model.activations import LayerActivations, NotCounted, layer_activations
 from unlearn_ds.model.load import parameter_dtype
 from unlearn_ds.model.lora import LoraOptions, add_adapters
 from unlearn_ds.model.size import ModelSize
@@ -84,7 +84,7 @@ def model_facts(model_config: PreTrainedConfig, size: ModelSize, parameters: int
 def with_activations(config: RunConfig, model: Model, model_config: PreTrainedConfig) -> Model:
     """The same with what a token leaves for backward.
 
-    Raises `NotImplementedError` or `RuntimeError` for a model that does not run on shapes alone.
+    Raises `NotCounted` for a model that does not run on shapes alone.
     """
     options = LoraOptions(config.lora_r or 0, config.lora_alpha, config.lora_target)
     adapt = partial(add_adapters, options=options) if config.lora_r else None
@@ -117,7 +117,7 @@ def settle_memory(
     def decide() -> tuple[dict[str, Any], str]:
         try:
             counted = with_activations(config, model, model_config)
-        except (NotImplementedError, RuntimeError) as error:
+        except NotCounted as error:
             smallest = zip(_AUTOMATIC, ("full", 1, _WORKSPACE_MIB))
             why = f"the smallest, because this model's activations cannot be counted: {error}"
             return {name: value for name, value in smallest if getattr(config, name) == AUTO}, why

@@ -27,7 +27,8 @@ class _KeepAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (1, H, T, E) -> (1, T, H, E)
-        output = torch.empty_like(query).transpose(1, 2).contiguous()
+        heads, tokens = query.shape[1:3]
+        output = query.new_empty(1, tokens, heads, value.shape[-1])  # a value may be narrower than its key
         ctx.save_for_backward(query, key, value, output)
         return output
 
@@ -40,15 +41,33 @@ def _probe_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_:
     return _KeepAll.apply(query, key, value), None
 
 
+class NotCounted(ValueError):
+    """A model that does not run on shapes alone."""
+
+
 def layer_activations(config: Any, dtype: torch.dtype, adapt: Callable[[Any], Any] | None = None) -> LayerActivations:
     """Count what autograd saves when the model that `config` describes runs forward; no memory is used.
 
-    adapt: what is done to the model first, such as putting adapters into it.
+    adapt: what is done to the model first, such as putting adapters into it. Raises `NotCounted` for a model whose code does
+    not run on shapes, or not with another attention.
     """
+    own_attention = config._attn_implementation
+    try:
+        sizes = _saved_bytes(config, dtype, adapt)
+    except Exception as error:  # of code that is not ours, under conditions that it was not written for
+        raise NotCounted(f"{type(error).__name__}: {error}") from error
+    finally:
+        config._attn_implementation = own_attention
+    if len(sizes) == 1:
+        raise NotCounted("none of its modules is known to be a layer")
+    return LayerActivations(max(sizes[1:]), config.hidden_size * dtype.itemsize, sizes[0])
+
+
+def _saved_bytes(config: Any, dtype: torch.dtype, adapt: Callable[[Any], Any] | None) -> list[int]:
+    """Bytes a token that autograd saves outside the layers, and in each of them."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(_PROBE, _probe_attention)
-    own_attention = config._attn_implementation
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_PROBE).train()
         if adapt is not None:
@@ -75,6 +94,4 @@ def layer_activations(config: Any, dtype: torch.dtype, adapt: Callable[[Any], An
         ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
-    config._attn_implementation = own_attention
-    sizes = [sum(storage.nbytes() for storage in one.values()) // _PROBE_TOKENS for one in saved]
-    return LayerActivations(max(sizes[1:]), config.hidden_size * dtype.itemsize, sizes[0])
+    return [sum(storage.nbytes() for storage in one.values()) // _PROBE_TOKENS for one in saved]
