@@ -34,6 +34,10 @@ BENCHES = {
     ),
     "save": ("unlearn_ds.bench.save", "a checkpoint beside DeepSpeed's own and a plain write to the same disk"),
     "loader": ("unlearn_ds.bench.loader", "the token loader against every installed peer and a plain copy"),
+    "architectures": (
+        "unlearn_ds.bench.architectures",
+        "does every causal architecture of transformers train exactly, and how",
+    ),
     "evaluation": (
         "unlearn_ds.bench.evaluation",
         "all measures in one pass against a pass per attack with whole logits, on CPU",

@@ -45,7 +45,16 @@ def settle_rows(engine: Any, options: ModelOptions, vocab_size: int) -> ModelOpt
     module = engine.engine.module
 
     def check() -> None:
-        check_model(engine.ask, vocab_size, options.dtype, engine.device, options.name_or_path)
+        try:
+            check_model(engine.ask, vocab_size, options.dtype, engine.device, options.name_or_path)
+        except OptionError:
+            raise
+        except Exception as error:  # of code that is not ours; all ranks make the same call, and it fails on all
+            way = "on packed rows" if module.packs else "one sequence a row"
+            reason = " ".join(str(error).split())[:200]
+            raise PackingError(
+                f"{options.name_or_path}: its code fails {way}: {type(error).__name__}: {reason}"
+            ) from error
 
     try:
         check()
