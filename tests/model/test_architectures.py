@@ -8,7 +8,7 @@ import transformers
 
 from tests.support.architectures import ARCHITECTURES
 from tests.support.runs import launch
-from unlearn_ds.model.load import ModelOptions, load_config
+from unlearn_ds.model.load import ModelOptions, load_config, with_rows
 from unlearn_ds.model.weights import stored_tensors
 from unlearn_ds.options import OptionError
 
@@ -47,18 +47,21 @@ def test_logits_changed_in_an_unknown_way_are_refused(results):
     assert "changed after the output projection in a way that is not supported" in results["refused"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (transformers.MambaConfig(), "MambaForCausalLM cannot keep the sequences of a packed row apart"),
-        (transformers.GPTJConfig(), "GPTJForCausalLM cannot keep the sequences of a packed row apart"),
-        (transformers.Gemma3Config(), "Gemma3Config describes more than a language model"),
-    ],
-)
-def test_unsupported_architectures_are_refused(tmp_path, config, message):
-    config.save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match=message):
+def test_what_describes_more_than_a_language_model_is_refused(tmp_path):
+    transformers.Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match="Gemma3Config describes more than a language model"):
         load_config(ModelOptions(str(tmp_path)))
+
+
+@pytest.mark.parametrize("config", [transformers.MambaConfig(), transformers.GPTJConfig()])
+def test_a_class_that_cannot_pack_goes_row_by_row(config, capsys):
+    options = with_rows(ModelOptions("m"), config)
+    assert not options.packing
+    said = capsys.readouterr().err
+    assert said.count("--packing False: the attention or the recurrent state of") == 1
+    assert with_rows(options, config) == options
+    assert not capsys.readouterr().err
+    assert with_rows(ModelOptions("m"), transformers.LlamaConfig()).packing
 
 
 def test_a_missing_model_is_named():

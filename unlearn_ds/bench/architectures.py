@@ -56,11 +56,18 @@ def main(args: argparse.Namespace) -> int:
     return int(any(row["how"] in ("wrong", "fails") for row in rows))
 
 
-def examine_apart(names: Sequence[str], limit_s: float) -> Iterator[Row]:
-    """`examine` of each in another process, which a crash or a hang ends for that architecture alone."""
+def examine_apart(
+    names: Sequence[str],
+    limit_s: float,
+    start: Sequence[str] = (sys.executable, "-m", "unlearn_ds.bench.architectures"),
+) -> Iterator[Row]:
+    """`examine` of each in another process, which a crash or a hang ends for that architecture alone.
+
+    limit_s: for one of them. start: the command that examines the names behind it.
+    """
     left = list(names)
     while left:
-        command = [sys.executable, "-m", __name__, *left]
+        command = [*start, *left]
         with subprocess.Popen(
             command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as worker:
@@ -220,9 +227,9 @@ def as_page(rows: Sequence[Row]) -> str:
         "loss, gradient of every parameter, and the exported folder opened again. Written by",
         "`unlearn-ds bench architectures --page docs/models.md`.",
         "",
-        f"{trained} of {len(rows)} train exactly. **Packed**: several sequences share a row. **Row by row**: one sequence a row,",
-        "padded to the longest beside it, under the model's own attention and mask. **Refused**: a run stops at its start with",
-        "the reason. **Not built**: no small model could be made of the config's defaults, so nothing is said of it.",
+        f"{trained} of {len(rows)} train exactly. **Packed**: several sequences share a row. **Row by row**: one sequence a",
+        "row, padded to the longest beside it, under the model's own attention and mask. **Refused**: a run stops at its start",
+        "with the reason. **Not built**: no small model could be made of the config's defaults, so nothing is said of it.",
         "",
         "| model type | class | how | |",
         "|---|---|---|---|",

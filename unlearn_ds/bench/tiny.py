@@ -39,6 +39,7 @@ _OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "hunyuan_v1_dense": {"rope_parameters": _ROTARY, "head_dim": 8},
     "hunyuan_v1_moe": {"rope_parameters": _ROTARY, "head_dim": 8, "moe_topk": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"rope_parameters": _ROTARY, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
