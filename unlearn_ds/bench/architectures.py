@@ -128,7 +128,7 @@ def expected_outcome(model: Any) -> tuple[float, dict[str, Any]]:
         F.cross_entropy(model(text[None], use_cache=False).logits[0, :-1].float(), text[1:]) for text in texts
     ) / len(texts)
     total.backward()
-    return float(total), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return total.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def compare(folder: Path, model: Any, expected: float, gradients: dict[str, Any]) -> Row:
@@ -147,6 +147,8 @@ def compare(folder: Path, model: Any, expected: float, gradients: dict[str, Any]
     module = engine.engine.module.model
     error, norm = 0.0, 0.0
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         ours, truth = safe_get_full_grad(parameter), gradients[name]
         truth = torch.zeros_like(ours) if truth is None else truth
         error += float((ours - truth).norm() ** 2)

@@ -36,6 +36,7 @@ _VALUES = {name: value for value, names in _SIZES.items() for name in names.spli
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 # What the defaults of an architecture's config do not say, or say in a way that does not fit the sizes above.
 _OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "hunyuan_v1_dense": {"rope_parameters": _ROTARY, "head_dim": 8},
     "hunyuan_v1_moe": {"rope_parameters": _ROTARY, "head_dim": 8, "moe_topk": 2},
