@@ -52,6 +52,7 @@ setup(
             "megatron-core>=0.16.0",
             "ruff>=0.12.0",
             "import-linter>=2.7",
+            "markdown-it-py>=3.0.0",
             "scikit-learn>=1.5.0",
             "lm-eval>=0.4.9",
             "wandb>=0.19.0",

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from unlearn_ds import __version__
+from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, did_you_mean, run_with_arguments
 
 # command -> (module with main(argv) -> exit code, one line of help)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bench(words[1:])
         return _load(words[0], COMMANDS, "command").main(words[1:])
     except (ValueError, OSError) as error:
-        print(f"unlearn-ds: error: {error}", file=sys.stderr)
+        tell(f"unlearn-ds: error: {error}")
         return 2
 
 

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import textwrap
 import types
 import typing
@@ -18,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
+from unlearn_ds.bounds import parse_yaml
 
 Options = TypeVar("Options")
 
@@ -99,9 +100,35 @@ def _to_bool(text: str, or_words: Sequence[str] = ()) -> bool:
     return words[str(text).lower()]
 
 
+_VALUE = "\0"  # before a word that is a value, though argparse would take it for an option: no argument can hold it
+
+
 class _Parser(argparse.ArgumentParser):
+    """Options have two hyphens here, so that a word with one is a value: a name, or a number such as -1e-5."""
+
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
+        marked = [_VALUE + word if re.match("-(?!-|h$)", word) else word for word in args]
+        found, unknown = super().parse_known_args(marked, namespace)
+        return found, [word.removeprefix(_VALUE) for word in unknown]
+
     def error(self, message: str) -> typing.NoReturn:
+        message = message.replace(_VALUE, "").replace(repr(_VALUE)[1:-1], "")
+        if match := re.match(r"argument (--\w+).*expected (?:one|at least one) argument", message):
+            raise OptionError(
+                f"{match[1]} needs a value, and a word that begins with -- is an option: such a value is given as "
+                f"{match[1]}=VALUE. See {self.prog} --help."
+            )
         raise OptionError(f"{message}. See {self.prog} --help.")
+
+
+def _reader(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What turns a word of the command line into a value of `kind`."""
+
+    def read(word: str) -> Any:
+        return kind(word.removeprefix(_VALUE))
+
+    read.__name__ = kind.__name__
+    return read
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
@@ -119,11 +146,11 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
         flags = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
         arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
-            arguments |= {"type": _to_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+            arguments |= {"type": _reader(_to_bool), "nargs": "?", "const": True, "metavar": "BOOL"}
         elif typing.get_origin(kind) is Literal:
-            arguments |= {"type": str, "metavar": "|".join(map(str, typing.get_args(kind)))}
+            arguments |= {"type": _reader(str), "metavar": "|".join(map(str, typing.get_args(kind)))}
         else:
-            arguments |= {"type": kind, "metavar": kind.__name__.upper()}
+            arguments |= {"type": _reader(kind), "metavar": kind.__name__.upper()}
             if getattr(kind, "is_switch", False):
                 arguments |= {"nargs": "?", "const": True}
         if is_list:
@@ -134,8 +161,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
 def load_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
     """Read options from a YAML mapping; unknown keys and a file that is no mapping are errors."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as error:
         raise OptionError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise OptionError(f"--config {path}: expected a mapping of options, got a {type(content).__name__}")
@@ -156,8 +183,14 @@ def _coerce(config_class: type, name: str, value: Any) -> Any:
         return None
     if is_list:
         value = value if isinstance(value, list) else [value]
-        return tuple(value)
+        return tuple(_coerce_one(name, kind, one) for one in value)
+    return _coerce_one(name, kind, value)
+
+
+def _coerce_one(name: str, kind: Any, value: Any) -> Any:
     try:
+        if value is None or isinstance(value, (list, dict)):
+            raise TypeError
         if kind is bool:
             return _to_bool(value)
         if typing.get_origin(kind) is Literal:
@@ -191,10 +224,18 @@ def check_choices(config: Any) -> None:
             )
 
 
+def with_flag_of_first(words: Sequence[str], flag: str) -> list[str]:
+    """The words of a command whose first may stand without its flag."""
+    is_value = bool(words) and not words[0].startswith("--") and words[0] != "-h"
+    return [flag, *words] if is_value else list(words)
+
+
 def parser_for(config_class: type, prog: str, description: str) -> argparse.ArgumentParser:
     """Build the parser of a command whose options are `config_class`, with `--config FILE`."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="YAML", help="read options from this file; flags win over it")
+    parser.add_argument(
+        "--config", metavar="YAML", type=_reader(str), help="read options from this file; flags win over it"
+    )
     add_options(parser, config_class)
     return parser
 

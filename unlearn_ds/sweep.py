@@ -27,14 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from unlearn_ds.bounds import parse_yaml
 from unlearn_ds.cluster import distributed
 from unlearn_ds.cluster.processes import default_num_ranks, rank_command, rank_environment
 from unlearn_ds.cluster.signals import EXIT_RESUMABLE
 from unlearn_ds.config import RunConfig
 from unlearn_ds.durable import replacing
-from unlearn_ds.options import OptionError, did_you_mean, field_types, parse
+from unlearn_ds.markup import tell, visible
+from unlearn_ds.options import OptionError, did_you_mean, field_types, parse, with_flag_of_first
 
 MARKER = "done.json"
 _KEYS = ("output_dir", "base", "grid", "variants")
@@ -95,9 +95,7 @@ class Element:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--grid", *words]
+    words = with_flag_of_first(sys.argv[1:] if argv is None else argv, "--grid")
     return distributed.guarded(
         "unlearn-ds sweep", lambda: carry_out(parse(SweepConfig, words, "unlearn-ds sweep", __doc__))
     )
@@ -121,7 +119,7 @@ def carry_out(config: SweepConfig) -> None:
         width = max(len(element.label) for element in elements)
         for number, element in enumerate(elements):
             point = " ".join(f"{name}={value}" for name, value in element.options.items())
-            print(f"{number:4} {element.state:8} {element.label:{width}} {point}")
+            print(visible(f"{number:4} {element.state:8} {element.label:{width}} {point}"))
 
 
 def read_grid(path: Path) -> list[Element]:
@@ -130,6 +128,8 @@ def read_grid(path: Path) -> list[Element]:
     for key in content:
         if key not in _KEYS:
             raise OptionError(f"{path}: unknown key {key!r}.{did_you_mean(str(key), _KEYS)}")
+    if not isinstance(content.get("output_dir", ""), str):
+        raise OptionError(f"{path}: output_dir must be a text, got {content['output_dir']!r:.80}")
     if "output_dir" not in content:
         raise OptionError(f"{path}: output_dir is missing: the folder in which every run gets its own")
     base = content.get("base") or {}
@@ -152,8 +152,8 @@ def read_grid(path: Path) -> list[Element]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise OptionError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise OptionError(f"{path}: expected a mapping, got a {type(content).__name__}")
@@ -167,22 +167,27 @@ def _element(path: Path, output_dir: str, options: dict[str, Any]) -> Element:
             raise OptionError(f"{path}: {name} is set by the sweep itself")
         if name not in names:
             raise OptionError(f"{path}: unknown option {name!r}.{did_you_mean(str(name), names)}")
+        value = options[name]
+        if any(isinstance(one, (dict, list)) for one in (value if isinstance(value, list) else [value])):
+            raise OptionError(f"{path}: {name}: {value!r:.80} is neither a value nor a list of values")
     flags = _flags(options)
-    given = parse(RunConfig, [*flags, "--output_dir", output_dir], "unlearn-ds sweep")
+    given = parse(RunConfig, [*flags, f"--output_dir={output_dir}"], "unlearn-ds sweep")
     # Of the options as they are understood, so that 1e-5 and 0.00001 are the same run; of those given, so that a new option
     # with a default does not rename old runs.
     meant = {name: value for name, value in asdict(given).items() if name in options and name not in _NO_RESULT}
     digest = hashlib.blake2b(json.dumps(meant, sort_keys=True).encode(), digest_size=5).hexdigest()
     folder = Path(output_dir) / f"{given.objective_name}-{digest}"
-    config = parse(RunConfig, [*flags, "--output_dir", str(folder), "--auto_resume", "True"], "unlearn-ds sweep")
+    config = parse(RunConfig, [*flags, f"--output_dir={folder}", "--auto_resume", "True"], "unlearn-ds sweep")
     return Element(options, config)
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
     words = []
     for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if isinstance(value, list) and len(value) != 1:
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:  # behind =, a value may begin with hyphens
+            words.append(f"--{name}={value[0] if isinstance(value, list) else value}")
     return words
 
 
@@ -210,9 +215,9 @@ def do_locally(elements: list[Element], num_ranks: int) -> None:
     failed = []
     for number, element in enumerate(elements):
         if element.state == "done":
-            print(f"[{number + 1}/{len(elements)}] {element.label}: done already", file=sys.stderr)
+            tell(f"[{number + 1}/{len(elements)}] {element.label}: done already")
             continue
-        print(f"[{number + 1}/{len(elements)}] {element.label}", file=sys.stderr, flush=True)
+        tell(f"[{number + 1}/{len(elements)}] {element.label}")
         command = rank_command("unlearn_ds.train", _flags(_complete(element.config)), num_ranks)
         code = subprocess.run(command, env=rank_environment(), check=False).returncode
         if code == 0:
@@ -246,11 +251,11 @@ def collect(elements: list[Element], config: SweepConfig) -> None:
     if len(models) == len(extra):
         raise OptionError("no finished run has an evaluation: put `do_eval: true` into the sweep's base")
     if unfinished:
-        print(f"not done yet, so not in the report: {', '.join(unfinished)}", file=sys.stderr)
+        tell(f"not done yet, so not in the report: {', '.join(unfinished)}")
     output_dir = elements[0].run_dir.parent
     names = {name: name if name in models else None for name in ("original", "retrained")}
     write_report(output_dir, models, **names, title="Sweep")
-    print(f"written to {output_dir / 'report.html'}", file=sys.stderr)
+    tell(f"written to {output_dir / 'report.html'}")
 
 
 if __name__ == "__main__":

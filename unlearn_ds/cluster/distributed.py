@@ -25,6 +25,7 @@ from unlearn_ds.cluster.extension_cache import (
 )
 from unlearn_ds.cluster.lifeline import Lifeline
 from unlearn_ds.cluster.signals import EXIT_RESUMABLE, StopRequested
+from unlearn_ds.markup import tell
 
 Result = TypeVar("Result")
 
@@ -101,7 +102,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
         try:
             device = torch.device("cuda", gpu_of(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         except ValueError as error:
-            print(f"unlearn-ds: {error}", file=sys.stderr, flush=True)  # the ranks have not met: rank 0 cannot say it
+            tell(f"unlearn-ds: {error}")  # the ranks have not met: rank 0 cannot say it
             raise
         torch.cuda.set_device(device)
     else:
@@ -236,10 +237,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(message: str = "") -> None:
-    """Print on rank 0 only."""
+def say(*lines: str) -> None:
+    """Print lines on rank 0 only; a line end within one is shown, and ends none."""
     if is_main():
-        print(message, file=sys.stderr, flush=True)
+        tell(*lines)
 
 
 def barrier() -> None:

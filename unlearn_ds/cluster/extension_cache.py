@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from unlearn_ds.markup import tell
+
 STALE_LOCK_S = 300.0  # building one of DeepSpeed's operators takes a minute or two
 
 
@@ -73,14 +75,14 @@ def _wait_for(find: Callable[[], list[Path]], stale_s: float | None, removes: bo
                 if (lock, status.st_ino) not in suspects:
                     suspects.add((lock, status.st_ino))
                     continue
-                print(f"unlearn-ds: {lock} was left by a process that died while building: removed", flush=True)
+                tell(f"unlearn-ds: {lock} was left by a process that died while building: removed", file=sys.stdout)
                 lock.unlink(missing_ok=True)
             elif removes and lock not in said and time.monotonic() - started >= silent_s:
                 said.add(lock)
                 reason = (
                     "a process is building" if held else f"delete it if no other host builds, or wait {stale_s:.0f} s"
                 )
-                print(f"unlearn-ds: waiting for {lock}: {reason}", flush=True)
+                tell(f"unlearn-ds: waiting for {lock}: {reason}", file=sys.stdout)
         time.sleep(0.2)
 
 

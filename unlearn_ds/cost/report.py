@@ -17,7 +17,8 @@ from typing import Any, Literal
 from unlearn_ds.cluster.distributed import choose_accelerator
 from unlearn_ds.config import RunConfig
 from unlearn_ds.cost import estimate as cost
-from unlearn_ds.options import AUTO, OptionError, check_choices, parse
+from unlearn_ds.markup import tell
+from unlearn_ds.options import AUTO, OptionError, check_choices, parse, with_flag_of_first
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,7 @@ class PlanConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--run", *words]
+    words = with_flag_of_first(sys.argv[1:] if argv is None else argv, "--run")
     try:
         choose_accelerator(os.environ)
         config = parse(PlanConfig, words, "unlearn-ds plan", __doc__)
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.json:
             Path(config.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"unlearn-ds plan: error: {error}", file=sys.stderr)
+        tell(f"unlearn-ds plan: error: {error}")
         return 2
     return 0
 

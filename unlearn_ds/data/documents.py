@@ -1,10 +1,8 @@
 """Where documents come from: files, folders, folders saved by `datasets`, and hub names, read as a stream."""
 
-import json
 import lzma
 import os
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.bounds import parse_json
 from unlearn_ds.data.readers import FORMS, READERS, TextColumn, check_arrow_end, no_text, texts_of_batches
 from unlearn_ds.data.text_files import COMPRESSIONS, DocumentError, split_compression
+from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, did_you_mean
 
 __all__ = ["DocumentError", "DocumentSource", "find_sources", "read_documents"]
@@ -104,7 +104,7 @@ def _find_in_folder(name: str, folder: Path, split: str | None) -> list[Document
 
 def _read_splits(path: Path) -> list[str]:
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        splits = parse_json(path.read_text(encoding="utf-8"))["splits"]
         names = [str(split) for split in splits]
     except (ValueError, LookupError, TypeError) as error:
         raise DocumentError(f"{path}: damaged, it names no splits ({error!r})") from error
@@ -114,7 +114,7 @@ def _read_splits(path: Path) -> list[str]:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    tell(f"note: {text}")
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -238,7 +238,7 @@ def _read_saved(source: DocumentSource, column: TextColumn) -> Iterator[str]:
     for file in source.files:
         with file.open("rb") as stream:
             check_arrow_end(file, stream)
-    if not json.loads((source.folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+    if not parse_json((source.folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
         return  # without rows, which `datasets` saves and does not load
     table = datasets.load_from_disk(str(source.folder))
     name = column.among(table.column_names, source.name)

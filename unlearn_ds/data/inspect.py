@@ -19,7 +19,8 @@ from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora
 from unlearn_ds.data.summary import format_summary, save_histogram, save_step_picture, summarise
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
-from unlearn_ds.options import OptionError, parse
+from unlearn_ds.markup import tell
+from unlearn_ds.options import OptionError, parse, with_flag_of_first
 
 _SAMPLE_TOKENS = 120
 _SHOWN_SEQUENCES = 20
@@ -77,13 +78,11 @@ class InspectConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--path", *words]
+    words = with_flag_of_first(sys.argv[1:] if argv is None else argv, "--path")
     try:
         inspect(parse(InspectConfig, words, "unlearn-ds inspect", __doc__ or ""))
     except (ValueError, OSError) as error:
-        print(f"unlearn-ds inspect: error: {error}", file=sys.stderr)
+        tell(f"unlearn-ds inspect: error: {error}")
         return 2
     return 0
 
@@ -94,20 +93,21 @@ def inspect(config: InspectConfig) -> None:
         _show_step(config)
         return
     corpora = find_corpora(Path(config.path))
-    print(
-        format_summary(
-            {name: summarise(corpus, config.seq_len, name) for name, corpus in corpora.items()}, config.seq_len
-        )
-    )
+    summaries = {name: summarise(corpus, config.seq_len, name) for name, corpus in corpora.items()}
+    print(format_summary(summaries, config.seq_len))
     for name, corpus in corpora.items():
         if config.verify:
             corpus.verify()
-            print(f"{name}: every token is as it was written")
+            _print(f"{name}: every token is as it was written")
         _show_corpus(config, name, corpus)
     folder = Path(config.output_dir) if config.output_dir else next(iter(corpora.values())).path.parent
     folder.mkdir(parents=True, exist_ok=True)
     save_histogram(folder / "lengths.png", corpora, config.seq_len)
-    print(f"lengths drawn in {folder / 'lengths.png'}")
+    _print(f"lengths drawn in {folder / 'lengths.png'}")
+
+
+def _print(*lines: str) -> None:
+    tell(*lines, file=sys.stdout)
 
 
 def find_corpora(path: Path) -> dict[str, Corpus]:
@@ -123,9 +123,9 @@ def find_corpora(path: Path) -> dict[str, Corpus]:
 def _show_corpus(config: InspectConfig, name: str, corpus: Corpus) -> None:
     manifest = corpus.manifest or {}
     made_with = manifest.get("tokenizer", {}).get("name", "unknown")
-    print(f"\n{name}: {corpus.tokens.dtype.name}, fingerprint {corpus.fingerprint}, tokenizer {made_with}")
+    _print("", f"{name}: {corpus.tokens.dtype.name}, fingerprint {corpus.fingerprint}, tokenizer {made_with}")
     if "overlap" in manifest:
-        print(
+        _print(
             f"  copies of forget documents: {json.dumps({k: manifest['overlap'][k] for k in ('exact', 'near', 'dropped')})}"
         )
     if not 0 <= config.sample < corpus.num_documents:
@@ -133,7 +133,7 @@ def _show_corpus(config: InspectConfig, name: str, corpus: Corpus) -> None:
     tokens = corpus.document(config.sample)[:_SAMPLE_TOKENS]
     tokenizer = _tokenizer(config, manifest)
     shown = repr(tokenizer.decode(tokens.tolist())) if tokenizer is not None else " ".join(map(str, tokens.tolist()))
-    print(f"  document {config.sample} begins {shown}")
+    _print(f"  document {config.sample} begins {shown}")
 
 
 def _tokenizer(config: InspectConfig, manifest: dict[str, Any]) -> Any | None:
@@ -146,7 +146,7 @@ def _tokenizer(config: InspectConfig, manifest: dict[str, Any]) -> Any | None:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if config.tokenizer_name_or_path is not None:
             raise OptionError(f"--tokenizer_name_or_path {name}: {str(error).splitlines()[0]}") from error
         return None
@@ -197,7 +197,7 @@ def _show_step(config: InspectConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"step_{config.step}.png"
     save_step_picture(picture, plan, step)
-    print(f"packing drawn in {picture}")
+    _print(f"packing drawn in {picture}")
 
 
 def format_step(plan: Plan, step: StepPlan) -> str:

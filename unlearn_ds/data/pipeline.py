@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from unlearn_ds.data.overlap import CopyFilter, ForgetIndex, SketchingEncoder
 from unlearn_ds.data.resumable import ResumableWriter
 from unlearn_ds.data.round_trip import RoundTrip
 from unlearn_ds.data.tokenise import Encoder, count_doubled, tokenise
+from unlearn_ds.markup import tell
 
 _SAVE_PROGRESS_S = 10.0
 _WORTH_PROCESSES_BYTES = 32 << 20
@@ -127,7 +127,7 @@ def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str]) ->
         if count == 0:
             return 0
         if digest == writer.state["source_digest"]:
-            print(f"{writer.path}: going on after {count:,} documents", file=sys.stderr)
+            tell(f"{writer.path}: going on after {count:,} documents")
             return count
     raise DocumentError(
         f"{writer.path}: the documents have changed since their preparation was interrupted; its partial files are removed: "
@@ -137,10 +137,9 @@ def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str]) ->
 
 def _note_doubled(writer: ResumableWriter, num_doubled: int) -> None:
     if num_doubled:
-        print(
+        tell(
             f"note: {writer.path}: {num_doubled:,} document(s) begin or end with the text of a token that the tokenizer puts "
-            "there as well, so it stands there twice: take it out of the texts if that is not meant",
-            file=sys.stderr,
+            "there as well, so it stands there twice: take it out of the texts if that is not meant"
         )
 
 

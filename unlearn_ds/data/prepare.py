@@ -28,6 +28,7 @@ from unlearn_ds.data.summary import format_summary, save_histogram, summarise
 from unlearn_ds.data.tokenise import Encoder
 from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
 from unlearn_ds.durable import replacing
+from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, check_choices, parse
 
 
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare(parse(PrepareConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds prepare", __doc__ or ""))
     except (ValueError, OSError) as error:
-        print(f"unlearn-ds prepare: error: {error}", file=sys.stderr)
+        tell(f"unlearn-ds prepare: error: {error}")
         return 2
     return 0
 
@@ -116,10 +117,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     made_with = {"name": config.tokenizer_name_or_path, "fingerprint": tokenizer_fingerprint(tokenizer)}
     encoder = Encoder(tokenizer)
     if not encoder.is_fast:
-        print(
-            "note: this tokenizer's Rust side, if it has one, does not give the same ids alone: tokenising is slower",
-            file=sys.stderr,
-        )
+        tell("note: this tokenizer's Rust side, if it has one, does not give the same ids alone: tokenising is slower")
     vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     made_from = {
         name: {
@@ -175,7 +173,7 @@ class _ForgetOnce:
             return None
         path = self._config.path("forget")
         if not with_suffix(path, ".idx").exists():
-            print(f"note: no corpus {path}, so no search for copies of its documents", file=sys.stderr)
+            tell(f"note: no corpus {path}, so no search for copies of its documents")
             return None
         return Corpus(path)
 
@@ -207,10 +205,10 @@ def restate(corpus: Corpus, made_with: dict[str, str], forget: _ForgetOnce | Non
             wanted["overlap"] = count_copies(corpus, forget.index())
             changes.append(f"compared anew with {forget.corpus.path}, {'near' if forget.near else 'exact'} copies")
     if not changes:
-        print(f"{corpus.path}: up to date", file=sys.stderr)
+        tell(f"{corpus.path}: up to date")
         return
     corpus.write_manifest(wanted)
-    print(f"{corpus.path}: its tokens are up to date; now stated: {', '.join(changes)}", file=sys.stderr)
+    tell(f"{corpus.path}: its tokens are up to date; now stated: {', '.join(changes)}")
 
 
 def _forget_identity(config: PrepareConfig, made_from: dict[str, Any]) -> Any:
@@ -233,14 +231,11 @@ def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
     for name, corpus in corpora.items():
         if (found := (corpus.manifest or {}).get("overlap")) is not None:
             summaries[name]["overlap"] = found
-    print(format_summary(summaries, config.seq_len), file=sys.stderr)
+    tell(*format_summary(summaries, config.seq_len).split("\n"))
     for name, summary in summaries.items():
         if (found := summary.get("overlap")) and found["exact"] + found["near"]:
             done = "left out" if found["dropped"] else "kept: --drop_overlap leaves them out"
-            print(
-                f"{name}: {found['exact']} exact and {found['near']} near copies of forget documents, {done}",
-                file=sys.stderr,
-            )
+            tell(f"{name}: {found['exact']} exact and {found['near']} near copies of forget documents, {done}")
     with replacing(folder / "summary.json") as partial:
         partial.write_text(json.dumps({"seq_len": config.seq_len, "sets": summaries}, indent=1), encoding="utf-8")
     save_histogram(folder / "lengths.png", corpora, config.seq_len)
@@ -257,7 +252,7 @@ def load_tokenizer(config: PrepareConfig) -> Any:
     except Exception as error:
         # The Rust side raises plain `Exception`, and no class below it.
         if type(error) is not Exception and not isinstance(
-            error, (OSError, ValueError, KeyError, TypeError, ImportError)
+            error, (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError)
         ):
             raise
         raise OptionError(f"--tokenizer_name_or_path {name}: {str(error).strip().splitlines()[0]}") from error

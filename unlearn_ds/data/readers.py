@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from unlearn_ds.bounds import TOO_DEEP, check_nesting, nested_too_deep
 from unlearn_ds.data.text_files import DocumentError, TextLines, open_bytes, split_compression
+from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, did_you_mean
 
 TEXT_COLUMNS = ("text", "content")
@@ -89,9 +91,14 @@ def read_json(path: Path, column: TextColumn) -> Iterator[str]:
                 yield _text_of_line(path, lines.number, line, column)
 
 
+def _decode(decoder: json.JSONDecoder, text: str) -> Any:
+    check_nesting(text)
+    return decoder.decode(text)
+
+
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(_ROW.decode(text), dict)
+        return isinstance(_decode(_ROW, text), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -101,7 +108,7 @@ def _text_of_line(path: Path, number: int, line: str, column: TextColumn) -> str
     name = column.name
     may_stand_twice = name is None or line.count(f'"{name}"') > 1
     try:
-        row = (_ROW_IN_PAIRS if may_stand_twice else _ROW).decode(line)
+        row = _decode(_ROW_IN_PAIRS if may_stand_twice else _ROW, line)
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{where}: cannot be read as json: {_reason(error)}") from error
     return _text_of_row(where, row, column, may_escape="\\ud" in line or "\\uD" in line)
@@ -130,6 +137,8 @@ def _text_of_row(where: str, row: Any, column: TextColumn, may_escape: bool = Tr
 
 def _read_json_values(path: Path, line: int, text: str, column: TextColumn) -> Iterator[str]:
     """The elements of one array, or values one after another. line: the number of the first."""
+    if (deep := nested_too_deep(text)) is not None:
+        raise DocumentError(f"{path}: line {line + text.count(chr(10), 0, deep)}: cannot be read as json: {TOO_DEEP}")
     at = _JSON_SPACE.match(text).end()
     in_array = text.startswith("[", at)
     counted, at = 0, at + in_array
@@ -224,7 +233,7 @@ def _delimiter(path: Path, header: str, column: TextColumn, form: str) -> str:
         names = next(csv.reader([header], delimiter=delimiter), [])
         if any(name in names for name in wanted):
             if delimiter != usual:
-                print(f"note: {path}: its columns are taken to be separated by {delimiter!r}", file=sys.stderr)
+                tell(f"note: {path}: its columns are taken to be separated by {delimiter!r}")
             return delimiter
     return usual
 
@@ -337,7 +346,7 @@ def _refuse_json(path: Path, text: str, column: TextColumn) -> None:
 def _holds_rows(path: Path, text: str, column: TextColumn) -> bool:
     """Whether text is JSON objects; in a `.json` file, which may be a source like any other, those with a text's column."""
     try:
-        value = _ROW.decode(text)
+        value = _decode(_ROW, text)
     except (ValueError, RecursionError):
         return False
     rows = value if isinstance(value, list) else [value]

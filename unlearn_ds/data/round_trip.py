@@ -4,7 +4,6 @@ A tokenizer may change letters as its normalizer does (case, accents, compatibil
 looked for are characters that are gone, and words that were apart and are one.
 """
 
-import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from unlearn_ds.data.corpus import CorpusError
+from unlearn_ds.markup import tell
 
 _FIRST = 16  # documents that are all compared; behind them every power of two
 _TOKENS = 4096  # of a document
@@ -121,4 +121,4 @@ class RoundTrip:
     def report(self, path: Path) -> None:
         """Say what was lost, if anything was."""
         if self._differing:
-            print(f"note: {path}: {self._told()}", file=sys.stderr)
+            tell(f"note: {path}: {self._told()}")

@@ -15,6 +15,7 @@ from unlearn_ds.data.packing import pack_rows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex, shortest_document
 from unlearn_ds.durable import replacing
+from unlearn_ds.markup import plot_label, visible
 
 _PACKED_TOGETHER = 480  # sequences of one update in the published runs
 _NUM_UPDATES = 100
@@ -59,10 +60,11 @@ def format_summary(summaries: Mapping[str, Mapping[str, Any]], seq_len: int) -> 
     lines = [
         f"{'corpus':<22}{'documents':>11}{'tokens':>15}{'sequences':>11}{'tokens a document':>25}{'rows full':>11}{'padded':>8}"
     ]
+    summaries = {visible(name): found for name, found in summaries.items()}
     for name, found in summaries.items():
         spread = "/".join(f"{value:,}" for value in found["document_tokens"].values())
         lines.append(
-            f"{name:<22}{found['documents']:>11,}{found['tokens']:>15,}{found['sequences']:>11,}{spread:>25}"
+            f"{name:<22} {found['documents']:>10,}{found['tokens']:>15,}{found['sequences']:>11,}{spread:>25}"
             f"{found['fill_packed']:>11.1%}{found['fill_padded']:>8.1%}"
         )
     lines.append(
@@ -137,7 +139,7 @@ def save_histogram(path: Path, corpora: Mapping[str, Corpus], seq_len: int) -> N
     for panel, (name, lengths) in zip(panels, every.items()):
         panel.hist(lengths, bins, color="#4e79a7")
         panel.axvline(seq_len, color="#e15759", linewidth=1)
-        panel.set_title(f"{name}: {len(lengths):,} documents", fontsize=9, loc="left")
+        panel.set_title(plot_label(f"{name}: {len(lengths):,} documents"), fontsize=9, loc="left")
         panel.set_ylabel("documents")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xscale("log")

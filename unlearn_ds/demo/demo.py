@@ -23,6 +23,7 @@ from unlearn_ds.cluster.processes import default_num_ranks, run_ranks
 from unlearn_ds.data import prepare
 from unlearn_ds.demo.data import DemoSizes, write_config, write_documents, write_tokenizer
 from unlearn_ds.evaluation.report import write_report
+from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, parse
 
 SEQ_LEN = 256
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_demo(config)
     except RuntimeError as error:
-        print(f"unlearn-ds demo: error: {error}", file=sys.stderr)
+        tell(f"unlearn-ds demo: error: {error}")
         return 1
     return 0
 
@@ -123,7 +124,10 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         bar.update()
     report = write_report(root, {name: root / name for name in names}, original="original", retrained="retrained")
     print(f"\n{(root / 'report.md').read_text(encoding='utf-8')}")
-    print(f"{root / 'report.html'} and {root / 'report.json'} written after {time.perf_counter() - started:.0f} s")
+    tell(
+        f"{root / 'report.html'} and {root / 'report.json'} written after {time.perf_counter() - started:.0f} s",
+        file=sys.stdout,
+    )
     return report
 
 

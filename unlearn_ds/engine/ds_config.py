@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.bounds import parse_json
 from unlearn_ds.model.size import ModelSize
 from unlearn_ds.options import OptionError, did_you_mean
 
@@ -56,8 +57,8 @@ def load_ds_file(name_or_path: str) -> dict[str, Any]:
             f"{did_you_mean(name_or_path, shipped)}"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise OptionError(f"--deepspeed {path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise OptionError(f"--deepspeed {path}: expected an object, got a {type(content).__name__}")

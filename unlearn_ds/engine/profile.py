@@ -5,7 +5,6 @@ runs beside it, so it is a line of its own: how long collectives were in flight,
 """
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.config import profiled_steps
 from unlearn_ds.durable import replacing
 from unlearn_ds.marks import BACKWARD, FORWARD, LOSS, OPTIMIZER, REFERENCE
+from unlearn_ds.markup import tell
 
 _COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel")
 
@@ -127,7 +127,7 @@ class StepProfiler:
     def _write(self) -> None:
         parts = breakdown(self._profile.events(), self._total_s, self._wait_s)
         num_steps = self._last - self._first + 1
-        distributed.say(table(parts, num_steps, self._total_s))
+        distributed.say(*table(parts, num_steps, self._total_s).split("\n"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write_trace(self._folder / f"rank{distributed.rank()}.json")
@@ -136,7 +136,7 @@ class StepProfiler:
                 with replacing(self._folder / "breakdown.json") as partial:
                     partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
         except OSError as error:  # training goes on without it
-            print(f"warning: the profile of rank {distributed.rank()} could not be written: {error}", file=sys.stderr)
+            tell(f"warning: the profile of rank {distributed.rank()} could not be written: {error}")
 
     def _write_trace(self, path: Path) -> None:
         self._profile.export_chrome_trace(str(path))

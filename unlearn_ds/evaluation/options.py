@@ -121,3 +121,7 @@ class ReportConfig(Thresholds):
             raise OptionError("no run given: unlearn-ds report RUN [RUN ...]")
         if self.names and len(self.names) != len(self.runs):
             raise OptionError(f"--names: {len(self.names)} names for {len(self.runs)} runs")
+        if repeated := next((name for name in self.names if self.names.count(name) > 1), None):
+            raise OptionError(f"--names: {repeated!r} stands there twice: every run needs a name of its own")
+        if not all(map(str.strip, self.names)):
+            raise OptionError("--names: a name is empty")

@@ -11,21 +11,20 @@ from typing import Any
 from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
+from unlearn_ds.markup import tell
 from unlearn_ds.measures.folder import write_json, write_text
 from unlearn_ds.measures.measured import check_comparable
 from unlearn_ds.measures.summary import DEFAULT_SEED, evaluate_tables
 from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.measures.verdict import Comparison, document_changes, judge
-from unlearn_ds.options import OptionError, did_you_mean, parse
+from unlearn_ds.options import OptionError, did_you_mean, parse, with_flag_of_first
 
 _NUM_DOCUMENTS = 5  # shown at each end of the list of documents
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--runs", *words]
+    words = with_flag_of_first(sys.argv[1:] if argv is None else argv, "--runs")
     try:
         config = parse(ReportConfig, words, "unlearn-ds report", __doc__ or "")
         models = dict(zip(config.names or _names(config.runs), map(Path, config.runs)))
@@ -39,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=config.seed,
         )
     except (ValueError, OSError) as error:
-        print(f"unlearn-ds report: error: {error}", file=sys.stderr)
+        tell(f"unlearn-ds report: error: {error}")
         return 2
     for name, one in report["models"].items():
-        print(f"{name}: {one['verdict']['sentence']}", file=sys.stderr)
-    print(f"written to {output_dir / 'report.html'}", file=sys.stderr)
+        tell(f"{name}: {one['verdict']['sentence']}")
+    tell(f"written to {output_dir / 'report.html'}")
     return 0
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 from unlearn_ds import __version__
 from unlearn_ds.evaluation.report_model import Model
+from unlearn_ds.markup import markdown, visible
 from unlearn_ds.measures.attacks import MAIN_ATTACK, attack_scores, roc_curve
 from unlearn_ds.measures.summary import show
 from unlearn_ds.measures.verdict import verdict_words
@@ -23,7 +24,11 @@ _ATTACK_NAMES = {"min_k_100": "LOSS (Min-100%)", "zlib": "zlib ratio", "referenc
 def render_page(title: str, report: dict[str, Any], models: dict[str, Model]) -> str:
     """The page as one string: styles and pictures inside, no script, nothing fetched."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else visible(value),
     )
     environment.filters |= {
         "show": show,
@@ -56,7 +61,7 @@ def attack_name(attack: str) -> str:
 
 def breakable(name: str) -> Markup:
     """A name that a narrow column may break after its underscores."""
-    return Markup(str(escape(name)).replace("_", "_<wbr>"))
+    return Markup(str(escape(visible(name))).replace("_", "_<wbr>"))
 
 
 def bounds(pair: list[float | None] | None, digits: str = ".4g") -> str:
@@ -200,12 +205,13 @@ def render_markdown(report: dict[str, Any]) -> str:
     """The table of the page for a README or an issue."""
     columns = extra_columns(report)
     heads = ["model", "verdict", *(f"{name} ppl" for name in SETS), "forget acc %", "AUC (Min-40%)", *columns]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    rows = [heads]
     for name, one in report["models"].items():
         sets, auc = one["sets"], one["mia"].get(MAIN_ATTACK, {}).get("auc")
         cells = [name, verdict_words(one["verdict"])]
         cells += [show(sets[which]["ppl"]) if which in sets else "" for which in SETS]
         cells += [show(sets["forget"]["acc"], ".1f") if "forget" in sets else "", "" if auc is None else f"{auc:.3f}"]
         cells += [columns[heading].get(name, "") for heading in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+        rows.append(cells)
+    lines = ["| " + " | ".join(map(markdown, cells)) + " |" for cells in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:], ""])

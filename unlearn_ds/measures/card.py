@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.markup import markdown
 from unlearn_ds.measures.attacks import MAIN_ATTACK
 from unlearn_ds.measures.folder import read_json, read_robustness, write_text
 from unlearn_ds.measures.summary import show
 
-HEADING = "## Evaluation"
+HEADING = "## Evaluation"  # a line of its own; what stands in options and tables never is
 
 
 def evaluation_section(evaluation: dict[str, Any] | None, robustness: dict[str, Any] | None = None) -> str:
@@ -18,17 +19,19 @@ def evaluation_section(evaluation: dict[str, Any] | None, robustness: dict[str, 
     elif not robustness:
         lines += ["Not evaluated: run `unlearn-ds evaluate`.", ""]
     for name, text in robustness_lines(robustness or {}).items():
-        lines += [f"{name}: {text}.", ""]
+        lines += [markdown(f"{name}: {text}."), ""]
     return "\n".join(lines)
 
 
 def _measures(evaluation: dict[str, Any]) -> list[str]:
-    lines = [evaluation["verdict"]["sentence"], ""] if "verdict" in evaluation else []
+    lines = [markdown(evaluation["verdict"]["sentence"]), ""] if "verdict" in evaluation else []
     lines += ["| set | perplexity | 95 % interval | accuracy % | sequences |", "|---|---|---|---|---|"]
     for name, one in evaluation["sets"].items():
         bounds = one.get("ppl_interval")
         spread = f"{show(bounds[0])} to {show(bounds[1])}" if bounds else ""
-        lines.append(f"| {name} | {show(one['ppl'])} | {spread} | {show(one['acc'], '.2f')} | {one['num_sequences']} |")
+        lines.append(
+            f"| {markdown(name)} | {show(one['ppl'])} | {spread} | {show(one['acc'], '.2f')} | {one['num_sequences']} |"
+        )
     attack = evaluation.get("mia", {}).get(MAIN_ATTACK)
     if attack:
         lines += ["", f"Membership inference (Min-40% Prob): AUC {show(attack['auc'], '.3f')}."]
@@ -58,7 +61,9 @@ def update_card(folder: Path) -> None:
     if not card.exists():
         return
     text = card.read_text(encoding="utf-8")
-    if "unlearn-ds" not in text or HEADING not in text:
+    lines = text.split("\n")
+    if "unlearn-ds" not in text or HEADING not in lines:
         return
+    at = len(lines) - 1 - lines[::-1].index(HEADING)
     section = evaluation_section(read_json(folder / "evaluation.json"), read_robustness(folder))
-    write_text(card, text[: text.index(HEADING)] + section)
+    write_text(card, "\n".join([*lines[:at], section]))

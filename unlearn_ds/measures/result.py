@@ -60,13 +60,13 @@ def finish(
         return result
 
     result = distributed.on_main(write)
-    distributed.say(format_evaluation(result))
+    distributed.say(*format_evaluation(result))
     distributed.say(f"written to {output_dir / 'evaluation.json'}")
     return result
 
 
-def format_evaluation(result: dict[str, Any]) -> str:
-    """A table for the terminal."""
+def format_evaluation(result: dict[str, Any]) -> list[str]:
+    """The lines of a table for the terminal."""
     lines = [f"{'set':<14}{'ppl':>12}{'acc %':>9}{'sequences':>11}{'tokens':>12}"]
     for name, measured in result["sets"].items():
         lines.append(
@@ -81,4 +81,4 @@ def format_evaluation(result: dict[str, Any]) -> str:
             best = f", best accuracy {show(measured['best_accuracy'], '.3f')}"
             lines.append(f"membership inference {attack:<20} AUC {show(measured['auc'], '.3f')}{spread}{best}")
     lines += [f"note: {note}" for note in result["notes"]]
-    return "\n".join([*lines, result["verdict"]["sentence"]])
+    return [*lines, result["verdict"]["sentence"]]

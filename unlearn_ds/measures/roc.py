@@ -20,11 +20,11 @@ def save_roc(path: Path, tables: dict[str, Table]) -> None:
         for name in _SHOWN
         if name in found and not any(np.isnan(part).any() for part in (found[name].members, found[name].others))
     }
-    curves = {}
+    curves, labels = {}, {}
     for name, one in scores.items():
         auc = weighted_auc(one, np.ones((1, len(one.members))), np.ones((1, len(one.others))))[0]
-        curves[f"{name} (AUC {auc:.3f})"] = roc_curve(one)
+        curves[name], labels[name] = roc_curve(one), f"{name} (AUC {auc:.3f})"
     figure, (axes,) = new_figure(5.0, 5.0)
-    draw_roc(axes, curves, colours(list(scores)))
+    draw_roc(axes, curves, colours(list(scores)), labels)
     axes.set_title("membership inference: forget against approximate")
     save_png(figure, path)

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from unlearn_ds.bounds import parse_json
 from unlearn_ds.cluster import distributed
 from unlearn_ds.model import attention, weights
 from unlearn_ds.model.blank import blank_model
@@ -81,7 +82,7 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(options.name_or_path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"cannot read the model {options.name_or_path!r}: {error}") from error
     if config.get_text_config(decoder=True) is not config:
         raise OptionError(
@@ -129,7 +130,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any | 
     """
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RecursionError) as error:
         folder = model_folder(name_or_path)
         if not any((folder / file).exists() for file in _TOKENIZER_FILES):
             return None
@@ -298,7 +299,7 @@ def model_fingerprint(name_or_path: str) -> str:
     folder = model_folder(name_or_path)
     if not (folder / "config.json").is_file():
         raise OptionError(f"cannot read the model {name_or_path!r}: there is no config.json in it")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("transformers_version", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
@@ -320,7 +321,11 @@ def model_fingerprint(name_or_path: str) -> str:
 def _middles(header: bytes) -> list[int]:
     """Where the middle of each tensor lies in a safetensors file; a change of one matrix alone must be seen."""
     try:
-        spans = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        spans = [
+            entry["data_offsets"]
+            for name, entry in parse_json(header.decode("utf-8")).items()
+            if name != "__metadata__"
+        ]
     except ValueError:
         return []  # cut off: loading says so, with the file's name
     return [8 + len(header) + (start + end) // 2 for start, end in sorted(spans)]

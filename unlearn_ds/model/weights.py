@@ -4,7 +4,6 @@ A partition is the contiguous slice `flat[rank * n : (rank + 1) * n]` of a tenso
 known offsets. Where a model's names or layout differ from the file's in more than a renaming, transformers loads instead.
 """
 
-import json
 import os
 import resource
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_ds.bounds import parse_json
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.options import OptionError
 
@@ -60,7 +60,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the safetensors files that a model folder's index names; empty when there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
     return {stored.key: stored for name in names for stored in _file_header(folder / name)}
@@ -76,7 +76,7 @@ def _file_header(path: Path) -> Iterator[Stored]:
             raise OptionError(f"{path}: a pointer of Git LFS instead of the weights: `git lfs pull` fetches them")
         if not 2 <= length <= size - 8:
             raise OptionError(f"{path}: not a safetensors file, or cut off in its header")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length).decode("utf-8"))
     for key, entry in header.items():
         if key == "__metadata__":
             continue

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from unlearn_ds.markup import plot_label
 from unlearn_ds.plots.style import new_figure, save_png
 
 _OURS, _OTHERS = "tab:blue", "tab:gray"
@@ -12,7 +13,8 @@ Rows = list[dict[str, Any]]
 
 
 def _bars(axis: Any, names: list[str], values: list[float], ours: list[bool], **errors: Any) -> None:
-    axis.barh(names, values, color=[_OURS if mine else _OTHERS for mine in ours], **errors)
+    axis.barh(range(len(names)), values, color=[_OURS if mine else _OTHERS for mine in ours], **errors)
+    axis.set_yticks(range(len(names)), ["\n".join(map(plot_label, name.split("\n"))) for name in names])
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
 
@@ -30,7 +32,7 @@ def plot_kernels(results: Rows, path: Path) -> None:
         times = [100 / row["percent_of_products"] for row in rows]
         _bars(axis, [row["impl"] for row in rows], times, [row["impl"].startswith("ours") for row in rows])
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(title, fontsize=8)
+        axis.set_title("\n".join(map(plot_label, title.split("\n"))), fontsize=8)
         axis.set_xlabel("time / time of the bare matrix products", fontsize=7)
     save_png(figure, path)
 

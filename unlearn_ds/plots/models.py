@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from unlearn_ds.plots.style import INK, STYLE, set_log_scale
+from unlearn_ds.plots.style import INK, STYLE, add_legend, add_legend_below, set_log_scale
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 _FAR = 10  # times the median perplexity of the models: further out, a point stands at the edge of the plot
@@ -16,14 +16,21 @@ _LARGEST = 1e290  # beyond it a broken model's perplexity would leave the range 
 
 
 @matplotlib.rc_context(STYLE)
-def draw_roc(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], ink: dict[str, str]) -> None:
-    """One line per named (false positive rate, true positive rate)."""
+def draw_roc(
+    axes: Axes,
+    curves: dict[str, tuple[np.ndarray, np.ndarray]],
+    ink: dict[str, str],
+    labels: dict[str, str] | None = None,
+) -> None:
+    """One line per named (false positive rate, true positive rate). labels: what the legend says in the place of names."""
     axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1, alpha=0.6)
+    entries = []
     for name, (false_rate, true_rate) in curves.items():
-        axes.plot(false_rate, true_rate, color=ink[name.split(" ")[0]], label=name, linewidth=1.4)
+        (line,) = axes.plot(false_rate, true_rate, color=ink[name], linewidth=1.4)
+        entries.append((labels[name] if labels else name, line))
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     if curves:
-        axes.legend(loc="lower right")
+        add_legend(axes, entries, loc="lower right")
 
 
 @matplotlib.rc_context(STYLE)
@@ -39,10 +46,12 @@ def draw_tradeoff(
     limit = None if limit is None else min(limit, _LARGEST)
     edges = _FAR * np.median(list(points.values()), axis=0)
     shown = {name: np.minimum(point, edges) for name, point in points.items()}
+    entries = []
     for i, (name, point) in enumerate(shown.items()):
         label = name if (point == points[name]).all() else f"{name} (further out)"
         marker = _MARKERS[i % len(_MARKERS)]
-        axes.plot(*point, marker, color=ink[name], markersize=8, markeredgewidth=1.8, alpha=0.9, label=label)
+        (line,) = axes.plot(*point, marker, color=ink[name], markersize=8, markeredgewidth=1.8, alpha=0.9)
+        entries.append((label, line))
     if target is not None:
         axes.axvline(target, color=INK, linestyle="--", linewidth=1, alpha=0.7)
         axes.annotate(
@@ -55,7 +64,7 @@ def draw_tradeoff(
         set_log_scale(axes, axis)
     if limit is not None:
         axes.axhspan(axes.get_ylim()[0], limit, color="#59a14f", alpha=0.10, linewidth=0)
-    axes.figure.legend(loc="outside lower center", ncols=3)
+    add_legend_below(axes.figure, entries)
 
 
 def _log_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -68,20 +77,24 @@ def _log_limits(values: Sequence[float]) -> tuple[float, float]:
 @matplotlib.rc_context(STYLE)
 def draw_losses(axes: Axes, losses: dict[str, np.ndarray], ink: dict[str, str], dashed: Sequence[str] = ()) -> None:
     """The share of the forget set's sequences whose mean loss is below x, a line per model."""
+    entries = []
     for name, values in losses.items():
         ordered = np.sort(values)
         share = np.arange(1, len(ordered) + 1) / len(ordered)
         style = "--" if name in dashed else "-"
-        axes.step(ordered, share, where="post", color=ink[name], linestyle=style, linewidth=1.3, label=name)
+        (line,) = axes.step(ordered, share, where="post", color=ink[name], linestyle=style, linewidth=1.3)
+        entries.append((name, line))
     axes.set(xlabel="mean loss of a sequence (nats)", ylabel="share of sequences", ylim=(0, 1.02))
-    axes.legend()
+    add_legend(axes, entries)
 
 
 @matplotlib.rc_context(STYLE)
 def draw_curves(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], ink: dict[str, str], label: str) -> None:
     """A value over the updates of a run, a line per model."""
+    entries = []
     for name, (steps, values) in curves.items():
-        axes.plot(steps, values, color=ink[name], linewidth=1.4, marker="o", markersize=2.5, label=name)
+        (line,) = axes.plot(steps, values, color=ink[name], linewidth=1.4, marker="o", markersize=2.5)
+        entries.append((name, line))
     axes.set(xlabel="update", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    add_legend(axes, entries)

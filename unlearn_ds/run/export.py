@@ -14,6 +14,7 @@ from unlearn_ds import __version__
 from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.gather import gathered_state_dict
+from unlearn_ds.markup import markdown, markdown_code
 from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.model.lora import adapter_state, merged_state
 from unlearn_ds.options import OptionError
@@ -119,26 +120,35 @@ def model_card(options: dict[str, Any], forgotten: list[dict[str, Any]], evaluat
 
     forgotten: one entry per corpus with `name`, `documents`, `tokens`, `digest`. evaluation: content of evaluation.json.
     """
+    given = [(name, value) for name, value in sorted(options.items()) if value not in (None, "", False)]
     lines = [
         "---",
         "library_name: transformers",
         "tags: [machine-unlearning, unlearn-ds]",
         "---",
-        f"# Trained with unlearn-ds {__version__}: {options['unlearn_method']}",
+        f"# Trained with unlearn-ds {__version__}: {markdown(options['unlearn_method'])}",
         "",
-        f"Start: `{options.get('target_model_name_or_path') or options.get('model_name_or_path')}`.",
+        f"Start: {markdown_code(options.get('target_model_name_or_path') or options.get('model_name_or_path'))}.",
         "",
         "## Data",
         "",
         "| role | corpus | documents | tokens | digest |",
         "|---|---|---|---|---|",
-        *(f"| {c['role']} | {c['name']} | {c['documents']} | {c['tokens']} | `{c['digest']}` |" for c in forgotten),
+        *map(_corpus_row, forgotten),
         "",
         "## Options",
         "",
         "| option | value |",
         "|---|---|",
-        *(f"| {name} | `{value}` |" for name, value in sorted(options.items()) if value not in (None, "", False)),
+        *(f"| {markdown(name)} | {markdown_code(value, in_table=True)} |" for name, value in given),
         "",
     ]
     return "\n".join(lines) + "\n" + evaluation_section(evaluation)
+
+
+def _corpus_row(corpus: dict[str, Any]) -> str:
+    cells = [
+        *(markdown(corpus[key]) for key in ("role", "name", "documents", "tokens")),
+        markdown_code(corpus["digest"]),
+    ]
+    return "| " + " | ".join(cells) + " |"

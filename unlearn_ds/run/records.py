@@ -120,15 +120,15 @@ def announce(run: Run) -> None:
         )
     sequences = ", ".join(f"{len(source.sequences):,} {source.role}" for source in plan.sources)
     distributed.say(
-        f"{config.objective_name}: {config.objective.summary}\n"
-        f"  sequences     {sequences} of at most {config.seq_len} tokens\n"
+        f"{config.objective_name}: {config.objective.summary}",
+        f"  sequences     {sequences} of at most {config.seq_len} tokens",
         f"  update        {first.num_sequences} sequences = {first.num_tokens:,} tokens in {first.num_rows} rows "
         f"({padding:.1%} padding), {first.num_micro_steps} micro-steps x {world} ranks x "
-        f"{config.per_device_train_batch_size} rows\n"
+        f"{config.per_device_train_batch_size} rows",
         f"  run           {plan.num_steps} updates, {plan.steps_per_epoch} an epoch"
-        f"{f', resumed after {run.start_step}' if run.start_step else ''}\n"
-        f"  parameters    {run.num_parameters:,}; GiB a rank: {shares}\n"
-        f"  device        {device.type} x {world}, {name_of(config.bf16)}, DeepSpeed {config.deepspeed}\n"
-        f"  loaded        {run.engine.engine.module.loading}\n"
-        f"  attention     {attn} ({why})"
+        f"{f', resumed after {run.start_step}' if run.start_step else ''}",
+        f"  parameters    {run.num_parameters:,}; GiB a rank: {shares}",
+        f"  device        {device.type} x {world}, {name_of(config.bf16)}, DeepSpeed {config.deepspeed}",
+        f"  loaded        {run.engine.engine.module.loading}",
+        f"  attention     {attn} ({why})",
     )
