@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from unlearn_ds import __version__
+from unlearn_ds.caches import explained
+from unlearn_ds.cluster.bus_error import name_bus_errors
 from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, did_you_mean, run_with_arguments
 
@@ -55,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"unlearn-ds {__version__}")
         return 0
+    name_bus_errors()
     try:
         if words[0] == "bench":
             return _bench(words[1:])
         return _load(words[0], COMMANDS, "command").main(words[1:])
     except (ValueError, OSError) as error:
-        tell(f"unlearn-ds: error: {error}")
+        tell(f"unlearn-ds: error: {explained(error)}")
         return 2
 
 

@@ -18,6 +18,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from unlearn_ds.caches import explained
+from unlearn_ds.cluster.bus_error import name_bus_errors
 from unlearn_ds.cluster.extension_cache import (
     use_cache_of_this_environment,
     wait_for_dead_builders_too,
@@ -96,6 +98,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
 
     num_threads: CPU threads of this rank; by default the cores this process may use, shared between the node's ranks.
     """
+    name_bus_errors()
     map_launcher_environment(os.environ)
     choose_interface(os.environ)
     if torch.cuda.is_available():
@@ -194,8 +197,8 @@ def guarded(prog: str, body: Callable[[], Any]) -> int:
         say(f"{prog}: {stop}")
         return EXIT_RESUMABLE
     except (ValueError, OSError) as error:
-        failure = str(error)
-        say(f"{prog}: error: {error}")
+        failure = explained(error)
+        say(f"{prog}: error: {explained(error)}")
         return 2
     except BaseException as error:
         failure, unexpected = f"{type(error).__name__}: {error}", True

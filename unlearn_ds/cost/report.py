@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from unlearn_ds.caches import explained
 from unlearn_ds.cluster.distributed import choose_accelerator
 from unlearn_ds.config import RunConfig
 from unlearn_ds.cost import estimate as cost
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.json:
             Path(config.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
     except (ValueError, OSError) as error:
-        tell(f"unlearn-ds plan: error: {error}")
+        tell(f"unlearn-ds plan: error: {explained(error)}")
         return 2
     return 0
 

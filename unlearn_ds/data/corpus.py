@@ -4,11 +4,14 @@ Opening maps the files; a document is a view. Corpora written by Megatron-LM, Me
 are: without a manifest, what only the manifest knows (tokenizer, largest id) is not checked, or found by one pass.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
+import weakref
 from array import array
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +28,8 @@ __all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_p
 SUFFIXES = (".bin", ".json", ".idx")  # in the order they are published: `.idx` makes a corpus complete
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
-_SCAN_TOKENS = 1 << 24
+_SCAN_TOKENS = 1 << 20  # small enough for a processor's cache
+_ANOTHER_FILE = "start again with the file as it was, or in a new folder with the new one"
 
 
 def corpus_path(data_dir: str | Path, domain: str, name: str) -> Path:
@@ -62,6 +66,9 @@ class Corpus:
             raise CorpusError(f"{self.path}.idx: an empty corpus: {self.num_documents} documents without a token")
         self._map = np.memmap(bin_path, dtype=index.dtype, mode="r")
         self.tokens = np.asarray(self._map)  # (num_tokens,); a plain array is sliced faster
+        self._descriptor = os.open(bin_path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._identity = _identity(bin_path)
         self.manifest = self._read_manifest()
 
     def _read_manifest(self) -> dict[str, Any] | None:
@@ -89,6 +96,32 @@ class Corpus:
             flush_file(file)
         self.manifest = self._read_manifest()
 
+    def read(self, start: int, length: int) -> np.ndarray:  # (length,)
+        """`length` tokens from the token offset `start`, as a copy.
+
+        For passes over all tokens: what was read does not count as this process's memory, and a file that has become shorter
+        is a `CorpusError`, where a map ends the process. Sequences come faster through the map.
+        """
+        width = self.tokens.itemsize
+        raw = os.pread(self._descriptor, length * width, start * width)
+        if len(raw) != length * width:
+            raise CorpusError(f"{self.path}.bin became shorter while it was read: {_ANOTHER_FILE}")
+        return np.frombuffer(raw, dtype=self.tokens.dtype)
+
+    def check_unchanged(self) -> None:
+        """Raise `CorpusError` if `.bin` is not the file that was opened, unless it holds what that one did."""
+        try:
+            if (found := _identity(with_suffix(self.path, ".bin"))) == self._identity:
+                return
+            now = Corpus(self.path)
+            now.verify()
+            same = self.manifest is not None and now.manifest["digest"] == self.manifest["digest"]
+        except (CorpusError, OSError) as error:
+            raise CorpusError(f"{self.path}.bin was changed while it was read ({error}): {_ANOTHER_FILE}") from error
+        if not same:
+            raise CorpusError(f"{self.path}.bin was replaced while it was read: {_ANOTHER_FILE}")
+        self._identity = found
+
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, as a view."""
         return self.tokens[self.document_starts[number] : self.document_starts[number + 1]]
@@ -105,10 +138,10 @@ class Corpus:
         digest.update(np.ascontiguousarray(self._lengths))
         digest.update((self.manifest["digest"] if self.manifest else "").encode())
         step = max(1, self.num_tokens // _NUM_SAMPLES)
-        length = _SAMPLE_BYTES // self.tokens.dtype.itemsize
+        length = min(self.num_tokens, _SAMPLE_BYTES // self.tokens.dtype.itemsize)
         for start in range(0, self.num_tokens, step):
-            digest.update(np.ascontiguousarray(self.tokens[start : min(start + length, start + step)]))
-        digest.update(np.ascontiguousarray(self.tokens[-length:]))
+            digest.update(self.read(start, min(length, step, self.num_tokens - start)))
+        digest.update(self.read(self.num_tokens - length, length))
         return digest.hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -116,10 +149,8 @@ class Corpus:
 
         Its tokens decide: a tokenizer may know more (a padding token that was added) than the model and its documents use.
         """
-        if self.manifest is not None:
-            smallest, largest = 0, self.manifest["max_token"]
-        else:
-            smallest, largest = token_range(self.tokens)
+        claimed = self.manifest["max_token"] if self.manifest is not None else 0
+        smallest, largest = (0, claimed) if claimed >= vocab_size else self.token_range
         if smallest < 0 or largest >= vocab_size:
             wrong = smallest if smallest < 0 else largest
             raise CorpusError(
@@ -127,21 +158,32 @@ class Corpus:
                 "model's own tokenizer"
             )
 
+    @cached_property
+    def token_range(self) -> tuple[int, int]:
+        """Smallest and largest id in the file, whatever the manifest says: an id without an embedding ends a run midway."""
+        found = [(int(part.min()), int(part.max())) for part in self._parts()]
+        return min(low for low, _ in found), max(high for _, high in found)
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        """All tokens, in pieces."""
+        for start in range(0, self.num_tokens, _SCAN_TOKENS):
+            yield self.read(start, min(_SCAN_TOKENS, self.num_tokens - start))
+
     def verify(self) -> None:
         """Read every token and compare with the manifest's digest. Raises `CorpusError` on a difference."""
         if self.manifest is None:
             raise CorpusError(f"{self.path}: no manifest, so nothing to verify against")
         digest = hashlib.blake2b(digest_size=16)
-        for start in range(0, self.num_tokens, _SCAN_TOKENS):
-            digest.update(np.ascontiguousarray(self.tokens[start : start + _SCAN_TOKENS]))
+        for part in self._parts():
+            digest.update(part)
         if digest.hexdigest() != self.manifest["digest"]:
             raise CorpusError(f"{self.path}.bin: its tokens are not those that were written: damaged or replaced")
 
 
-def token_range(tokens: np.ndarray) -> tuple[int, int]:
-    """Smallest and largest id, read in pieces."""
-    pieces = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
-    return min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces)
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced, cut or written to."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_tokenizer(corpus: Corpus, tokenizer: Any) -> None:
@@ -161,6 +203,8 @@ class CorpusWriter:
     description: further entries of the manifest, such as `tokenizer` and `source_digest`.
     """
 
+    partial_suffixes = SUFFIXES
+
     def __init__(self, path: str | Path, vocab_size: int, description: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.vocab_size = vocab_size
@@ -172,9 +216,15 @@ class CorpusWriter:
         self._digest = hashlib.blake2b(digest_size=16)
 
     def __enter__(self) -> "CorpusWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         self._file = self._partial(".bin").open("wb", buffering=1 << 20)
         return self
+
+    def make_folder(self) -> None:
+        """The corpus's folder; if nothing comes to lie in it, it goes again."""
+        parents = [self.path.parent, *self.path.parent.parents]
+        self._made = [folder for folder in parents if not folder.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, tokens: Any) -> None:
         """Append one document: a sequence or array of token ids."""
@@ -209,8 +259,15 @@ class CorpusWriter:
                 self._publish()
         finally:
             self._file.close()
-            for suffix in SUFFIXES:
-                self._partial(suffix).unlink(missing_ok=True)
+            self.remove_partial_files()
+
+    def remove_partial_files(self) -> None:
+        """What is left of a corpus in the making, and the folders that were made for it if nothing is in them."""
+        for suffix in self.partial_suffixes:
+            self._partial(suffix).unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _publish(self) -> None:
         if not self._num_tokens:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.bounds import parse_json
+from unlearn_ds.caches import cache_of
 from unlearn_ds.data.readers import FORMS, READERS, TextColumn, check_arrow_end, no_text, texts_of_batches
 from unlearn_ds.data.text_files import COMPRESSIONS, DocumentError, split_compression
 from unlearn_ds.markup import tell
@@ -226,6 +227,8 @@ def _as_document_error(name: str, form: str, number: int) -> Iterator[None]:
     except (DocumentError, OptionError):
         raise
     except readers_failures as error:
+        if isinstance(error, OSError) and error.filename is not None and cache_of(error.filename):
+            raise  # a library's cache, not the documents
         text = str(error).strip().split("\n")[0]
         early = "the file ends early: " if isinstance(error, EOFError) else ""
         raise DocumentError(f"{name}: cannot be read as {form} after document {number}: {early}{text}") from error

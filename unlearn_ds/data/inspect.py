@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.caches import explained
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, with_suffix
 from unlearn_ds.data.plan import Plan, StepPlan
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         inspect(parse(InspectConfig, words, "unlearn-ds inspect", __doc__ or ""))
     except (ValueError, OSError) as error:
-        tell(f"unlearn-ds inspect: error: {error}")
+        tell(f"unlearn-ds inspect: error: {explained(error)}")
         return 2
     return 0
 

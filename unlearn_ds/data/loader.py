@@ -151,6 +151,8 @@ class Loader:
                 stream = torch.cuda.Stream(self.device)
             for index in range(self.start_step, self.plan.num_steps):
                 planned = self.plan.step(index)
+                for source in self.plan.sources:
+                    source.sequences.check_unchanged()
                 if not self._put(planned):
                     return
                 self._release(planned)
@@ -195,6 +197,7 @@ def evaluation_batches(
     """
     layout = Layout(seq_len, padded=packing)
     for begin in range(0, len(sequences), _WINDOW):
+        sequences.check_unchanged()
         ids = np.arange(begin, min(begin + _WINDOW, len(sequences)))
         for chosen in _evaluated_together(sequences.lengths(ids), rank, world_size, rows_per_batch, seq_len, packing):
             yield to_device(evaluation_batch(sequences, ids[chosen], layout), device)

@@ -85,7 +85,7 @@ def read_index(path: Path, bin_size: int) -> Index:
             "truncated, or it has more than tokens (multimodal corpora are not supported)"
         )
     at = _HEADER.size
-    lengths = np.frombuffer(raw, "<i4", num_sequences, at)
+    lengths = np.frombuffer(raw, "<i4", num_sequences, at).copy()  # the map goes when this returns
     pointers = np.frombuffer(raw, "<i8", num_sequences, at + 4 * num_sequences)
     entries = np.frombuffer(raw, "<i8", num_entries, at + 12 * num_sequences)
     if num_sequences == 0:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+from unlearn_ds.caches import explained
 from unlearn_ds.data.corpus import CorpusError
 from unlearn_ds.data.documents import DocumentError, DocumentSource, read_documents
 from unlearn_ds.data.overlap import CopyFilter, ForgetIndex, SketchingEncoder
@@ -112,7 +113,8 @@ def write_corpus(
             if writer.has_progress()
             else "nothing was written"
         )
-        raise OSError(error.errno, f"{writer.path}: {error.strerror or error}; {kept}") from error
+        said = explained(error) if error.filename is not None else error.strerror or error
+        raise OSError(error.errno, f"{writer.path}: {said}; {kept}") from error
 
 
 def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str]) -> int:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from unlearn_ds.caches import explained
 from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, with_suffix
 from unlearn_ds.data.documents import find_sources
 from unlearn_ds.data.overlap import ForgetIndex, count_copies
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare(parse(PrepareConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds prepare", __doc__ or ""))
     except (ValueError, OSError) as error:
-        tell(f"unlearn-ds prepare: error: {error}")
+        tell(f"unlearn-ds prepare: error: {explained(error)}")
         return 2
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from unlearn_ds.data.corpus import CorpusWriter, flush_file
+from unlearn_ds.data.corpus import SUFFIXES, CorpusWriter, flush_file
 
 _READ_BYTES = 1 << 24
 
@@ -20,6 +20,8 @@ class ResumableWriter(CorpusWriter):
     key: what the corpus is made from; partial files with another key are started over.
     `state` is the caller's: a dict kept with the documents that are safe, and given back when going on.
     """
+
+    partial_suffixes = (*SUFFIXES, ".lengths", ".progress", ".progress.new")
 
     def __init__(self, path: str | Path, vocab_size: int, key: str, restart: bool = False) -> None:
         super().__init__(path, vocab_size)
@@ -50,7 +52,7 @@ class ResumableWriter(CorpusWriter):
         self._description |= entries
 
     def __enter__(self) -> "ResumableWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         progress = None if self._restart else self._read_progress()
         binary, lengths = self._partial(".bin"), self._partial(".lengths")
         if progress is None:
@@ -107,12 +109,11 @@ class ResumableWriter(CorpusWriter):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and not issubclass(kind, ValueError):  # not the fault of the data: worth going on later
+        not_of_the_data = kind is not None and not issubclass(kind, ValueError)
+        if not_of_the_data and self.has_progress():  # worth going on later
             self._file.close()
             return
         super().__exit__(kind, error, trace)
-        for suffix in (".lengths", ".progress", ".progress.new"):
-            self._partial(suffix).unlink(missing_ok=True)
 
 
 def _blocks(file: Any, size: int) -> Iterator[bytes]:

@@ -107,6 +107,11 @@ class SequenceIndex:
             return None
         return hashlib.blake2b(np.ascontiguousarray(self._ids, "<i8"), digest_size=8).hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Raise `CorpusError` if a corpus's file is not what it was when it was opened."""
+        for corpus in self.corpora:
+            corpus.check_unchanged()
+
     def release_pages(self) -> None:
         """Let go of the pages of the corpora that were read so far."""
         for corpus in self.corpora:

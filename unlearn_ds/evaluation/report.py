@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.caches import explained
 from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=config.seed,
         )
     except (ValueError, OSError) as error:
-        tell(f"unlearn-ds report: error: {error}")
+        tell(f"unlearn-ds report: error: {explained(error)}")
         return 2
     for name, one in report["models"].items():
         tell(f"{name}: {one['verdict']['sentence']}")
