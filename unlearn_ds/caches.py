@@ -3,37 +3,38 @@
 import os
 from pathlib import Path
 
-# variable -> its default below the folder of all caches (XDG_CACHE_HOME, else ~/.cache) or, from ~ on, below the home folder
+# variable -> its default below the folder of all caches (XDG_CACHE_HOME, else ~/.cache) or, from ~ on, below the home folder;
+# None: a part of another cache, unless it is set
 _CACHES = {
     "HF_HOME": "huggingface",
-    "HF_HUB_CACHE": "huggingface/hub",
-    "HF_DATASETS_CACHE": "huggingface/datasets",
-    "HF_MODULES_CACHE": "huggingface/modules",
+    "HF_HUB_CACHE": None,
+    "HF_DATASETS_CACHE": None,
+    "HF_MODULES_CACHE": None,
     "TORCH_EXTENSIONS_DIR": "torch_extensions",
-    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "TORCHINDUCTOR_CACHE_DIR": None,
     "TRITON_CACHE_DIR": "~/.triton",
     "MPLCONFIGDIR": "matplotlib",
-    "WANDB_DIR": "wandb",
     "XDG_CACHE_HOME": "",
 }
 
 
-def _place(variable: str) -> Path:
-    if given := os.environ.get(variable):
-        return Path(os.path.expanduser(given))
-    default = _CACHES[variable]
-    root = "" if default.startswith("~") else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(os.path.join(root, default)))
+def _place(variable: str) -> Path | None:
+    """Where a cache lies."""
+    place, default = os.environ.get(variable), _CACHES[variable]
+    if not place and default is None:
+        return None
+    root = "" if place or default.startswith("~") else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.abspath(os.path.expanduser(os.path.join(root, place or default))))
 
 
 def cache_of(path: str | os.PathLike) -> str | None:
     """The variable that moves the cache which a path lies in, or whose folder it would have to be; None for another path."""
     path = Path(os.path.abspath(os.fsdecode(path)))
-    places = {variable: _place(variable) for variable in _CACHES}
+    places = {variable: place for variable in _CACHES if (place := _place(variable)) is not None}
     within = [variable for variable, place in places.items() if path.is_relative_to(place)]
     if within:
         return max(within, key=lambda variable: len(places[variable].parts))
-    return "XDG_CACHE_HOME" if _place("XDG_CACHE_HOME").is_relative_to(path) else None
+    return "XDG_CACHE_HOME" if places["XDG_CACHE_HOME"].is_relative_to(path) else None
 
 
 def explained(error: Exception) -> str:

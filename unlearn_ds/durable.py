@@ -30,9 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with naming(path):
             yield partial
         partial.replace(path)
-    except BaseException:
+    except OSError:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)  # half a file would take room that is missing, and is nothing
+            partial.unlink(missing_ok=True)  # half a file would take room that is missing
         raise
 
 

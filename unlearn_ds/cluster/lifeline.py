@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from unlearn_ds.markup import visible
+
 EXIT_PEER_LOST = 76
 HEARTBEAT_S = 1.0
 SILENCE_S = 40.0  # longer than Python code holds the interpreter lock, shorter than anyone wants to wait
@@ -171,9 +173,8 @@ class Lifeline:
 
     def _leave(self, why: str, aloud: bool) -> None:
         if aloud:
-            message = (
-                f"unlearn-ds: rank {self.rank} on {socket.gethostname()}: {why}. Leaving: start again with --resume\n"
-            )
+            who = f"rank {self.rank} on {socket.gethostname()}"
+            message = f"unlearn-ds: {who}: {visible(why)}. Leaving: start again with --resume\n"
             os.write(sys.stderr.fileno(), message.encode())
         os._exit(EXIT_PEER_LOST)
 

@@ -258,7 +258,8 @@ class CorpusWriter:
             if kind is None:
                 self._publish()
         finally:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk, once more: what was published was flushed before
+                self._file.close()
             self.remove_partial_files()
 
     def remove_partial_files(self) -> None:
