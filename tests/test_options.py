@@ -7,7 +7,7 @@ import pytest
 
 from unlearn_ds.config import RunConfig
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.options import OptionError, field_help, field_types, parse, parser_for
+from unlearn_ds.options import OptionError, field_help, field_types, parse, parser_for, with_flag_of_first
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,42 @@ def test_bad_words(argv, message):
 def test_every_option_has_help(config):
     assert set(field_help(config)) == set(field_types(config))
     assert "--seq_len" in parser_for(config, "t", "").format_help()
+
+
+@pytest.mark.parametrize("value", ["-x", "-", "-1", "-help", "-x=1", "-a b", "--a b", "-\n"])
+def test_a_value_may_begin_with_a_hyphen(value):
+    assert parse(Sample, ["--name", value], "t").name == value
+    assert parse(Sample, ["--name", "n", "--sets", value, "y"], "t").sets == (value, "y")
+    assert parse(Sample, [f"--name={value}"], "t").name == value
+
+
+def test_numbers_may_be_negative_in_any_spelling():
+    for word in ("-1e-5", "-.5", "-1E3", "-1"):
+        assert parse(Sample, ["--name", "x", "--rate", word], "t").rate == float(word)
+    assert parse(Sample, ["--name", "x", "--count", "-1"], "t").count == -1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "--x"], r"^--name needs a value, and a word that begins with -- is an option: .* --name=VALUE\."),
+        (["--name"], "^--name needs a value"),
+        (["--name", "x", "--sets"], "^--sets needs a value"),
+        (["--name", "x", "--count", "-x"], r"invalid int value: '-x'"),
+        (["--name", "x", "--rate", "-x"], r"invalid float value: '-x'"),
+        (["--name", "x", "--fast", "-x"], "'-x' is neither True nor False nor auto"),
+        (["--name", "x", "-x"], "unknown option '-x'"),
+        (["--name", "x", "--kind", "-x"], "--kind -x: choose one of cosine, linear"),
+    ],
+)
+def test_what_is_no_value_is_refused_in_one_line(words, message):
+    with pytest.raises(OptionError, match=message) as caught:
+        parse(Sample, words, "t")
+    assert "\0" not in str(caught.value)
+    assert "x00" not in str(caught.value)
+
+
+def test_the_first_word_of_a_command_may_be_any_name():
+    assert with_flag_of_first(["-x", "--a", "b"], "--runs") == ["--runs", "-x", "--a", "b"]
+    for words in (["--a", "b"], ["-h"], []):
+        assert with_flag_of_first(words, "--runs") == words
