@@ -32,6 +32,10 @@ CASES = {
     ),
     "small_vocabulary": (ASCENT + " --target_model_name_or_path {root}/small", r"token id .*beyond|vocabulary"),
     "truncated": (ASCENT + " --data_dir {root}/truncated", r"forget\.bin.*(truncated|bytes)"),
+    "ids_beyond": (
+        ASCENT + " --data_dir {root}/beyond",
+        r"forget\.bin holds token id 1000, the model's vocabulary ends at 130",
+    ),
     "no_sequences": (ASCENT + " --data_dir {root}/short", "a corpus without sequences"),
     "not_empty": (ASCENT + " --output_dir {root}/full", "is not empty: --overwrite_output_dir clears it, --resume"),
     "not_a_run": (ASCENT + " --output_dir {root}/full --overwrite_output_dir", "holds no run.json.*not cleared"),
@@ -90,6 +94,7 @@ CASES = {
     ),
     "evaluate_too_long": (EVALUATE + " --model_name_or_path {root}/gpt2 --seq_len 49", "has 48 learned positions"),
     "evaluate_no_corpus": (EVALUATE + " --data_dir {root}/none", "no corpus of 'github'"),
+    "evaluate_ids_beyond": (EVALUATE + " --data_dir {root}/beyond", r"forget\.bin holds token id 1000"),
     "evaluate_truncated": (EVALUATE + " --data_dir {root}/truncated", r"forget\.bin.*(truncated|bytes)"),
 }
 
@@ -117,6 +122,9 @@ def make_inputs(root: Path) -> None:
     shutil.copytree(root / "data", root / "truncated")
     tokens = corpus_path(root / "truncated", "github", "forget").with_suffix(".bin")
     tokens.write_bytes(tokens.read_bytes()[:-10])
+    shutil.copytree(root / "data", root / "beyond")
+    tokens = corpus_path(root / "beyond", "github", "forget").with_suffix(".bin")
+    tokens.write_bytes(tokens.read_bytes()[:-2] + (1000).to_bytes(2, "little"))
     short = corpus_path(root / "short", "github", "forget")
     short.parent.mkdir(parents=True)
     with CorpusWriter(short, VOCAB_SIZE) as writer:
