@@ -3,10 +3,13 @@
 A collective waits for a dead peer until its timeout. Here a killed process closes its socket and the others know at once; a
 lost host or a cut network is noticed when heartbeats stop. Rank 0 passes on what it learns; every rank then says what
 happened and leaves. The same line asks all ranks for their stacks when one of them hangs.
+
+Only ranks of the run hold one (`admission`): its secret is drawn anew by rank 0 and reaches the others over the process group.
 """
 
 import json
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -14,14 +17,22 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch.distributed as dist
 
+from unlearn_ds.cluster.admission import Door, address_of, knock
 from unlearn_ds.markup import visible
 
 EXIT_PEER_LOST = 76
 HEARTBEAT_S = 1.0
 SILENCE_S = 40.0  # longer than Python code holds the interpreter lock, shorter than anyone wants to wait
+JOIN_S = (
+    30.0  # for all ranks to connect, once the group is there; who is in hears nothing before, so less than SILENCE_S
+)
+_MAX_LINE = 1 << 16  # bytes of a message
+_MAX_WHY = 1 << 13  # characters of what it says: at most six bytes each
+_KINDS = ("beat", "bye", "lost", "failed", "hang")
 _EOF_GRACE_S = 0.5
 _FAILED_GRACE_S = 10.0  # for a rank to come to its own, better error
 
@@ -53,27 +64,39 @@ class Lifeline:
     def start(cls) -> "Lifeline":
         """Connect all ranks of the default process group. Every rank calls this."""
         line = cls(dist.get_rank())
-        host = os.environ["MASTER_ADDR"]
-        listener = None
-        address: list = [None]
+        address = address_of(os.environ["MASTER_ADDR"])
+        reached_by: list = [None] * dist.get_world_size()
+        dist.all_gather_object(reached_by, address)
+        door, shared = None, [None]
         if line.rank == 0:
-            family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-            listener = socket.create_server(("", 0), family=family, backlog=dist.get_world_size())
-            listener.settimeout(120)
-            address[0] = listener.getsockname()[1]
-        dist.broadcast_object_list(address, src=0)
-        if listener is not None:
-            with listener:
-                for _ in range(dist.get_world_size() - 1):
-                    connection, _ = listener.accept()
-                    line._add(int.from_bytes(_read_exactly(connection, 4), "big"), connection)
+            secret = secrets.token_bytes(32)
+            door = Door(reached_by[1:], secret)
+            shared = [(secret, door.ports)]
+        dist.broadcast_object_list(shared, src=0)
+        if door is not None:
+            line._let_in(door)
         else:
-            connection = socket.create_connection((host, address[0]), timeout=120)
-            connection.sendall(line.rank.to_bytes(4, "big"))
-            line._add(0, connection)
+            secret, ports = shared[0]
+            line._join(address[1], ports[address[1]], secret)
         line._thread = threading.Thread(target=line._watch, name="lifeline", daemon=True)
         line._thread.start()
         return line
+
+    def _let_in(self, door: Door) -> None:
+        others = range(1, dist.get_world_size())
+        for rank, connection in sorted(door.admit(others, JOIN_S).items()):
+            self._add(rank, connection)
+        if strangers := door.turned_away.total():
+            found = ", ".join(f"{count} from {address}" for address, count in door.turned_away.most_common(3))
+            _say(f"warning: connections to rank 0 that were not of this run: {found} ({strangers} in all): dropped")
+        if missing := [rank for rank in others if rank not in self._peers]:
+            self._lost(missing[0], f"it has not connected to rank 0 in {JOIN_S:.0f} s ({len(missing)} ranks missing)")
+
+    def _join(self, address: str, port: int, secret: bytes) -> None:
+        try:
+            self._add(0, knock(address, port, self.rank, secret, JOIN_S))
+        except OSError as error:
+            self._lost(0, f"no connection to it at {address} port {port} in {JOIN_S:.0f} s ({error})")
 
     def finish(self, failure: str | None = None) -> None:
         """Say goodbye: from now on this rank may end. `failure`: what it ends of, so that the others end too."""
@@ -102,7 +125,8 @@ class Lifeline:
         self._peers[rank] = _Peer(rank, connection, time.monotonic())
 
     def _send_all(self, message: dict[str, str], but: int | None = None) -> None:
-        line = json.dumps({"rank": self.rank} | message).encode() + b"\n"
+        why = {"why": message["why"][:_MAX_WHY]} if "why" in message else {}
+        line = json.dumps({"rank": self.rank} | message | why).encode() + b"\n"
         with self._lock:
             for peer in self._peers.values():
                 if peer.rank != but and not peer.finished:
@@ -143,10 +167,14 @@ class Lifeline:
         peer.heard_at = time.monotonic()
         *lines, peer.buffer = (peer.buffer + data).split(b"\n")
         for line in lines:
-            self._act(peer, json.loads(line))
+            self._act(peer, _message(line))
+        if len(peer.buffer) > _MAX_LINE:
+            self._act(peer, None)
         return True
 
-    def _act(self, peer: _Peer, message: dict) -> None:
+    def _act(self, peer: _Peer, message: dict | None) -> None:
+        if message is None:
+            self._lost(peer.rank, "it sent something that is no message of a rank")
         kind = message["kind"]
         if kind == "bye":
             peer.finished = True
@@ -166,24 +194,33 @@ class Lifeline:
             if self.on_hang is not None:
                 self.on_hang(message["why"])
 
-    def _lost(self, rank: int, how: str) -> None:
+    def _lost(self, rank: int, how: str) -> NoReturn:
         why = f"rank {rank} is lost: {how}"
         self._send_all({"kind": "lost", "why": why}, but=rank)
         self._leave(why, aloud=True)
 
-    def _leave(self, why: str, aloud: bool) -> None:
+    def _leave(self, why: str, aloud: bool) -> NoReturn:
         if aloud:
             who = f"rank {self.rank} on {socket.gethostname()}"
-            message = f"unlearn-ds: {who}: {visible(why)}. Leaving: start again with --resume\n"
-            os.write(sys.stderr.fileno(), message.encode())
+            _say(f"{who}: {visible(why)}. Leaving: start again with --resume")
         os._exit(EXIT_PEER_LOST)
 
 
-def _read_exactly(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = connection.recv(count - len(data))
-        if not part:
-            raise ConnectionError("a rank closed its lifeline before saying who it is")
-        data += part
-    return data
+def _say(message: str) -> None:
+    os.write(
+        sys.stderr.fileno(), f"unlearn-ds: {message}\n".encode()
+    )  # print may be in the middle of another thread's line
+
+
+def _message(line: bytes) -> dict | None:
+    """A line as a message, None if it is none."""
+    if len(line) > _MAX_LINE:
+        return None
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or message.get("kind") not in _KINDS or type(message.get("rank")) is not int:
+        return None
+    silent = message["kind"] in ("beat", "bye")
+    return message if silent or isinstance(message.get("why"), str) else None
