@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several machines without a batch system: the deepspeed launcher over pdsh and ssh.
+# Train on several machines without a batch system: one ssh to each, where DeepSpeed's launcher starts the ranks.
 #
 #   cp launch/hostfile.example hosts          # and put your machines in
 #   HOSTFILE=hosts bash launch/multinode.sh --config run.yaml [any option of `unlearn-ds train`]
@@ -13,42 +13,19 @@
 #   SSH_PORT      port of the ssh servers                          (default: 22)
 #   MODULE        what the ranks run                               (default: unlearn_ds.train)
 #   PYTHON        an interpreter that has unlearn_ds installed     (default: python)
-#   EXPORT        prefixes of variables that the ranks get         (default: NCCL_ GLOO_ CUDA_ TORCH_ DS_ HF_HOME HF_HUB_ OMP_
-#                 UNLEARN_DS_). Keys do not belong there: they would show in every machine's process list. Log in instead.
+#   EXPORT        names of variables that the ranks get, NCCL_* for all that begin so (default: EXPORT in unlearn_ds/cluster/hosts.py).
+#                 Arguments and variables go through ssh: they stand on no command line but the ranks' and in no log. A name that
+#                 looks like a secret (TOKEN, KEY, ...) goes only if it is named in full.
 #
-# SIGUSR1 or SIGTERM to this script reaches the ranks of the first machine, which is enough: all ranks save a checkpoint at the
-# next update and the script ends with code 75. The same command with --auto_resume goes on from there.
+# SIGUSR1 or SIGTERM to this script reaches all ranks: they save a checkpoint at the next update and the script ends with code 75.
+# The same command with --auto_resume goes on from there. When the script ends, however it ends, so do the ranks.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/wait_for_ranks.sh
 HOSTFILE="${HOSTFILE:-launch/hostfile}"
-MODULE="${MODULE:-unlearn_ds.train}"
-PYTHON="${PYTHON:-python}"
-MASTER_PORT="${MASTER_PORT:-$((20000 + (RANDOM * 32768 + RANDOM) % 20000))}"
-EXPORT="${EXPORT:-NCCL_ GLOO_ CUDA_ TORCH_ DS_ HF_HOME HF_HUB_ OMP_ UNLEARN_DS_}"
 if [ ! -f "$HOSTFILE" ]; then
     echo "launch/multinode.sh: no hostfile $HOSTFILE: copy launch/hostfile.example, put your machines in, set HOSTFILE" >&2
     exit 2
 fi
-first="$(grep -vE '^[[:space:]]*(#|$)' "$HOSTFILE" | head -n 1 | cut -d ' ' -f 1)"
-
-# DeepSpeed's launcher hands the variables in this file to the ranks.
-variables="$(mktemp)"
-trap 'rm -f "$variables"' EXIT
-for prefix in $EXPORT; do
-    { compgen -e "$prefix" || true; } | while read -r name; do
-        printf '%s=%q\n' "$name" "${!name}"
-    done
-done >"$variables"
-
-DS_ENV_FILE="$variables" "$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --force_multi --launcher pdsh \
-    --master_port "$MASTER_PORT" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${SSH_PORT:+--ssh_port "$SSH_PORT"} \
-    --no_local_rank --module "$MODULE" "$@" &
-launcher=$!
-
-# The ranks are the children of the process that the launcher started there; the port tells it from other runs.
-to_ranks() {
-    local parents="^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$MASTER_PORT"
-    ssh ${SSH_PORT:+-p "$SSH_PORT"} "$first" "for parent in \$(pgrep -f '$parents'); do pkill -$1 -P \$parent; done" || true
-}
-wait_for_ranks "$launcher"
+exec "${PYTHON:-python}" -m unlearn_ds.cluster.launch --hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
+    ${MASTER_PORT:+--master_port "$MASTER_PORT"} ${SSH_PORT:+--ssh_port "$SSH_PORT"} ${EXPORT:+--export "$EXPORT"} \
+    "${MODULE:-unlearn_ds.train}" "$@"

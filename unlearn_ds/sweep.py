@@ -20,7 +20,6 @@ point of the grid:
 import hashlib
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from typing import Any
 
 from unlearn_ds.bounds import parse_yaml
 from unlearn_ds.cluster import distributed
+from unlearn_ds.cluster.lifetime import run_tied
 from unlearn_ds.cluster.processes import default_num_ranks, rank_command, rank_environment
 from unlearn_ds.cluster.signals import EXIT_RESUMABLE
 from unlearn_ds.config import RunConfig
@@ -219,7 +219,7 @@ def do_locally(elements: list[Element], num_ranks: int) -> None:
             continue
         tell(f"[{number + 1}/{len(elements)}] {element.label}")
         command = rank_command("unlearn_ds.train", _flags(_complete(element.config)), num_ranks)
-        code = subprocess.run(command, env=rank_environment(), check=False).returncode
+        code = run_tied(command, env=rank_environment()).returncode
         if code == 0:
             _mark(element)
         elif code == EXIT_RESUMABLE:

@@ -67,6 +67,23 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
+def options_of_a_tiny_run(folder: Path) -> dict[str, object]:
+    """Options of a run with the model and the corpora in `folder`; output_dir and length are left out."""
+    return {
+        "target_model_name_or_path": str(folder / "model"),
+        "data_dir": str(folder / "data"),
+        "unlearn_method": "gradient_ascent",
+        "seq_len": 48,
+        "global_batch_size": 4,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "num_threads": 1,  # whatever the launcher leaves a rank: more would sum in another order
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+    }
+
+
 @dataclass
 class TinyRun:
     """A run of `num_steps` updates over random documents, and what came out of it uninterrupted."""
@@ -77,21 +94,8 @@ class TinyRun:
 
     def options(self, output_dir: Path, **changes: object) -> dict[str, object]:
         """The options of the run; `changes` add to them or replace."""
-        return {
-            "target_model_name_or_path": str(self.folder / "model"),
-            "data_dir": str(self.folder / "data"),
-            "unlearn_method": "gradient_ascent",
-            "seq_len": 48,
-            "global_batch_size": 4,
-            "learning_rate": 1e-3,
-            "max_steps": self.num_steps,
-            "bf16": False,
-            "num_threads": 1,  # whatever the launcher leaves a rank: more would sum in another order
-            "save_steps": 2,
-            "save_total_limit": 2,
-            "disable_tqdm": True,
-            "output_dir": str(output_dir),
-        } | changes
+        own = {"max_steps": self.num_steps, "output_dir": str(output_dir)}
+        return options_of_a_tiny_run(self.folder) | own | changes
 
     def arguments(self, output_dir: Path, **changes: object) -> list[str]:
         """The same as a command line."""

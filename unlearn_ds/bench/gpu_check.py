@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from unlearn_ds.bench.record import positive_int, write_json
+from unlearn_ds.cluster.lifetime import start_tied
 from unlearn_ds.options import OptionError, did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -174,7 +175,7 @@ def run_case(case: Case, out: Path, limit_s: float, environment: dict[str, str])
     started = time.monotonic()
     log = out / f"{case.name}.log"
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
+        process = start_tied(
             [sys.executable, "-m", *words],
             cwd=ROOT,
             env=environment,

@@ -12,7 +12,6 @@ import gc
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 
 from unlearn_ds.bench.loader_peers import PEERS, Rows
 from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
+from unlearn_ds.cluster.lifetime import end_worker_with_parent, run_tied
 from unlearn_ds.data.batch import StepBuilder, plan_layout
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
 from unlearn_ds.data.labels import TrueTargets
@@ -96,6 +96,7 @@ def our_rows_inline(plan: Plan) -> Rows:
 
 def _serve(connection: Connection, name: str, path: Path, num_rows: int) -> None:
     """A competitor in a process of its own: some libraries leave threads running, which would slow the others down."""
+    end_worker_with_parent()
     torch.set_num_threads(1)
     corpus = Corpus(path)
     if name in PEERS:
@@ -206,7 +207,7 @@ def bench_open(folder: Path, repeats: int) -> list[dict[str, Any]]:
         for name in sizes:
             for world_size in (1, 64):
                 command = [sys.executable, "-c", _OPEN, str(folder / name / "corpus"), str(world_size)]
-                finished = subprocess.run(command, capture_output=True, text=True, check=True)
+                finished = run_tied(command, capture_output=True, text=True, check=True)
                 measured.setdefault((name, world_size), []).append(json.loads(finished.stdout))
     return [
         {
@@ -311,7 +312,7 @@ def bench_prepare(folder: Path, sizes_mb: list[int], cores: int) -> list[dict[st
             path = folder / f"{impl}.py"  # a file: worker processes import the main module again
             path.write_text(script, encoding="utf-8")
             command = [sys.executable, str(path), *arguments]
-            finished = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            finished = run_tied(command, capture_output=True, text=True, check=True, env=environment)
             rows[impl] = json.loads(finished.stdout.splitlines()[-1])
         assert rows["ours"]["tokens"] == rows["encode_batch"]["tokens"], "prepare made other tokens than the tokenizer"
         for impl, row in rows.items():

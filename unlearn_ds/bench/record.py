@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from unlearn_ds.cluster.lifetime import end_worker_with_parent
 from unlearn_ds.cluster.processes import LAUNCHER_VARIABLES
 from unlearn_ds.durable import replacing
 
@@ -145,6 +146,7 @@ def _set_environment(variables: dict[str, str | None]) -> None:
 
 
 def _measure(sender: Any, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+    end_worker_with_parent()
     run = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts again from here
     before = resident("VmRSS")

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,6 +25,8 @@ from unlearn_ds.cluster.extension_cache import (
     wait_for_extension_locks,
 )
 from unlearn_ds.cluster.lifeline import Lifeline
+from unlearn_ds.cluster.lifetime import end_with_launcher
+from unlearn_ds.cluster.shared_memory import remove_dead_buffers, unlink_buffer
 from unlearn_ds.cluster.signals import EXIT_RESUMABLE, StopRequested
 from unlearn_ds.markup import tell
 
@@ -99,6 +100,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     num_threads: CPU threads of this rank; by default the cores this process may use, shared between the node's ranks.
     """
     name_bus_errors()
+    end_with_launcher(os.environ)
     map_launcher_environment(os.environ)
     choose_interface(os.environ)
     if torch.cuda.is_available():
@@ -123,6 +125,7 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed 0.19.8 takes it for the number of the GPU
     if device.type == "cpu":
+        remove_dead_buffers()
         # Before DeepSpeed sets up its shared memory, in which a rank would wait for a dead one for ever.
         if not dist.is_initialized():
             dist.init_process_group(deepspeed.get_accelerator().communication_backend_name(), timeout=timeout)
@@ -130,18 +133,9 @@ def init_distributed(num_threads: int | None = None) -> torch.device:
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     _start_lifeline()
     if device.type == "cpu":
-        _unlink_shared_memory(os.environ)
+        dist.barrier()
+        unlink_buffer(os.environ)
     return device
-
-
-def _unlink_shared_memory(environ: dict[str, str]) -> None:
-    """Take the name off this rank's buffer of DeepSpeed's CPU collectives, 66 MiB, once all ranks have mapped it.
-
-    DeepSpeed 0.19.8 never does (csrc/cpu/comm/shm.cpp), so that every run would leave its buffers in memory for good.
-    """
-    name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(os.getuid(), **environ)
-    dist.barrier()
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _start_lifeline() -> None:

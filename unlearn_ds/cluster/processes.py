@@ -1,7 +1,10 @@
 """Start a module of ours on this machine: as one process, or as several ranks under the deepspeed launcher."""
 
+import base64
 import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from unlearn_ds.cluster.lifetime import start_tied
+
 # What a launcher leaves in the environment of its ranks: a process they start must not take it for its own.
 LAUNCHER_VARIABLES = (
     "RANK",
@@ -17,8 +22,11 @@ LAUNCHER_VARIABLES = (
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
     "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
 )
 _GLANCE_S = 0.2
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
@@ -41,8 +49,25 @@ def rank_command(module: str, arguments: Sequence[str], num_ranks: int, launcher
     """The command line that runs `python -m module arguments` on `num_ranks` ranks of this machine, or under `launcher`."""
     if launcher or num_ranks == 1:
         return [*launcher, sys.executable, "-m", module, *arguments]
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-    return [*deepspeed, "--master_port", str(free_port()), "--no_local_rank", "--module", module, *arguments]
+    return deepspeed_command(module, arguments, {"localhost": num_ranks}, free_port())
+
+
+def deepspeed_command(
+    module: str,
+    arguments: Sequence[str],
+    slots: dict[str, int],  # ranks by host
+    port: int,
+    address: str = "127.0.0.1",
+    node_rank: int = 0,
+) -> list[str]:
+    """The command line of DeepSpeed's launcher on one of the hosts, whose ranks end with it.
+
+    `deepspeed` starts the same on each. That command itself hands on no signal, and leaves words for several hosts to a shell.
+    """
+    world = base64.urlsafe_b64encode(json.dumps({host: list(range(n)) for host, n in slots.items()}).encode()).decode()
+    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    where = [f"--node_rank={node_rank}", f"--master_addr={address}", f"--master_port={port}"]
+    return [*launcher, *where, "--no_local_rank", "--module", "unlearn_ds.cluster.lifetime", module, *arguments]
 
 
 def rank_environment(one_machine: bool = True, **extra: str) -> dict[str, str]:
@@ -74,8 +99,9 @@ def run_ranks(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
+        process = start_tied(
             rank_command(module, arguments, num_ranks, launcher),
+            signal.SIGTERM if launcher else signal.SIGKILL,  # srun must end what it started on other machines
             env=rank_environment(one_machine=not launcher),
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from unlearn_ds.cluster.lifetime import end_worker_with_parent
 from unlearn_ds.data.tokenizer import rust_json, rust_tokenizer, splits_special_tokens
 
 LONG_CHARS = 1 << 20
@@ -129,6 +130,7 @@ def _start_worker(encode: EncodeBatch) -> None:
     import os
 
     global _encode
+    end_worker_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is the parallelism
     _encode = encode
 
