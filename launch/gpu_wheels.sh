@@ -29,8 +29,8 @@ if [ "${1:-}" = --install ]; then
     exec_pip=("$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE")
     "${exec_pip[@]}" "$WHEELS"/*.whl
     # A folder on the PYTHONPATH is not searched for .pth files, by which CuTe's package names its own folder: this does it.
-    printf 'import site\n\nsite.addsitedir(%s)\n' "'$(cd "$SITE" && pwd)'" >"$SITE/sitecustomize.py"
-    echo "export PYTHONPATH=$SITE"
+    "$PYTHON" -c 'import os, sys; print(f"import site\n\nsite.addsitedir({os.path.abspath(sys.argv[1])!r})")' "$SITE" >"$SITE/sitecustomize.py"
+    printf 'export PYTHONPATH=%q\n' "$SITE"
     exit
 fi
 

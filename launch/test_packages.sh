@@ -2,7 +2,7 @@
 # Debian packages that the tests use: a SLURM of two nodes, hosts as network namespaces with ssh, a browser for the report.
 # Does nothing without apt-get or without root; the tests that need a package then say that they were skipped.
 set -euo pipefail
-PACKAGES=(slurm-wlm munge openssh-server openssh-client pdsh iproute2 procps chromium)
+PACKAGES=(slurm-wlm munge openssh-server openssh-client iproute2 procps chromium)
 if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
     exit 0
 fi

@@ -21,10 +21,12 @@ run_ranks() {
     # SLURM signals the tasks by itself. This shell must outlive them, and srun must not take SIGTERM for its own end: it would
     # kill the tasks before they have saved. A rank that dies brings the others down by itself, so srun need not do it
     # (--kill-on-bad-exit would also kill ranks that are about to end with the same code); --wait is for what happens before.
+    local logs="${LOG_DIR//%/%%}" srun_args=() # in srun's names of files %t is a rank
+    read -ra srun_args <<<"${SRUN_ARGS:-}"
     trap 'echo "the batch script was told to end: waiting for the tasks"' TERM USR1
     (
         trap '' TERM USR1
-        exec srun --kill-on-bad-exit=0 --wait=60 --output="$LOG_DIR/$attempt-%t.log" ${SRUN_ARGS:-} "$PYTHON" "$@"
+        exec srun --kill-on-bad-exit=0 --wait=60 --output="$logs/$attempt-%t.log" ${srun_args[@]+"${srun_args[@]}"} "$PYTHON" "$@"
     ) &
     local ranks=$!
     tail -n +1 -F --pid="$ranks" "$LOG_DIR/$attempt-0.log" 2>/dev/null &

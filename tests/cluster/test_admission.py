@@ -128,6 +128,11 @@ def rank_there_is_not(door: OpenDoor) -> socket.socket:
 STRANGERS = [scan, four_bytes, garbage, lost, other_run, replayed, rank_there_is_not]
 
 
+@pytest.mark.fault(
+    "a hello of another run, or one that was overheard and is said again",
+    "`warning: connections to rank 0 that were not of this run: ...: dropped`",
+    "dropped",
+)
 @pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.__name__)
 def test_a_stranger_is_dropped_and_counted_and_the_ranks_get_in(stranger):
     door = OpenDoor()
@@ -158,6 +163,11 @@ def test_many_silent_callers_keep_no_rank_out(monkeypatch):
         connection.close()
 
 
+@pytest.mark.fault(
+    "more silent connections than rank 0 will hear",
+    "`warning: connections to rank 0 that were not of this run: ...: dropped`",
+    "the oldest are dropped, ranks get in",
+)
 def test_a_flood_that_does_not_end_keeps_no_rank_out():
     door, over = OpenDoor(), threading.Event()
 
@@ -225,6 +235,11 @@ def test_what_is_no_message_is_seen(line):
     assert _message(b'{"kind": "lost", "rank": 1, "why": "w"}') is not None
 
 
+@pytest.mark.fault(
+    "strangers call at the lifeline while ranks join: a scanner, silent ones, garbage, four bytes, a false `lost`",
+    "`warning: connections to rank 0 that were not of this run: 43 from ADDRESS (43 in all): dropped`",
+    "same",
+)
 def test_a_run_goes_its_way_among_strangers(tmp_path):
     """While ranks join, a scanner, silent callers, garbage and a false `lost` come to rank 0 first."""
     tiny = make_tiny_run(tmp_path)

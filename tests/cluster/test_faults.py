@@ -47,6 +47,11 @@ def newest(out: Path) -> Path:
     return max((out / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
+@pytest.mark.fault(
+    "`kill -9` of one rank, rank 0 or another",
+    "`rank 1 is lost: its process ended`, 0.5 s after; all ranks gone 0.6 s after",
+    "same",
+)
 def test_a_killed_rank_brings_the_other_down(tiny, tmp_path):
     run = start_and_reach(tiny, tmp_path / "run", 5)
     run.kill(1)
@@ -60,6 +65,7 @@ def test_a_killed_rank_brings_the_other_down(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(tmp_path / "run")
 
 
+@pytest.mark.fault("`kill -9` of ranks that share memory", "as for one rank", "nothing is left in /dev/shm")
 def test_killed_ranks_leave_nothing_in_shared_memory(tiny, tmp_path):
     """Buffers without a name are gone with the processes that have them mapped, however these end."""
     out = tmp_path / "run"
@@ -75,6 +81,7 @@ def test_killed_ranks_leave_nothing_in_shared_memory(tiny, tmp_path):
     run.wait()
 
 
+@pytest.mark.fault("`kill -9` before, in and after a checkpoint write", "as for one rank", "same")
 def test_kill_before_in_and_after_a_checkpoint_write(tiny, tmp_path):
     out = tmp_path / "run"
     checkpoints = out / "checkpoints"
@@ -93,6 +100,11 @@ def test_kill_before_in_and_after_a_checkpoint_write(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(out)
 
 
+@pytest.mark.fault(
+    "`kill -9` at 20 random moments of a run",
+    "as for one rank; while ranks still look for each other, the launcher ends the others",
+    "same",
+)
 def test_twenty_random_kills_of_one_rank(tiny, tmp_path):
     """One run, killed at twenty random moments of its life and started again each time."""
     out = tmp_path / "run"
@@ -116,6 +128,7 @@ def test_twenty_random_kills_of_one_rank(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(out)
 
 
+@pytest.mark.fault("`kill -9` of all ranks", "none is left to say it", "same")
 def test_all_ranks_killed(tiny, tmp_path):
     run = start_and_reach(tiny, tmp_path / "run", 7)
     run.kill(0)
@@ -125,6 +138,9 @@ def test_all_ranks_killed(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(tmp_path / "run")
 
 
+@pytest.mark.fault(
+    "SIGUSR1 to one rank", "`stopped after update N: --resume goes on from here`, 0.1-0.2 s after", "same"
+)
 def test_one_request_to_one_rank_stops_all_with_their_state_saved(tiny, tmp_path):
     out = tmp_path / "run"
     run = start_and_reach(tiny, out, 5, save_steps=0)
@@ -137,6 +153,7 @@ def test_one_request_to_one_rank_stops_all_with_their_state_saved(tiny, tmp_path
     tiny.assert_same_as_uninterrupted(out)
 
 
+@pytest.mark.fault("SIGTERM again and again", "saved, or `second SIGTERM: leaving at once`", "same")
 def test_sigterm_storm(tiny, tmp_path):
     """A request repeated without pause: the state is saved, or the repetition makes the run leave with the older one."""
     out = tmp_path / "run"
@@ -174,6 +191,11 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault(
+    "checkpoint file torn, one bit flipped, a shard deleted",
+    "`step_6 is damaged (FILE is not what was written): passed over`, at resume",
+    "same, from the one before",
+)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [(tear, "is not what was written"), (flip, "is not what was written"), (Path.unlink, "is missing")],
@@ -188,6 +210,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tiny, stopped_early, tmp_
     tiny.assert_same_as_uninterrupted(out)
 
 
+@pytest.mark.fault("every checkpoint damaged", "`every checkpoint in DIR is damaged`", "stops; nothing is overwritten")
 def test_nothing_intact_is_an_error_not_a_new_start(tiny, stopped_early, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped_early, out)
@@ -199,6 +222,11 @@ def test_nothing_intact_is_an_error_not_a_new_start(tiny, stopped_early, tmp_pat
     assert "is damaged: start afresh with --overwrite_output_dir" in run.output()
 
 
+@pytest.mark.fault(
+    "stale lock in torch's extension cache",
+    "`LOCK was left by a process that died while building: removed`, before the group is made",
+    "goes on",
+)
 def test_a_lock_left_by_a_dead_build_is_taken_away(tiny, tmp_path):
     cache = tmp_path / "extensions"
     lock = cache / "deepspeed_shm_comm" / "lock"
@@ -212,6 +240,11 @@ def test_a_lock_left_by_a_dead_build_is_taken_away(tiny, tmp_path):
     run.wait()
 
 
+@pytest.mark.fault(
+    "gradient not finite",
+    "`the gradient was not finite in 3 updates in a row`",
+    "stops; weights as before these updates",
+)
 def test_a_batch_that_is_not_a_number(tiny, tmp_path):
     """Steps without a finite gradient change nothing, are in the metrics, and stop the run with the reason."""
     out = tmp_path / "run"
@@ -245,6 +278,11 @@ def test_one_bad_update_in_mid_run_is_left_out(tiny, tmp_path):
         assert not any(torch.equal(x, y) for x, y in zip(after, later))
 
 
+@pytest.mark.fault(
+    "a rank stands still (`--hang_timeout 5`)",
+    "`update 7 has taken 5 s`, 5.5 s after, and the stacks of all ranks",
+    "same",
+)
 def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny, tmp_path):
     out = tmp_path / "run"
     run = start_and_reach(tiny, out, 5, hang_timeout=3)
@@ -263,6 +301,7 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(out)
 
 
+@pytest.mark.fault("wall clock leaps a day ahead, then a year back", "none", "same")
 def test_clock_jumps_do_nothing(tiny, tmp_path):
     """The wall clock of both ranks leaps a day ahead, then a year back, in mid-run."""
     shim, offset = tmp_path / "clock.so", tmp_path / "offset"
@@ -292,6 +331,9 @@ def test_clock_jumps_do_nothing(tiny, tmp_path):
     tiny.assert_same_as_uninterrupted(out)
 
 
+@pytest.mark.fault(
+    "a rank with another corpus", "`rank 1 on HOST has corpus forget ..., the others have ...`", "stops on all ranks"
+)
 def test_ranks_that_do_not_fit_together_are_named(tiny, tmp_path):
     other = tmp_path / "data"
     shutil.copytree(tiny.folder / "data", other)
@@ -302,6 +344,7 @@ def test_ranks_that_do_not_fit_together_are_named(tiny, tmp_path):
     assert "has corpus forget" in run.output()
 
 
+@pytest.mark.fault("a rank that fails alone", "`rank 1 failed: ...`", "stops on all ranks")
 def test_a_rank_that_fails_alone_ends_the_others(tiny, tmp_path):
     run = tiny.server.start(
         tiny.arguments(tmp_path / "run"), rank_arguments={1: ["--data_dir", str(tmp_path / "nowhere")]}

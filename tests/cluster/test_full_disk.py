@@ -45,6 +45,11 @@ def fill(disk: Path, leave: int = 0) -> Path:
     return ballast
 
 
+@pytest.mark.fault(
+    "disk full (a small tmpfs)",
+    "`the checkpoint of step 4 could not be written (rank 0: No space left on device)`, at the save",
+    "the run finishes; the older checkpoint resumes: same",
+)
 def test_full_disk_leaves_the_old_state_usable(tiny, checkpoint_disk, tmp_path):
     run = tiny.server.run(tiny.arguments(tmp_path / "run", auto_resume=True))
     assert "the checkpoint of step 4 could not be written (rank" in run.output()
@@ -57,6 +62,7 @@ def test_full_disk_leaves_the_old_state_usable(tiny, checkpoint_disk, tmp_path):
     tiny.assert_same_as_uninterrupted(tmp_path / "again")
 
 
+@pytest.mark.fault("output becomes read-only", "`Read-only file system`, at the save", "the run finishes: same")
 def test_output_that_becomes_read_only(tiny, checkpoint_disk, tmp_path):
     run = tiny.server.start(tiny.arguments(tmp_path / "run", auto_resume=True, save_steps=10))
     run.wait_for((checkpoint_disk / "step_10").exists, "step 10")
@@ -72,6 +78,11 @@ def test_output_that_becomes_read_only(tiny, checkpoint_disk, tmp_path):
     assert "error: [Errno 30] Read-only file system" in again.output()
 
 
+@pytest.mark.fault(
+    "disk full: `metrics.jsonl`, a profile",
+    "`metrics.jsonl cannot be written (No space left on device)`; with room, `no line is missing`",
+    "training goes on: same; the profile is given up",
+)
 def test_metrics_wait_for_room_and_a_profile_is_given_up(tiny, disk):
     run = tiny.server.start(tiny.arguments(disk, auto_resume=True, save_steps=0, profile_steps="20:20"))
     run.wait_for(lambda: len(metrics(disk)) >= 3, "updates")
@@ -87,6 +98,16 @@ def test_metrics_wait_for_room_and_a_profile_is_given_up(tiny, disk):
     tiny.assert_same_as_uninterrupted(disk)
 
 
+@pytest.mark.fault(
+    "disk full after the last update: evaluation, model",
+    "`No space left on device: 'RUN/model'. Mend this and start again with --resume`, on all ranks, code 2",
+    "checkpoints as they were; resumed with room: same",
+)
+@pytest.mark.fault(
+    "disk full at a start: `run.json`",
+    "`No space left on device: 'RUN/run.json'`, on all ranks, code 2",
+    "resumed with room: same",
+)
 @pytest.mark.parametrize(
     ("leave", "options", "messages"),
     [
@@ -112,6 +133,11 @@ def test_what_cannot_be_written_at_the_end_is_made_again_by_a_resume(tiny, disk,
     tiny.assert_same_as_uninterrupted(disk)
 
 
+@pytest.mark.fault(
+    "disk fills while the original model is asked for labels or hidden states",
+    "`the hidden states could not be written (rank 1: No space left on device)`, on all ranks, code 2",
+    "stops; nothing half-written stays",
+)
 @pytest.mark.parametrize(
     ("options", "first_file", "message"),
     [
@@ -147,6 +173,9 @@ def test_too_little_room_for_hidden_states_is_said_before_they_are_computed(tiny
     assert f"--reference cache: {disk} has 0.0 GiB free and the hidden states take 0.0 GiB: make room" in run.output()
 
 
+@pytest.mark.fault(
+    "a hang with a full disk", "`its stacks cannot be written, so they stand here`", "the rank's log has them"
+)
 def test_stacks_that_cannot_be_written_stand_in_the_log(disk, capfd):
     fill(disk)
     Watchdog(0, disk, rank=0).dump("rank 0: update 7 has taken 5 s")

@@ -1,6 +1,5 @@
 """Words and variables on their way to the ranks: as they were given, whatever stands in them, and secrets in no list."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 import pytest
 
 from tests.support.cluster import make_tiny_run, metrics
+from tests.support.nap import ODD_NAME, ODD_WORDS, said
 from tests.support.paths import ROOT
 from tests.support.patience import finish
 from tests.support.ranks import is_running, processes_of
@@ -16,34 +16,7 @@ from tests.support.slurm import end_with_parent
 from unlearn_ds.cluster.hosts import EXPORT, exported, read_hostfile
 from unlearn_ds.cluster.processes import rank_environment
 
-# What a shell, pdsh or an option parser would make something else of.
-ODD_WORDS = [
-    "$(touch SHELL)",
-    "`touch SHELL`",
-    "forget_ppl>=SHELL",
-    "a b",
-    "it's",
-    'a "b" c',
-    "a\nb",
-    "a;touch SHELL",
-    "~",
-    "*",
-    "$HOME",
-    "!!",
-    "%h%n%%",
-    "back\\slash",
-    "",
-    "--",
-    "--hostfile",
-    "-x=y",
-    "ünïcode",
-]
-
-
-def said(output: str) -> list[dict]:
-    """What the ranks of tests.support.nap have printed, by rank."""
-    lines = [line.split("NAP ", 1)[1] for line in output.splitlines() if "NAP " in line]
-    return sorted(map(json.loads, lines), key=lambda line: line["rank"])
+CONDITION = {"stop_when": "forget_ppl>=approximate", "eval_steps": 1}
 
 
 def test_words_reach_the_ranks_of_the_script_for_one_machine_as_they_are(tmp_path):
@@ -59,16 +32,17 @@ def test_words_reach_the_ranks_of_the_script_for_one_machine_as_they_are(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("`kill -9` of launch/train.sh", "none is left to say it", "its ranks end; `--auto_resume` goes on")
 def test_a_run_in_folders_with_odd_names_and_the_end_of_its_script(tmp_path):
     """Trained through the script for one machine, then again, killed with SIGKILL: the ranks end with it."""
-    odd = tmp_path / "da ta'\"$(touch SHELL)`touch SHELL`;\n%h*"
+    odd = tmp_path / ODD_NAME
     odd.mkdir()
     tiny = make_tiny_run(odd)
     tiny.server.stop()
     environment = rank_environment(
         NUM_GPUS="2", PYTHON=sys.executable, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1"
     )
-    words = ["bash", str(ROOT / "launch" / "train.sh"), *tiny.arguments(odd / "run", max_steps=2, stop_when=CONDITION)]
+    words = ["bash", str(ROOT / "launch" / "train.sh"), *tiny.arguments(odd / "run", max_steps=2, **CONDITION)]
     finished = finish(words, tmp_path, environment)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(metrics(odd / "run")) <= 2
@@ -92,9 +66,6 @@ def test_a_run_in_folders_with_odd_names_and_the_end_of_its_script(tmp_path):
     while any(map(is_running, ranks)):
         assert time.monotonic() < deadline, f"of {ranks} some still run"
         time.sleep(0.1)
-
-
-CONDITION = "forget_ppl>=approximate"
 
 
 def test_variables_go_by_name_and_secrets_only_in_full():

@@ -10,6 +10,11 @@ from unlearn_ds.cluster import shared_memory
 from unlearn_ds.cluster.shared_memory import buffer_name, remove_buffers_of, remove_dead_buffers
 
 
+@pytest.mark.fault(
+    "`kill -9` of whatever starts processes: prepare, sweep, demo, bench, gpu_check",
+    "none is left to say it",
+    "they end with it",
+)
 @pytest.mark.parametrize("name", [name for name in STARTERS if name not in ("train", "sweep")])
 def test_what_it_started_ends_with_it(name, tmp_path):
     starter = Starter(name, tmp_path)

@@ -1,6 +1,9 @@
 """launch/multinode.sh on two hosts with their own addresses, names and ssh servers, as documented; launch/train.sh on one."""
 
+import contextlib
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import yaml
 
 from tests.support.cluster import make_tiny_run, metrics, require
 from tests.support.hosts import Hosts, missing_programs
+from tests.support.nap import ODD_NAME, ODD_WORDS, said
 from tests.support.pages import Terminal, bash_lines, repository
 from tests.support.paths import ROOT
 from tests.support.ranks import end_with_stacks, processes_of
@@ -80,25 +84,25 @@ class FirstHost:
     def __init__(self, hosts: Hosts, folder) -> None:
         self._hosts, self._folder = hosts, folder
         unset = (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME", "PYTHONPATH")
-        self._environment = {name: value for name, value in os.environ.items() if name not in unset}
-        self._environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
-        self._environment |= {
+        self.environment = {name: value for name, value in os.environ.items() if name not in unset}
+        self.environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
+        self.environment |= {
             "PYTHONFAULTHANDLER": "1",
             "EXPORT": "DS_ OMP_ HF_HUB_ UNLEARN_DS_ PYTHONFAULTHANDLER ATEN_ MKL_ ONEDNN_",
         }
-        self.terminal = Terminal(folder, self._environment, tuple(hosts.command(0, ["bash"])))
+        self.terminal = Terminal(folder, self.environment, tuple(hosts.command(0, ["bash"])))
         self.clone = self.terminal.install(bash_lines("SLURM")[:3], repository(folder / "repository"))
 
     def start(self, line: str) -> ScriptRun:
         """Type a line that takes its time into a shell of its own."""
         text = f'cd {self.clone} && source .venv/bin/activate && export PYTHONPATH="$PWD"\n{line}'
         command = self._hosts.command(0, ["bash", "-c", text])
-        return ScriptRun(command, self._environment, self._hosts.ranks, self._folder / "log")
+        return ScriptRun(command, self.environment, self._hosts.ranks, self._folder / "log")
 
     def script(self) -> int:
-        """The id of launch/multinode.sh, which runs there."""
+        """The id of launch/multinode.sh, which runs there, by what it has become."""
         words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in self._hosts.processes()}
-        (found,) = [pid for pid, line in words.items() if line[:2] == [b"bash", b"launch/multinode.sh"]]
+        (found,) = [pid for pid, line in words.items() if line[1:3] == [b"-m", b"unlearn_ds.cluster.launch"]]
         return found
 
 
@@ -109,6 +113,11 @@ def first_host(hosts, tmp_path):
     host.terminal.close()
 
 
+@pytest.mark.fault(
+    "network cut between two hosts, or a host gone",
+    "`no sign of it for 40 s: its host or the network is gone`, 40 s after, on both sides",
+    "same",
+)
 def test_the_page_s_lines_on_two_hosts_a_signal_a_cut_network_and_the_end(hosts, first_host, tiny, tmp_path):
     """One run in three parts: stopped by a signal, by a cut cable, and finished; bit for bit as uninterrupted."""
     out = tmp_path / "run"
@@ -160,3 +169,75 @@ def test_a_missing_hostfile_is_explained(tmp_path):
     finished = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert "copy launch/hostfile.example" in finished.stderr
+
+
+def command_lines(pids: list[int]) -> str:
+    """What this machine's process list shows of them."""
+    lines = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            lines.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return "\n".join(lines)
+
+
+@pytest.mark.fault(
+    "names with blanks, quotes, `$( )`, backquotes, `>` and newlines, on two hosts",
+    "none",
+    "the ranks get them as they are; no secret stands on a command line or in a log",
+)
+@pytest.mark.fault("`kill -9` of launch/multinode.sh", "none is left to say it", "the ranks on all hosts end")
+def test_words_reach_both_hosts_as_they_are_and_secrets_no_list(hosts, first_host, tmp_path):
+    """And with the script killed, no rank is left on either host."""
+    secrets = {"MLFLOW_TRACKING_TOKEN": "s3cr3t-1", "HF_HUB_TOKEN": "s3cr3t-2", "WANDB_API_KEY": "s3cr3t-3"}
+    odd = "\n".join(ODD_WORDS)
+    first_host.environment |= secrets | {"ODD": odd, "NAP": "5", "NAMES": "ODD WANDB_API_KEY MLFLOW_TRACKING_TOKEN"}
+    first_host.environment |= {"MODULE": "tests.support.nap"}
+    first_host.environment["EXPORT"] += " ODD NAP NAMES WANDB_API_KEY"
+    (first_host.clone / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    before = set(first_host.clone.iterdir())
+    line = f"HOSTFILE=hosts bash launch/multinode.sh {shlex.join(ODD_WORDS)}"
+    run = first_host.start(line)
+    run.wait_until(lambda: run.output().count("NAP {") == 2, "ranks")
+    shown = command_lines(hosts.processes())
+    assert run.wait() == 0, run.output()
+    ranks = said(run.output())
+    assert [(one["rank"], one["words"]) for one in ranks] == [("0", ODD_WORDS), ("1", ODD_WORDS)]
+    assert all(
+        one["variables"] == {"ODD": odd, "WANDB_API_KEY": "s3cr3t-3", "MLFLOW_TRACKING_TOKEN": None} for one in ranks
+    )
+    assert "unlearn_ds.cluster.lifetime" in shown
+    assert "s3cr3t" not in shown
+    assert "s3cr3t" not in run.output().replace('"s3cr3t-3"', "")  # which the ranks were told to print
+    assert {path.name for path in set(first_host.clone.iterdir()) - before} <= {"unlearn_ds.egg-info"}
+
+    first_host.environment["NAP"] = "600"
+    run = first_host.start(line)
+    run.wait_until(lambda: run.output().count("NAP {") == 2, "ranks")
+    assert len(hosts.ranks()) >= 2
+    os.kill(first_host.script(), signal.SIGKILL)
+    assert hosts.ranks_running(30) == []
+
+
+def test_a_run_in_folders_with_odd_names_on_two_hosts(first_host, tmp_path):
+    odd = tmp_path / ODD_NAME
+    odd.mkdir()
+    tiny = make_tiny_run(odd)
+    tiny.server.stop()
+    (first_host.clone / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    before = set(first_host.clone.iterdir())
+    words = tiny.arguments(odd / "run", max_steps=2, stop_when="forget_ppl>=approximate", eval_steps=1)
+    run = first_host.start(f"HOSTFILE=hosts bash launch/multinode.sh {shlex.join(words)}")
+    assert run.wait() == 0, run.output()
+    assert "device        cpu x 2" in run.output()
+    assert json.loads((odd / "run" / "run.json").read_text())["options"]["stop_when"] == ["forget_ppl>=approximate"]
+    assert {path.name for path in set(first_host.clone.iterdir()) - before} <= {"unlearn_ds.egg-info"}
+
+
+def test_a_host_that_cannot_be_reached_is_named(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("no-such-host.invalid slots=1\n")
+    script = ["bash", str(ROOT / "launch" / "multinode.sh"), "--config", "run.yaml"]
+    environment = rank_environment(HOSTFILE=str(hostfile), PYTHON=sys.executable)
+    finished = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert finished.returncode == 2
+    assert "unlearn-ds: error: no-such-host.invalid does not say its address (ssh: " in finished.stderr

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from tests.support.cluster import largest_difference, make_tiny_run, metrics, require, weights
+from tests.support.nap import ODD_NAME, ODD_WORDS, said
 from tests.support.pages import Terminal, bash_lines, repository
+from tests.support.paths import ROOT
 from tests.support.runs import tiny_config
 from tests.support.slurm import Slurm, is_stopped, missing_programs
 from unlearn_ds.cluster.processes import rank_environment
@@ -104,6 +106,9 @@ def let_the_time_limit_come(slurm: Slurm, job: str) -> None:
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # or it would be signalled in every start from here
 
 
+@pytest.mark.fault(
+    "`scontrol requeue`, then the time limit (SLURM's own `USR1@300`), on two nodes", "`job N: requeued`, twice", "same"
+)
 def test_the_page_s_lines_on_two_nodes_requeued_and_at_the_time_limit_equal_one_process(
     slurm, tiny, terminal, tmp_path
 ):
@@ -133,6 +138,7 @@ def test_the_page_s_lines_on_two_nodes_requeued_and_at_the_time_limit_equal_one_
     assert largest_difference(weights(out), weights(tiny.baseline_of_one)) < 1e-4
 
 
+@pytest.mark.fault("`scancel`", "`JobState=COMPLETING, so not requeued`", "resumes: same")
 def test_a_cancelled_job_leaves_a_usable_checkpoint(slurm, tiny, tmp_path):
     out = tmp_path / "run"
     job = submit(slurm, tmp_path, TRAIN, TWO_NODES, tiny.arguments(out, save_steps=0))
@@ -162,6 +168,9 @@ def test_a_user_error_ends_the_job_with_its_message(slurm, tiny, tmp_path):
     assert "--learning_rate -1.0: must not be negative" in output(tmp_path)
 
 
+@pytest.mark.fault(
+    "one run of a sweep cancelled", "`part` in the list of runs", "submitted again: finishes; the others are left alone"
+)
 def test_the_page_s_lines_for_a_sweep_of_four_with_one_cancelled(slurm, tiny, terminal, tmp_path):
     """Submitted, one run cancelled, submitted again; a run that is deleted after that is done without SLURM."""
     base = tiny.options("runs/alone", do_eval=True, save_total_limit=1)
@@ -207,3 +216,45 @@ def test_the_page_s_lines_for_a_sweep_of_four_with_one_cancelled(slurm, tiny, te
     assert elements[2].state == "done"
     assert largest_difference(weights(elements[2].run_dir), before) < 1e-4, "on one rank under SLURM, on two here"
     assert set(json.loads(report.read_text())["models"]) == {element.label for element in elements}
+
+
+@pytest.mark.fault(
+    "names with blanks, quotes, `$( )`, backquotes, `%` and newlines, in jobs and sweeps under SLURM",
+    "none",
+    "the ranks get them as they are",
+)
+def test_odd_names_under_slurm(slurm, tmp_path):
+    """Words of a job, its folder of logs, and a sweep whose grid, data and runs lie in a folder with such a name."""
+    odd = tmp_path / ODD_NAME
+    odd.mkdir()
+    own = {"LOG_DIR": str(odd / "logs"), "PYTHON": sys.executable, "SRUN_ARGS": "--export=ALL  --label"}
+    log = f"--output={tmp_path}/slurm-%A_%a.out"
+
+    def finish(job: str) -> None:
+        assert slurm.wait_for_job(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", output(odd) + output(tmp_path)
+
+    words = ["sbatch", "--parsable", log, *TWO_NODES, TRAIN, *ODD_WORDS]
+    job = slurm.run(*words, **environment(slurm) | own | {"MODULE": "tests.support.nap"}).stdout.strip()
+    finish(job)
+    ranks = said("\n".join(path.read_text() for path in (odd / "logs" / job).glob("*.log")))
+    assert [(one["rank"], one["words"]) for one in ranks] == [(None, ["--auto_resume", *ODD_WORDS])] * 2
+    assert sorted(path.name for path in (odd / "logs" / job).glob("*.log")) == ["0-0.log", "0-1.log"]
+
+    tiny = make_tiny_run(odd)
+    tiny.server.stop()
+    base = {name: value for name, value in tiny.options(odd, max_steps=2).items() if name != "output_dir"}
+    (odd / "grid.yaml").write_text(
+        yaml.safe_dump({"output_dir": str(odd / "runs"), "base": base, "grid": {"seed": [1]}})
+    )
+    words = [
+        "sbatch",
+        "--parsable",
+        log,
+        *TWO_NODES,
+        "--array=0-0",
+        "launch/slurm/sweep.sbatch",
+        str(odd / "grid.yaml"),
+    ]
+    finish(slurm.run(*words, **environment(slurm) | own).stdout.strip() + "_0")
+    assert [element.state for element in read_grid(odd / "grid.yaml")] == ["done"]
+    assert not list(ROOT.glob("SHELL*")), "a shell has read a name"

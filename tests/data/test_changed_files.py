@@ -142,6 +142,11 @@ print("still here")
 """
 
 
+@pytest.mark.fault(
+    "a corpus is cut, overwritten or replaced while a run reads it",
+    "`FILE was changed while it was read`, or `cannot be read any more ... (bus error)`",
+    "ends with code 2; start again with the file as it was",
+)
 @pytest.mark.parametrize("where", ["main", "thread"])
 @pytest.mark.parametrize("copying", ["whole[60000]", "np.array(whole[5000:])", "bytes(memoryview(whole)[40000:])"])
 def test_a_bus_error_ends_in_one_line_that_names_the_file(tmp_path, where, copying):

@@ -110,6 +110,11 @@ def test_a_full_disk_leaves_no_part(inputs, tmp_path):
     assert not left(tmp_path / "data")
 
 
+@pytest.mark.fault(
+    "home folder that cannot be written",
+    "`this is a cache of a library ...: set XDG_CACHE_HOME to a folder that can be written`",
+    "ends with code 2, before anything is read",
+)
 @pytest.mark.parametrize(
     ("variable", "below", "expected"),
     [

@@ -2,7 +2,7 @@
 
 `ip netns exec` lays /etc/netns/NAME over /etc, so inside a host plain `ssh node2` works as on a prepared cluster: names, keys
 and known hosts are its own. Names and addresses differ from one instance to the next; `stop` leaves nothing behind. Needs root
-and Debian's iproute2, openssh-server and pdsh (launch/test_packages.sh).
+and Debian's iproute2 and openssh-server (launch/test_packages.sh).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.support.slurm import end_with_parent
 
-PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh", "unshare")
+PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare")
 _SSHD_CONFIG = """
 HostKey {folder}/key
 AuthorizedKeysFile {folder}/key.pub
@@ -38,7 +38,7 @@ Host node1 node2
 
 
 def missing_programs() -> list[str]:
-    """Programs for namespaces, ssh and pdsh that this machine lacks."""
+    """Programs for namespaces and ssh that this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None]
 
 
