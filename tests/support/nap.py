@@ -35,7 +35,7 @@ ODD_NAME = "da ta'\"$(touch SHELL)`touch SHELL`;\n%h*"  # of a folder
 def said(output: str) -> list[dict]:
     """What the ranks of tests.support.nap have printed, by rank."""
     lines = [line.split("NAP ", 1)[1] for line in output.splitlines() if "NAP " in line]
-    return sorted(map(json.loads, lines), key=lambda line: line["rank"])
+    return sorted(map(json.loads, lines), key=lambda line: str(line["rank"]))
 
 
 def main(argv: Sequence[str]) -> int:
