@@ -26,6 +26,7 @@ from unlearn_ds.bench.gpu_check import Case, run_case
 from unlearn_ds.bench.record import peak_memory
 from unlearn_ds.cluster.launch import run_here
 from unlearn_ds.cluster.processes import rank_environment, run_ranks
+from unlearn_ds.cluster.shared_memory import mapped
 from unlearn_ds.data.tokenise import tokenise
 from unlearn_ds.sweep import SweepConfig, carry_out
 
@@ -125,9 +126,15 @@ class Starter:
         return found
 
 
-def buffers() -> set[Path]:
-    """What this user's ranks and pools have in shared memory."""
-    return {path for path in _SHM.iterdir() if path.stat().st_uid == os.getuid()}
+def unused_memory(within_s: float = 0.0) -> set[Path]:
+    """This user's files in shared memory that no process has mapped, now and still after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
+    while True:
+        names = {path for path in _SHM.iterdir() if path.stat().st_uid == os.getuid()}
+        found = {path for path in names if str(path) not in mapped("/dev/shm/")}
+        if not found or time.monotonic() >= deadline:
+            return found
+        time.sleep(0.5)
 
 
 def kill_at_random(kills: int, seed: int, folder: Path) -> list[str]:
@@ -136,14 +143,14 @@ def kill_at_random(kills: int, seed: int, folder: Path) -> list[str]:
     found = []
     for number in range(kills):
         name = rng.choice(list(STARTERS))
-        before = buffers()
+        before = unused_memory()
         starter = Starter(name, folder / str(number))
         if rng.random() < 0.7:
             starter.wait_for(rng.randint(1, STARTERS[name][1]))
             time.sleep(rng.random() * 20 if name in ("train", "sweep") else rng.random())
         else:
             time.sleep(rng.random() * 10)
-        left = starter.kill() + [f"{path} in shared memory" for path in buffers() - before]
+        left = starter.kill() + [f"{path} in shared memory" for path in unused_memory(10) - before]
         print(f"{number + 1:3} {name}: {left or 'nothing left'}", flush=True)
         found += left
     return found

@@ -41,19 +41,19 @@ def remove_dead_buffers(folder: Path = FOLDER) -> None:
         except OSError:
             continue  # gone meanwhile
     if old:
-        mapped = _mapped(prefix)
+        in_use = mapped(prefix)
         for path in old:
-            if str(path) not in mapped:
+            if str(path) not in in_use:
                 path.unlink(missing_ok=True)
 
 
-def _mapped(prefix: str) -> set[str]:
-    """Files with `prefix` in their name that processes of this machine have mapped."""
+def mapped(part: str) -> set[str]:
+    """Files with `part` in their path that processes of this machine have mapped."""
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             lines = maps.read_text(errors="replace").splitlines()
         except OSError:
             continue  # ended, or another user's
-        found |= {line.split(None, 5)[5] for line in lines if prefix in line}
+        found |= {line.split(None, 5)[5] for line in lines if part in line}
     return found
