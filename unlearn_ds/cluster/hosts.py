@@ -25,10 +25,10 @@ from typing import BinaryIO
 
 from unlearn_ds.cluster.lifetime import start_tied
 
-# Names that every rank gets, * standing for the rest: what communication, devices and caches are set by.
+# What every rank gets, * standing for the rest of a name: what Python, communication, devices and caches are set by.
 EXPORT = (
     "NCCL_* GLOO_* UCX_* CUDA_* TORCH_* DS_* OMP_* UNLEARN_DS_* HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE HF_DATASETS_CACHE "
-    "HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE TOKENIZERS_PARALLELISM PYTHONPATH PYTHONWARNINGS PYTHONUNBUFFERED"
+    "HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE TOKENIZERS_PARALLELISM PYTHON*"
 )
 # What looks like a secret goes only where it is named in full.
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
