@@ -1,4 +1,4 @@
-"""The program's own JSON files, read into typed records: what is not as it was written is named by file and field."""
+"""JSON files, the program's own above all, read into typed records: what is wrong in one is named by file and field."""
 
 import json
 import math
@@ -60,15 +60,15 @@ def read(path: Path, kind: type[Kind], remedy: str = "") -> Kind:
     return check(load(path, remedy), kind, str(path), remedy)
 
 
-def read_dict(path: Path, kind: type[Record], remedy: str = "") -> dict[str, Any]:
+def read_dict(path: Path, kind: Any, remedy: str = "") -> dict[str, Any]:
     """The same as it stands in the file, once it is known to be a `kind`."""
     content = load(path, remedy)
     check(content, kind, str(path), remedy)
     return content
 
 
-def load(path: Path, remedy: str = "", *, finite: bool = True) -> Any:
-    """What the JSON of a file says, in no type yet. Raises `StoredError`."""
+def load(path: Path, remedy: str = "", *, lenient: bool = False) -> Any:
+    """What the JSON of a file says, in no type yet; as `parse`. Raises `StoredError`."""
     try:
         if path.exists() and not path.is_file():
             raise _refused(str(path), "is not a file", remedy)
@@ -78,23 +78,23 @@ def load(path: Path, remedy: str = "", *, finite: bool = True) -> Any:
         raise _refused(str(path), f"cannot be read: {error.strerror or error}", remedy) from error
     if len(data) > MAX_BYTES:
         raise _refused(str(path), f"larger than {MAX_BYTES >> 20} MiB, which no such file is", remedy)
-    return parse(data, str(path), remedy, finite=finite)
+    return parse(data, str(path), remedy, lenient=lenient)
 
 
-def parse(data: bytes, where: str, remedy: str = "", *, finite: bool = True) -> Any:
-    """What JSON says. Raises `StoredError` for what is none, or says something twice, or numbers that are no 64-bit ones.
+def parse(data: bytes, where: str, remedy: str = "", *, lenient: bool = False) -> Any:
+    """What JSON says. Raises `StoredError` for what is none, has a number that no machine has, or says something twice.
 
-    where: the file, for the message. finite: NaN and infinity are refused.
+    where: the file, for the message. lenient: NaN, infinity and repeated names pass, as in other programs' files.
     """
     try:
-        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=dict if lenient else _object)
     except UnicodeDecodeError as error:
         raise _refused(where, f"is not UTF-8 (byte {error.start})", remedy) from error
     except RecursionError as error:
         raise _refused(where, f"has over {MAX_DEPTH} lists and objects in each other", remedy) from error
     except ValueError as error:
         raise _refused(where, f"is not valid JSON ({error})", remedy) from error
-    for field, fault in _faults(content, finite):
+    for field, fault in _faults(content, lenient):
         raise _refused(where, _at(field, fault), remedy)
     return content
 
@@ -104,7 +104,7 @@ def check(content: Any, kind: type[Kind], where: str, remedy: str = "") -> Kind:
     try:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind.model_validate(content)
-        return TypeAdapter(kind).validate_python(content, strict=True)
+        return TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _refused(where, _at(_path_of(content, first), _fault_of(first)), remedy) from error
@@ -128,7 +128,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _faults(content: Any, finite: bool) -> Iterator[tuple[list[str], str]]:
+def _faults(content: Any, lenient: bool) -> Iterator[tuple[list[str], str]]:
     """What no field may be, with the names that lead there."""
     waiting: list[tuple[list[str], Any]] = [([], content)]
     while waiting:
@@ -139,7 +139,7 @@ def _faults(content: Any, finite: bool) -> Iterator[tuple[list[str], str]]:
                 return
             parts = value.items() if isinstance(value, dict) else enumerate(value)
             waiting.extend(([*field, str(name)], part) for name, part in parts)
-        elif isinstance(value, float) and finite and not math.isfinite(value):
+        elif isinstance(value, float) and not lenient and not math.isfinite(value):
             yield field, "must be a finite number"
         elif isinstance(value, int) and abs(value) >= _MAX_INTEGER:
             yield field, "must be a number of at most 64 bits"

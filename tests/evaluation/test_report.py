@@ -12,9 +12,9 @@ from tests.support.cluster import require
 from tests.support.evaluations import random_tables, save_evaluation, save_models
 from tests.support.patience import finish
 from unlearn_ds.evaluation.report import main, write_report
-from unlearn_ds.options import OptionError
 from unlearn_ds.plots.models import draw_tradeoff
 from unlearn_ds.plots.style import colours, new_figure, to_svg
+from unlearn_ds.stored import StoredError
 
 CHROMIUM = [
     "--headless",
@@ -215,5 +215,5 @@ def test_wrong_use_is_explained(models, tmp_path, capsys, words, message):
 def test_damaged_evaluation_is_named(tmp_path):
     folder = save_evaluation(tmp_path / "run", random_tables(count=10))
     (folder / "evaluation.json").write_text("{")
-    with pytest.raises(OptionError, match=r"evaluation.json is damaged"):
+    with pytest.raises(StoredError, match=r"evaluation\.json: is not valid JSON .*: make it again"):
         write_report(tmp_path, {"run": folder})
