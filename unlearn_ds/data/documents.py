@@ -29,7 +29,7 @@ _SHOWN_SUFFIXES = 6
 class SavedSplits(OpenRecord):
     """dataset_dict.json of a folder that `datasets` saved."""
 
-    splits: list[str]
+    splits: list[Annotated[str, Field(pattern=r"^\w+([.-]\w+)*$")]]
 
 
 class SavedState(OpenRecord):

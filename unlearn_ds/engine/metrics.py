@@ -34,6 +34,11 @@ class Row(OpenRecord):
     __pydantic_extra__: dict[str, float | bool | None]
 
 
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with null in the place of NaN and infinity."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl. What is no line of it is left out and named, but for a torn last one: it is being written."""
     path = run_dir / METRICS_FILE
@@ -45,7 +50,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         where = f"{path}: line {number}"
         try:
             if line:
-                row = parse(line, where)
+                row = check(parse(line, where, lenient=True), dict[str, Any], where)
+                row = finite(row)  # earlier versions wrote NaN
                 check(row, Row, where)
                 rows.append(row)
         except StoredError as error:
@@ -71,8 +77,7 @@ class _Rows:
         self._fails = False
 
     def add(self, row: dict[str, Any]) -> None:
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._waiting += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
         error = self._write_waiting()
         if error is not None and not self._fails:
             distributed.say(f"warning: {self._path} cannot be written ({error}): its lines are kept until it can be")

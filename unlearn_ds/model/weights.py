@@ -87,6 +87,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         names = sorted(set(check(load(index, lenient=True), WeightIndex, str(index)).weight_map.values()))
     else:
         names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise OptionError(f"{index}: names {missing[0]!r}, which is not there")
     return {stored.key: stored for name in names for stored in _file_header(folder / name)}
 
 
