@@ -16,7 +16,7 @@ from tests.support.stored_kinds import KINDS, Kind
 
 NUM_MUTATIONS = 5000
 # What stands in a field's place; `raw` is JSON that Python does not write.
-VALUES = (None, [], [1], {}, {"a": None}, "", "text", "\udcff", "a\nb", True, -1, 0, 1.5, 2**63, 2**70)
+VALUES = (None, [], [1], {}, {"a": None}, "", "text", "7", "\udcff", "a\nb", True, -1, 0, 1.5, 2**63, 2**70)
 RAW = {"huge": "1" + "0" * 400, "infinite": "1e400", "nan": "NaN", "deep": "[" * 2000 + "]" * 2000}
 MARK = "@raw@"
 
@@ -52,6 +52,17 @@ def at(content: Any, path: tuple) -> Any:
     return content
 
 
+def is_another_type(value: Any, was: Any) -> bool:
+    """Whether no field that holds the one may hold the other. Null may stand where a number does not exist."""
+    if value is None or was is None:
+        return False
+    number = (int, float)
+    kinds = [
+        bool if isinstance(one, bool) else number if isinstance(one, number) else type(one) for one in (value, was)
+    ]
+    return kinds[0] is not kinds[1]
+
+
 def damaged(rng: random.Random, kind: Kind, whole: bytes) -> Damage:
     """A file after one accident, or one line of it."""
     before, line, after = b"", whole, b""
@@ -71,9 +82,7 @@ def damaged(rng: random.Random, kind: Kind, whole: bytes) -> Damage:
             new = json.dumps(replaced(content, path, MARK)).replace(f'"{MARK}"', RAW[value])
         elif way == "field":
             value = rng.choice(VALUES)
-            was = at(content, path)
-            never = isinstance(value, (list, dict)) and not isinstance(was, (list, dict))
-            never = never and not re.fullmatch(kind.free, name)
+            never = is_another_type(value, at(content, path)) and not re.fullmatch(kind.free, name)
             new = json.dumps(replaced(content, path, value))
         elif way == "gone":
             value = "-"

@@ -112,13 +112,13 @@ def read_labels(folder: Path) -> Any:
         CachedTargets(path, KEY)(*[np.arange(8)] * 4)
 
 
-def write_hidden(folder: Path) -> Path:
+def write_hidden(folder: Path, key: dict[str, Any] | None = None) -> Path:
     np.arange(12, dtype=np.float32).tofile(folder / "part_0.bin")
     np.arange(4, dtype=np.int64).tofile(folder / "index.bin")
     np.arange(15, dtype=np.float32).tofile(folder / "head.bin")
     np.arange(5, dtype=np.float32).tofile(folder / "bias.bin")
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return write_json(folder / "cache.json", {"key": KEY, "vocab_size": 5, "hidden_size": 3, "files": files})
+    return write_json(folder / "cache.json", {"key": key or KEY, "vocab_size": 5, "hidden_size": 3, "files": files})
 
 
 def read_hidden(folder: Path) -> Any:
@@ -301,21 +301,21 @@ def read_tensors(folder: Path) -> Any:
 
 EVALUATION = {"read": read_evaluated, "free": r"options\..*|verdict\.(?!sentence).*"}
 KINDS = {
-    "corpus": Kind(write_corpus, read_corpus, free=r"prepared_from\..*"),
+    "corpus": Kind(write_corpus, read_corpus, free=r"prepared_from.*"),
     "progress": Kind(write_progress, read_progress, kept=True, changes=True),
     "labels": Kind(write_labels, read_labels, kept=True),
     "hidden": Kind(write_hidden, read_hidden, kept=True),
     "nll": Kind(write_nll, read_nll_cache, kept=True),
     "run": Kind(lambda folder: write_json(folder / "run.json", RUN), read_run, free=r"options\.(?!bf16).*"),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, kept=True),
-    "metrics": Kind(write_metrics, read_all_metrics, other=True, kept=True, changes=True),
+    "metrics": Kind(write_metrics, read_all_metrics, r"(?!step|event).+", other=True, kept=True, changes=True),
     "evaluation": Kind(write_evaluated("evaluation.json"), **EVALUATION),
     "report's run": Kind(write_evaluated("run.json"), read_evaluated, free=r"options\..*"),
     "generation": Kind(write_evaluated("generation.json"), **EVALUATION),
     "quantize": Kind(write_evaluated("quantize.json"), read_evaluated, free=r"int4\.verdict\.(?!sentence).*"),
     "relearn": Kind(write_evaluated("relearn.json"), **EVALUATION),
     "tasks": Kind(write_evaluated("tasks.json"), **EVALUATION),
-    "cases": Kind(write_summary, read_cases, free=r"machine.*|left.*"),
+    "cases": Kind(write_summary, read_cases, free=r"machine.*|left.*|results\.\d\.exit_code"),
     "rows": Kind(write_rows, read_rows, free=r"machine.*|results\.0\..*", other=True, kept=True),
     "demo": Kind(
         lambda folder: write_json(folder / "runs.json", {"original": ["--a", "b"], "retrained": []}),
@@ -324,7 +324,7 @@ KINDS = {
     "deepspeed": Kind(
         lambda folder: Path(shutil.copy(SHIPPED_DIR / "zero3_offload.json", folder / "ds.json")),
         lambda folder: load_ds_file(str(folder / "ds.json")),
-        free=r"(?!zero_optimization|data_types).*",
+        free=r"(?!zero_optimization\.stage$|zero_optimization$|data_types$).+",
     ),
     "weights": Kind(write_tensors, read_tensors, free=r"__metadata__.*", other=True, frame=framed),
     "index": Kind(write_index, read_tensors, other=True),
