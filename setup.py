@@ -35,6 +35,7 @@ setup(
         "matplotlib>=3.9.0",
         "psutil>=5.9.0",
         "datasketch>=1.6.0",
+        "pydantic>=2.9.0",
         "jinja2>=3.1.0",
         "xxhash>=3.4.1",
         "triton>=3.6.0; platform_system == 'Linux'",

@@ -58,7 +58,7 @@ wants() { # a wheel, a package: the version that the wheel asks for exactly
 
 # DeepSpeed comes as source alone; it is Python, its extensions are built where they are first used.
 DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$OUT/base" "$(locked deepspeed)"
-fetch "$OUT/base" hjson pydantic annotated-types typing-inspection "$(locked datasketch)" "$(locked xxhash)"
+fetch "$OUT/base" hjson "$(locked pydantic)" annotated-types typing-inspection "$(locked datasketch)" "$(locked xxhash)"
 fetch "$OUT/base" "$(wants "$OUT"/base/pydantic-*.whl pydantic-core)"
 
 fetch "$WHEELS" liger-kernel quack-kernels nvidia-cutlass-dsl apache-tvm-ffi torch-c-dlpack-ext einops

@@ -24,11 +24,14 @@ class Condition:
         own = {"forget", "approximate"} if self.metric == "mia_auc" else {self.metric.rsplit("_", 1)[0]}
         return own | ({self.value} if isinstance(self.value, str) else set())
 
+    @property
+    def start(self) -> str | None:
+        """The metric of the starting model that is compared with; None for a number."""
+        return f"{self.value}_{self.metric.rsplit('_', 1)[1]}" if isinstance(self.value, str) else None
+
     def limit(self, start: dict[str, float]) -> float:
         """The number to compare with. start: the starting model's metrics."""
-        if not isinstance(self.value, str):
-            return self.value
-        return start[f"{self.value}_{self.metric.rsplit('_', 1)[1]}"]
+        return self.value if self.start is None else start[self.start]
 
     def holds(self, now: dict[str, float], start: dict[str, float]) -> bool:
         """Whether the run should stop at metrics `now`. A metric, or a limit, that is not finite never holds."""

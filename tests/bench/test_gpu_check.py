@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from unlearn_ds import cli
 from unlearn_ds.bench import gpu_check
 from unlearn_ds.bench.gpu_check import Case, Step
 from unlearn_ds.options import OptionError
+from unlearn_ds.stored import StoredError
 
 GOOD = Case("good", ("platform",), 1)
 BAD = Case("bad", ("no_such_module",), 1)
@@ -213,3 +215,25 @@ def test_fetched_wheels_are_installed_from_their_parts(tmp_path):
     code = "import needed, peer, inner_needed, inner_peer"
     there = finish([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(site)})
     assert there.returncode == 0, there.stderr
+
+
+def test_results_that_are_none_are_named(check, tmp_path, capsys):
+    check([GOOD], out="first")
+    archive = tmp_path / "first" / "results.tar.gz"
+    torn = tmp_path / "torn.tar.gz"
+    torn.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    with pytest.raises(OptionError, match=r"--from .*torn\.tar\.gz: not the results of an earlier check"):
+        check([GOOD], "--from", str(torn))
+    for content in (b"null", b'{"results": [{"name": "good"}]}', b'{"results": {}}', b"[" * 5000):
+        with tarfile.open(torn, "w:gz") as tar:
+            member = tarfile.TarInfo("summary.json")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        with pytest.raises(OptionError, match=r"torn\.tar\.gz: not the results of an earlier check: summary\.json: "):
+            check([GOOD], "--from", str(torn))
+    (tmp_path / "out" / "good.json").write_text('{"results": 3}')
+    check([GOOD])
+    assert f"left out: {tmp_path / 'out' / 'good.json'}: results: is 3, must be a list" in capsys.readouterr().out
+    (tmp_path / "out" / "summary.json").write_text('{"results": [7]}')
+    with pytest.raises(StoredError, match=r"summary\.json: results\.0: is 7, must be an object: delete it"):
+        check([GOOD])

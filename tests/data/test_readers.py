@@ -288,7 +288,7 @@ def test_saved_datasets(tmp_path: Path) -> None:
     write(tmp_path / "splits" / "dataset_dict.json", '{"splits": []}')
     fails(tmp_path / "splits", "saved without a split")
     write(tmp_path / "splits" / "dataset_dict.json", "{")
-    fails(tmp_path / "splits", "dataset_dict.json: damaged, it names no splits")
+    fails(tmp_path / "splits", "dataset_dict.json: .* damaged, it names no splits")
     next((tmp_path / "formatted").glob("*.arrow")).unlink()
     fails(tmp_path / "formatted", "cannot be read as disk")
 

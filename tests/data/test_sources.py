@@ -12,6 +12,7 @@ from unlearn_ds.data.corpus import Corpus, CorpusError, CorpusWriter
 from unlearn_ds.data.sources import check_same_corpora, make_plan, make_sources, open_run_corpora, open_set
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.folder import check_same_model
+from unlearn_ds.stored import StoredError
 
 
 def config(data_dir: Path, **options: object) -> RunConfig:
@@ -94,7 +95,7 @@ def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=rf"github/forget \(forget\) was replaced since the run .* and is {replaced}"):
         check_same_corpora(tmp_path, open_run_corpora(options, VOCAB_SIZE, None))
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(CorpusError, match="not the record of a run"):
+    with pytest.raises(StoredError, match=r"run\.json: options: is missing: delete it to go on"):
         check_same_corpora(tmp_path, corpora)
 
 

@@ -92,8 +92,8 @@ def test_inference_drops_the_optimizer():
             "'param_dtype' comes from the run",
         ),
         ('{"data_types": {"grad_acum_dtype": "fp32"}, "zero_optimization": {"stage": 3}}', r"'grad_accum_dtype'\?"),
-        ("{", "not valid JSON"),
-        ("[]", "expected an object"),
+        ("{", "is not valid JSON"),
+        ("[]", "is an empty list, must be an object"),
     ],
 )
 def test_what_deepspeed_would_ignore_is_refused(tmp_path, content, message):

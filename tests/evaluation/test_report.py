@@ -12,9 +12,9 @@ from tests.support.cluster import require
 from tests.support.evaluations import random_tables, save_evaluation, save_models
 from tests.support.patience import finish
 from unlearn_ds.evaluation.report import main, write_report
-from unlearn_ds.options import OptionError
 from unlearn_ds.plots.models import draw_tradeoff
 from unlearn_ds.plots.style import colours, new_figure, to_svg
+from unlearn_ds.stored import StoredError
 
 CHROMIUM = [
     "--headless",
@@ -215,5 +215,37 @@ def test_wrong_use_is_explained(models, tmp_path, capsys, words, message):
 def test_damaged_evaluation_is_named(tmp_path):
     folder = save_evaluation(tmp_path / "run", random_tables(count=10))
     (folder / "evaluation.json").write_text("{")
-    with pytest.raises(OptionError, match=r"evaluation.json is damaged"):
+    with pytest.raises(StoredError, match=r"evaluation\.json: is not valid JSON .*: make it again"):
         write_report(tmp_path, {"run": folder})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("evaluation.json", {"sets": []}, r"evaluation\.json: sets: is an empty list, must be an object"),
+        ("quantize.json", {"int4": {"sets": {"forget": 3}}}, r"quantize\.json: int4\.sets\.forget: is 3, must be an"),
+        ("relearn.json", {"updates": 8, "before": {"sets": {}}}, r"relearn\.json: before\.sets\.forget: is missing"),
+        ("generation.json", {"rouge_l": "0.5"}, r'generation\.json: rouge_l: is "0\.5", must be a number'),
+        ("tasks.json", {"results": {"arc": [1]}}, r"tasks\.json: results\.arc: is a list, must be an object"),
+        ("run.json", {"corpora": [7]}, r"run\.json: corpora\.0: is 7, must be an object"),
+        ("run.json", [], r"run\.json: is an empty list, must be an object"),
+    ],
+)
+def test_a_file_of_a_run_with_wrong_types_is_named(tmp_path, capsys, file, content, message):
+    folder = save_evaluation(tmp_path / "run", random_tables(count=10))
+    (folder / file).write_text(json.dumps(content))
+    assert main([str(folder)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, said)
+
+
+def test_bad_lines_of_metrics_are_said_and_the_curves_drawn_from_the_others(tmp_path, capsys):
+    rows = [{"step": step, "forget_loss": 1.0 + step} for step in range(1, 5)]
+    folder = save_evaluation(tmp_path / "run", random_tables(count=10), rows)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[:2], "7", '{"step": 3, "forget', *lines[2:], ""]))
+    assert main([str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: line 3: is 7, must be an object: this line is left out" in said
+    assert "metrics.jsonl: line 4: is not valid JSON" in said
+    assert "Training: loss on forget" in (folder / "report.html").read_text()

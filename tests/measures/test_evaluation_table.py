@@ -157,3 +157,21 @@ def test_a_file_that_is_no_table_is_named(tmp_path):
     write_table(tmp_path / "other.parquet", {"sequence": np.arange(3)})
     with pytest.raises(TableError, match="no column 'document', only sequence"):
         read_table(tmp_path / "other.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("log_prob", ["a", "b", "c"], "the column 'log_prob' is of object, not of numbers"),
+        ("document_digest", [None, None, None], "the column 'document_digest' is of object, not of numbers"),
+        ("num_tokens", [True, True, False], "the column 'num_tokens' is of bool, not of numbers"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path, column, values, message):
+    table = make_table([4, 12, 7])
+    write_table(tmp_path / "forget.parquet", table | {column: np.array(values, dtype=object)})
+    with pytest.raises(TableError, match=rf"forget\.parquet: {message}"):
+        read_table(tmp_path / "forget.parquet")
+    write_table(tmp_path / "forget.parquet", {name: values[:0] for name, values in table.items()})
+    with pytest.raises(TableError, match=r"forget\.parquet: the column 'set' is without rows"):
+        read_table(tmp_path / "forget.parquet")

@@ -112,7 +112,7 @@ def make_inputs(root: Path) -> None:
     quantised.quantization_config = {"quant_method": "gptq", "bits": 4}
     quantised.save_pretrained(root / "quantised")
     (root / "evaluated").mkdir()
-    (root / "evaluated" / "evaluation.json").write_text('{"model": "other", "model_fingerprint": "0"}')
+    (root / "evaluated" / "evaluation.json").write_text('{"sets": {}, "model": "other", "model_fingerprint": "0"}')
     shutil.copytree(root / "model", root / "broken")
     (root / "broken" / "tokenizer.json").write_text("{")
     shutil.copytree(root / "model", root / "lfs")

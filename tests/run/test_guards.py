@@ -13,6 +13,7 @@ from unlearn_ds.conditions import parse_condition, parse_share
 from unlearn_ds.config import RunConfig
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.guards import Guard, distance
+from unlearn_ds.stored import StoredError
 
 STEPS = 6
 
@@ -258,3 +259,27 @@ def test_distance_is_the_gap_to_approximate_and_the_damage_beyond_what_is_allowe
     assert distance(there, start, "retain", 0.1) == pytest.approx(0)
     assert distance({"forget_ppl": 8.0, "retain_ppl": 6.6}, start, "retain", 0.1) == pytest.approx(np.log(2))
     assert distance({"forget_ppl": None, "retain_ppl": 3.0}, start, "retain", 0.1) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name"),
+    [
+        ({"forget_ppl": 3.0, "retain_ppl": 2.0}, "eval_approximate_ppl"),
+        ({"forget_ppl": -3.0, "retain_ppl": 2.0, "approximate_ppl": None}, "eval_forget_ppl"),
+        ({"forget_ppl": 3.0, "retain_ppl": 0, "approximate_ppl": None, "general_acc": 1.0}, "eval_retain_ppl"),
+        ({"forget_ppl": 3.0, "retain_ppl": 2.0, "approximate_ppl": 1.0}, "eval_general_acc"),
+    ],
+)
+def test_a_recorded_start_that_decides_nothing_is_named(tmp_path, recorded, name):
+    """A logarithm of what is no perplexity, or a metric that is not there, would end the run in a traceback."""
+    rows = [{"step": 1}, {"step": 0} | {f"eval_{metric}": value for metric, value in recorded.items()}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    guard = object.__new__(Guard)
+    guard._run, guard._utility = SimpleNamespace(run_dir=tmp_path), "retain"
+    guard._sets = dict.fromkeys(("forget", "approximate", "retain", "general"))
+    guard._conditions = [parse_condition("forget_acc<=general"), parse_condition("forget_ppl>=9")]
+    with pytest.raises(StoredError, match=rf"metrics\.jsonl: step 0: {name}: is missing, or below 0"):
+        guard._recorded_start()
+    rows[1] |= {"eval_forget_ppl": 3.0, "eval_retain_ppl": 2.0, "eval_approximate_ppl": None, "eval_general_acc": 0.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert guard._recorded_start()["general_acc"] == 0

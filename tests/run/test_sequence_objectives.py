@@ -16,6 +16,7 @@ from unlearn_ds.data.corpus import Corpus, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.options import OptionError, parse
 from unlearn_ds.original.sequence_nll import _read
+from unlearn_ds.stored import StoredError
 
 SEQ_LEN = 48
 # method -> (flags, beta, gamma); margins of the tiny model are small, so NPO's beta is larger than its default
@@ -152,10 +153,14 @@ def test_a_damaged_cache_is_named(tmp_path):
     (tmp_path / "nll.bin").write_bytes(np.zeros(3).tobytes())
     (tmp_path / "cache.json").write_text(json.dumps({"key": {}, "num_sequences": 3}))
     assert len(_read(tmp_path, {}, 3)) == 3
-    with pytest.raises(OptionError, match="3 numbers for 4 sequences, or of another model: delete it"):
+    with pytest.raises(OptionError, match="of other sequences, or of another model"):
         _read(tmp_path, {}, 4)
     with pytest.raises(OptionError, match="or of another model"):
         _read(tmp_path, {"model": "x"}, 3)
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(OptionError, match="damaged"):
+    with pytest.raises(StoredError, match=r"cache\.json: is not valid JSON"):
+        _read(tmp_path, {}, 3)
+    (tmp_path / "cache.json").write_text(json.dumps({"key": {}, "num_sequences": 3}))
+    (tmp_path / "nll.bin").write_bytes(bytes(20))
+    with pytest.raises(OptionError, match=r"nll\.bin: 20 bytes for 3 sequences: damaged"):
         _read(tmp_path, {}, 3)

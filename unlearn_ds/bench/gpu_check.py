@@ -6,7 +6,6 @@ command goes on where the last one stopped, and `--from ARCHIVE` takes up what a
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -14,13 +13,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unlearn_ds.bench.case_records import merged, read_summary, take_up
 from unlearn_ds.bench.record import positive_int, write_json
 from unlearn_ds.cluster.lifetime import start_tied
 from unlearn_ds.options import OptionError, did_you_mean
@@ -209,31 +208,6 @@ def _tail(log: Path, count: int = 15) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
 
 
-def read_summary(out: Path) -> dict[str, dict[str, Any]]:
-    """The records of cases that ran before, by name."""
-    path = out / "summary.json"
-    if not path.exists():
-        return {}
-    return {record["name"]: record for record in json.loads(path.read_text(encoding="utf-8"))["results"]}
-
-
-def take_up(archive: Path, out: Path) -> dict[str, dict[str, Any]]:
-    """Unpack the results of an earlier call beside those in OUT, and return its records. Raises `OptionError` if none."""
-    try:
-        with tarfile.open(archive) as tar:
-            summary = json.load(tar.extractfile("summary.json"))
-            for member in tar.getmembers():  # by hand: Python before 3.11.4 extracts whatever a name says
-                target = out / member.name
-                if not member.isfile() or Path(member.name).is_absolute() or ".." in Path(member.name).parts:
-                    raise ValueError(f"{member.name!r} is no plain file")
-                if not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(tar.extractfile(member).read())
-    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-        raise OptionError(f"--from {archive}: not the results of an earlier check: {error}") from error
-    return {record["name"]: record for record in summary["results"]}
-
-
 def pack(out: Path, target: Path) -> None:
     """Everything in OUT but traces and what is too large, as one archive; a long log keeps its end."""
     for log in out.rglob("*.log"):
@@ -257,16 +231,6 @@ def _shorten(log: Path) -> None:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if len(lines) > KEPT_LINES:
         log.write_text("".join(lines[-KEPT_LINES:]), encoding="utf-8")
-
-
-def merged(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of all cases, each with the case it is of."""
-    rows = []
-    for name in names:
-        path = out / f"{name}.json"
-        if path.exists():
-            rows += [{"case": name} | row for row in json.loads(path.read_text(encoding="utf-8"))["results"]]
-    return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -360,7 +324,7 @@ def _run_steps(
 
 def _brought_the_device_down(out: Path, name: str) -> str | None:
     """The contestant of a case after which the device answered no more."""
-    return next((row["impl"] for row in merged(out, [name]) if row.get("not_timed") == "device lost"), None)
+    return next((row.get("impl") for row in merged(out, [name]) if row.get("not_timed") == "device lost"), None)
 
 
 def _commit() -> str:
@@ -383,6 +347,6 @@ if __name__ == "__main__":
 
     try:
         sys.exit(run_with_arguments(add_arguments, main, "gpu_check", __doc__, sys.argv[1:]))
-    except OptionError as refused:
+    except ValueError as refused:
         print(refused, file=sys.stderr)
         sys.exit(2)

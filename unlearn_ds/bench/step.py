@@ -26,6 +26,7 @@ from unlearn_ds.model.size import num_parameters
 from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError, WordOr
 from unlearn_ds.plots.benchmarks import plot_step
+from unlearn_ds.stored import load
 
 _METHODS = [
     name
@@ -181,7 +182,7 @@ def run_case(
     }
     log = (args.keep_logs or scratch) / f"{name}.log"
     run_ranks("unlearn_ds.bench.step_worker", [json.dumps(case)], num_ranks, log, shlex.split(args.launcher))
-    return json.loads(output.read_text(encoding="utf-8"))
+    return load(output, lenient=True)
 
 
 def join_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from unlearn_ds.data.megatron import CorpusError, index_bytes, read_index, token_dtype
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.durable import replacing
+from unlearn_ds.stored import ABSENT, Count, Positive, Record, StoredError, Text, read_dict
 
 __all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path"]
 
@@ -30,6 +32,40 @@ _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _SCAN_TOKENS = 1 << 20  # small enough for a processor's cache
 _ANOTHER_FILE = "start again with the file as it was, or in a new folder with the new one"
+
+
+class MadeWith(Record):
+    """The tokenizer of a corpus."""
+
+    name: Text
+    fingerprint: str
+
+
+class Overlap(Record):
+    """The copies of forget documents in another set."""
+
+    forget: str  # fingerprint of the forget corpus
+    near_copies: bool  # whether near ones were looked for
+    dropped: bool
+    exact: Count
+    near: Count
+    examples: list[Annotated[list[float], Field(min_length=3, max_length=3)]]  # document, forget document, similarity
+
+
+class Manifest(Record):
+    """The `.json` of a corpus."""
+
+    format: str = "megatron"
+    documents: Count
+    tokens: Count
+    dtype: str
+    vocab_size: Positive
+    max_token: Count
+    digest: str
+    tokenizer: MadeWith = ABSENT
+    source_digest: str = ABSENT
+    prepared_from: dict[Text, Any] | str = ABSENT
+    overlap: Overlap = ABSENT
 
 
 def corpus_path(data_dir: str | Path, domain: str, name: str) -> Path:
@@ -76,16 +112,14 @@ class Corpus:
         if not path.exists():
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            claimed = {name: manifest[name] for name in ("documents", "tokens", "dtype")}
-            int(manifest["vocab_size"]), int(manifest["max_token"]), str(manifest["digest"])
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise CorpusError(f"{path}: not the manifest of a corpus ({type(error).__name__}: {error})") from error
+            manifest = read_dict(path, Manifest)
+        except StoredError as error:
+            raise CorpusError(f"{error} (it is the manifest of the corpus {self.path})") from error
         found = {"documents": self.num_documents, "tokens": self.num_tokens, "dtype": self.tokens.dtype.name}
         for name, value in found.items():
-            if claimed[name] != value:
+            if manifest[name] != value:
                 raise CorpusError(
-                    f"{path} says {name} {claimed[name]}, {self.path.name}.idx says {value}: files of two corpora are mixed"
+                    f"{path} says {name} {manifest[name]}, {self.path.name}.idx says {value}: files of two corpora are mixed"
                 )
         return manifest
 
@@ -200,7 +234,7 @@ class CorpusWriter:
     """Write a corpus document by document; it appears, complete, when the `with` block ends without an error.
 
     vocab_size: ids must be below it; it chooses the dtype, u16 up to 65 536 and i32 beyond.
-    description: further entries of the manifest, such as `tokenizer` and `source_digest`.
+    description: further entries of the manifest, fields of `Manifest` such as `tokenizer` and `source_digest`.
     """
 
     partial_suffixes = SUFFIXES

@@ -9,20 +9,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from unlearn_ds.bounds import parse_json
+from pydantic import Field
+
 from unlearn_ds.caches import cache_of
 from unlearn_ds.data.readers import FORMS, READERS, TextColumn, check_arrow_end, no_text, texts_of_batches
 from unlearn_ds.data.text_files import COMPRESSIONS, DocumentError, split_compression
 from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, did_you_mean
+from unlearn_ds.stored import OpenRecord, StoredError, read
 
 __all__ = ["DocumentError", "DocumentSource", "find_sources", "read_documents"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 _BATCH_ROWS = 256
 _SHOWN_SUFFIXES = 6
+
+
+class SavedSplits(OpenRecord):
+    """dataset_dict.json of a folder that `datasets` saved."""
+
+    splits: list[Annotated[str, Field(pattern=r"^\w+([.-]\w+)*$")]]
+
+
+class SavedState(OpenRecord):
+    """state.json of a folder that `datasets` saved."""
+
+    data_files: Annotated[list[Any] | None, Field(alias="_data_files")]
 
 
 @dataclass(frozen=True)
@@ -105,10 +119,9 @@ def _find_in_folder(name: str, folder: Path, split: str | None) -> list[Document
 
 def _read_splits(path: Path) -> list[str]:
     try:
-        splits = parse_json(path.read_text(encoding="utf-8"))["splits"]
-        names = [str(split) for split in splits]
-    except (ValueError, LookupError, TypeError) as error:
-        raise DocumentError(f"{path}: damaged, it names no splits ({error!r})") from error
+        names = read(path, SavedSplits).splits
+    except StoredError as error:
+        raise DocumentError(f"{error}: damaged, it names no splits") from error
     if not names:
         raise DocumentError(f"{path.parent}: saved without a split, so no documents in it")
     return names
@@ -241,7 +254,7 @@ def _read_saved(source: DocumentSource, column: TextColumn) -> Iterator[str]:
     for file in source.files:
         with file.open("rb") as stream:
             check_arrow_end(file, stream)
-    if not parse_json((source.folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+    if not read(source.folder / "state.json", SavedState).data_files:
         return  # without rows, which `datasets` saves and does not load
     table = datasets.load_from_disk(str(source.folder))
     name = column.among(table.column_names, source.name)

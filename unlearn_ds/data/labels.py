@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.data.corpus import CorpusError, with_suffix
 from unlearn_ds.data.hashing import derive_key, mix
 from unlearn_ds.durable import flush, replacing
+from unlearn_ds.stored import Count, Record, StoredError, Text, read
 
 
 class TrueTargets:
@@ -45,6 +46,14 @@ class RandomTargets:
         return np.where(self._is_special[tokens], tokens, drawn.astype(np.int64))
 
 
+class LabelRecord(Record):
+    """The `.json` beside cached labels."""
+
+    num_tokens: Count
+    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+    key: dict[Text, Any]  # all that the labels depend on
+
+
 class CachedTargets:
     """Labels read from a committed `LabelCache`.
 
@@ -52,17 +61,21 @@ class CachedTargets:
     """
 
     def __init__(self, path: str | Path, key: dict[str, Any]) -> None:
-        found = _read_key(Path(path))
-        if found is None:
+        described = with_suffix(Path(path), ".json")
+        if not described.exists():
             raise CorpusError(f"{path}: no labels there")
-        if found["key"] != key:
-            different = [name for name in sorted({*key, *found["key"]}) if key.get(name) != found["key"].get(name)]
+        try:
+            found = read(described, LabelRecord)
+        except StoredError as error:
+            raise CorpusError(str(error)) from error
+        if found.key != key:
+            different = [name for name in sorted({*key, *found.key}) if key.get(name) != found.key.get(name)]
             raise CorpusError(f"{path}: labels made for other values of {', '.join(different)}")
         labels = with_suffix(Path(path), ".bin")
-        dtype = np.dtype(found["dtype"])
+        dtype = np.dtype(found.dtype)
         size = labels.stat().st_size if labels.exists() else 0
-        if size != found["num_tokens"] * dtype.itemsize:
-            raise CorpusError(f"{labels}: {size} bytes instead of {found['num_tokens'] * dtype.itemsize}: truncated")
+        if not size or size != found.num_tokens * dtype.itemsize:
+            raise CorpusError(f"{labels}: {size} bytes instead of {found.num_tokens * dtype.itemsize}: truncated")
         self._labels = np.asarray(np.memmap(labels, dtype=dtype, mode="r"))
 
     def __call__(
@@ -88,12 +101,6 @@ class LabelCache:
     def create(cls, path: str | Path, num_tokens: int, dtype: np.dtype, key: dict[str, Any]) -> "LabelCache":
         """Start drawing labels for a corpus of `num_tokens`. Every rank calls this."""
         return cls(Path(path), num_tokens, dtype, key)
-
-    @staticmethod
-    def exists(path: str | Path, key: dict[str, Any]) -> bool:
-        """Whether complete labels with this key lie at `path`."""
-        found = _read_key(Path(path))
-        return found is not None and found["key"] == key
 
     def write(self, offsets: np.ndarray, labels: np.ndarray) -> None:  # both (n,) int64
         """Add labels for the tokens at these offsets."""
@@ -128,14 +135,3 @@ class LabelCache:
 
 def _part(path: Path, rank: int) -> Path:
     return path.parent / f".{path.name}.rank{rank}.partial"
-
-
-def _read_key(path: Path) -> dict[str, Any] | None:
-    manifest = with_suffix(path, ".json")
-    if not manifest.exists():
-        return None
-    try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("num_tokens", "dtype", "key")}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CorpusError(f"{manifest}: not the description of a label cache ({error})") from error

@@ -1,6 +1,7 @@
 """A corpus writer that survives interruption: what is safely on disk is kept, and the next run goes on behind it."""
 
 import json
+import sys
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +10,36 @@ from typing import Any
 
 import numpy as np
 
-from unlearn_ds.data.corpus import SUFFIXES, CorpusWriter, flush_file
+from unlearn_ds.data.corpus import SUFFIXES, CorpusWriter, Overlap, flush_file
+from unlearn_ds.stored import ABSENT, Count, Record, StoredError, read_dict
 
 _READ_BYTES = 1 << 24
+
+
+class State(Record):
+    """What the caller knows of the documents that are safe."""
+
+    documents: Count  # read so far
+    source_digest: str  # of their texts
+    doubled: Count = 0
+    overlap: Overlap = ABSENT
+
+
+class Progress(Record):
+    """How far the partial files beside it are whole."""
+
+    key: str
+    documents: Count
+    tokens: Count
+    max_token: Count
+    state: State
 
 
 class ResumableWriter(CorpusWriter):
     """A `CorpusWriter` whose partial files outlive the process.
 
-    key: what the corpus is made from; partial files with another key are started over.
-    `state` is the caller's: a dict kept with the documents that are safe, and given back when going on.
+    key: what the corpus is made from; partial files with another key are started over, and damaged ones, which is said.
+    `state` is the caller's: a dict as of `State`, kept with the documents that are safe, and given back when going on.
     """
 
     partial_suffixes = (*SUFFIXES, ".lengths", ".progress", ".progress.new")
@@ -45,7 +66,10 @@ class ResumableWriter(CorpusWriter):
 
     def has_progress(self) -> bool:
         """Whether another run with the same key would go on instead of starting over."""
-        return self._read_progress() is not None
+        try:
+            return self._read_progress() is not None
+        except StoredError:
+            return False
 
     def describe(self, entries: dict[str, Any]) -> None:
         """Add entries to the manifest that will be written."""
@@ -53,7 +77,11 @@ class ResumableWriter(CorpusWriter):
 
     def __enter__(self) -> "ResumableWriter":
         self.make_folder()
-        progress = None if self._restart else self._read_progress()
+        progress = None
+        try:
+            progress = None if self._restart else self._read_progress()
+        except StoredError as error:
+            print(f"note: {error}: starting over", file=sys.stderr)
         binary, lengths = self._partial(".bin"), self._partial(".lengths")
         if progress is None:
             self._file = binary.open("wb", buffering=1 << 20)
@@ -75,16 +103,22 @@ class ResumableWriter(CorpusWriter):
         return self
 
     def _read_progress(self) -> dict[str, Any] | None:
-        try:
-            progress = json.loads(self._partial(".progress").read_text(encoding="utf-8"))
-            safe = (
-                progress["key"] == self._key
-                and self._partial(".bin").stat().st_size >= progress["tokens"] * self.dtype.itemsize
-                and self._partial(".lengths").stat().st_size >= 4 * progress["documents"]
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+        """What an interrupted run with this key left; None if none did. Raises `StoredError` for what is damaged."""
+        path, binary, lengths = (self._partial(suffix) for suffix in (".progress", ".bin", ".lengths"))
+        if not path.exists():
             return None
-        return progress if safe else None
+        progress = read_dict(path, Progress)
+        if progress["key"] != self._key:
+            return None
+        for part, needed in ((binary, progress["tokens"] * self.dtype.itemsize), (lengths, 4 * progress["documents"])):
+            size = part.stat().st_size if part.exists() else 0
+            if size < needed:
+                raise StoredError(f"{part}: {size} bytes instead of {needed}")
+        found = np.fromfile(lengths, dtype=np.int32, count=progress["documents"])
+        fits = found.sum(dtype=np.int64) == progress["tokens"] and progress["max_token"] < self.vocab_size
+        if not fits or progress["documents"] > progress["state"]["documents"]:
+            raise StoredError(f"{path}: does not fit the files beside it")
+        return progress
 
     def save_progress(self) -> None:
         """Make all documents added so far safe."""

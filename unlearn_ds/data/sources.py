@@ -1,12 +1,12 @@
 """The data of a run: which corpora its objective reads, opened, checked against the model, and planned into steps."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import create_model
 
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_path
@@ -15,6 +15,7 @@ from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
 from unlearn_ds.objectives import RANDOM_TARGETS, SAMPLED_TARGETS, SEQUENCE, Term
 from unlearn_ds.options import OptionError
+from unlearn_ds.stored import ABSENT, Count, OpenRecord, Positive, Record, check, load
 
 # What `--train_on` and evaluation call a corpus -> (folder below data_dir, corpus name); None stands for the domain.
 SETS = {
@@ -30,6 +31,9 @@ EVALUATION_SETS = {
     "retain": "retain",
     "general": "general_evaluation",
 }
+
+
+_GO_ON = "delete it to go on without comparing corpora, model and length"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,58 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
     ]
 
 
+# Options that were `auto` -> what they came to.
+Chosen = create_model(
+    "Chosen", __base__=Record, **{name: (kind, ABSENT) for name, kind in get_type_hints(RunConfig).items()}
+)
+
+
+class RunCorpus(Record):
+    """A corpus in run.json."""
+
+    role: str = ""
+    name: str
+    documents: Count = 0
+    tokens: Count = 0
+    digest: str
+
+
+class RunPlan(Record):
+    """The plan in run.json."""
+
+    fingerprint: str = ""
+    num_steps: Count
+    steps_per_epoch: Count = 0
+
+
+class RunFile(Record):
+    """The run.json of any run: what a report shows."""
+
+    options: dict[str, Any] = ABSENT
+    chosen: Chosen = ABSENT
+    versions: dict[str, str] = ABSENT
+    model_fingerprint: str = ABSENT
+    corpora: list[RunCorpus] = ABSENT
+    plan: RunPlan = ABSENT
+    world_size: Positive = ABSENT
+    num_threads: Positive = ABSENT
+
+
+class RunOptions(OpenRecord):
+    """The options in run.json: those that a run that goes on compares. A report shows them all."""
+
+    bf16: bool
+
+
+class ResumableRun(RunFile):
+    """The run.json of a run that can be gone on with."""
+
+    options: RunOptions
+    model_fingerprint: str
+    corpora: list[RunCorpus]
+    plan: RunPlan
+
+
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
     """What a run's run.json says of its data, its start model, its length and how it computes."""
@@ -98,26 +154,21 @@ class RunRecord:
 
 
 def read_record(run_dir: Path) -> RunRecord:
-    """The record of the run that is gone on with; empty if there is none. Raises `CorpusError` if it is damaged."""
+    """The record of the run that is gone on with; empty if there is none. Raises `StoredError` if it is damaged."""
     record = run_dir / "run.json"
     if not record.exists():
         return RunRecord({})
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        digests = {entry["name"]: entry["digest"] for entry in content["corpora"]}
-        return RunRecord(
-            corpora=digests,
-            num_steps=int(content["plan"]["num_steps"]),
-            model_fingerprint=content["model_fingerprint"],
-            bf16=content["options"]["bf16"],
-            num_threads=content.get("num_threads"),
-            world_size=content.get("world_size"),
-            chosen=dict(content.get("chosen", {})),
-        )
-    except (ValueError, LookupError, TypeError) as error:
-        raise CorpusError(
-            f"{record}: not the record of a run ({error!r}): delete it to go on without comparing corpora, model and length"
-        ) from error
+    content = load(record, _GO_ON)
+    found = check(content, ResumableRun, str(record), _GO_ON)
+    return RunRecord(
+        corpora={corpus.name: corpus.digest for corpus in found.corpora},
+        num_steps=found.plan.num_steps,
+        model_fingerprint=found.model_fingerprint,
+        bf16=found.options.bf16,
+        num_threads=found.num_threads,
+        world_size=found.world_size,
+        chosen=content.get("chosen", {}),
+    )
 
 
 def check_same_corpora(run_dir: Path, corpora: list[list[NamedCorpus]]) -> None:

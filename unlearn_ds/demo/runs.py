@@ -1,7 +1,6 @@
 """The demo's runs, one after another in the same ranks: importing torch, DeepSpeed and transformers takes as long as a run."""
 
 import gc
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,13 @@ from pathlib import Path
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.options import parse
+from unlearn_ds.stored import read
 from unlearn_ds.train import train
 
 
 def main(argv: Sequence[str]) -> int:
     """Argument: a JSON file with the command line of each run, by its name; returns the exit code."""
-    runs = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-    return distributed.guarded("unlearn-ds demo", lambda: train_all(runs))
+    return distributed.guarded("unlearn-ds demo", lambda: train_all(read(Path(argv[0]), dict[str, list[str]])))
 
 
 def train_all(runs: dict[str, list[str]]) -> None:

@@ -13,15 +13,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from pydantic import Field
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder, start_writing_back
 from unlearn_ds.engine.engine import TrainingEngine
+from unlearn_ds.stored import Positive, Record, StoredError, read
 
 MANIFEST = "checkpoint.json"
 CONVERSION_TIMEOUT_S = 6 * 3600.0
@@ -39,6 +41,15 @@ class Checkpoint:
     world_size: int
     plan_fingerprint: str
     files: dict[str, str] = field(default_factory=dict)  # name below path -> checksum
+
+
+class Manifest(Record):
+    """What a checkpoint's manifest says; `Checkpoint` has the same fields."""
+
+    step: Positive
+    world_size: Positive
+    plan_fingerprint: str
+    files: Annotated[dict[str, str], Field(min_length=1)]
 
 
 class CheckpointError(ValueError):
@@ -214,20 +225,29 @@ def _checksum(path: Path) -> str:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """Checkpoints that were published, newest first."""
-    found = []
-    for manifest in folder(run_dir).glob(f"step_*/{MANIFEST}"):
+    """Checkpoints that were published and have a manifest, newest first."""
+    return _readable(run_dir)[0]
+
+
+def unreadable(run_dir: Path) -> list[str]:
+    """Why each of the other folders in the place of a checkpoint is none."""
+    return _readable(run_dir)[1]
+
+
+def _readable(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
+    found, faults = [], []
+    for path in sorted(folder(run_dir).glob("step_*")):
         try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            fields = (content[name] for name in ("step", "world_size", "plan_fingerprint", "files"))
-            found.append(Checkpoint(manifest.parent, *fields))
-        except (OSError, ValueError, KeyError):
-            distributed.say(f"checkpoint {manifest.parent} has no readable {MANIFEST}: passed over")
-    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+            found.append(Checkpoint(path, **dict(read(path / MANIFEST, Manifest))))
+        except StoredError as error:
+            faults.append(str(error))
+    return sorted(found, key=lambda checkpoint: -checkpoint.step), faults
 
 
 def newest_intact(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint whose files match their checksums; damaged ones are named and passed over. All ranks call this."""
+    for why in distributed.on_main(lambda: unreadable(run_dir)):
+        distributed.say(f"checkpoint passed over: {why}")
     for checkpoint in distributed.on_main(lambda: complete_checkpoints(run_dir)):
         names = sorted(checkpoint.files)
         mine = names[distributed.rank() :: distributed.world_size()]  # ranks share the reading
@@ -240,9 +260,12 @@ def newest_intact(run_dir: Path) -> Checkpoint | None:
 
 
 def _damage(path: Path, checksum: str) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    return None if _checksum(path) == checksum else f"{path.name} is not what was written"
+    try:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        return None if _checksum(path) == checksum else f"{path.name} is not what was written"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror or error}"
 
 
 def remove_remains(run_dir: Path) -> None:

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.bounds import parse_json
 from unlearn_ds.model.size import ModelSize
 from unlearn_ds.options import OptionError, did_you_mean
+from unlearn_ds.stored import ABSENT, OpenRecord, StoredError, check, read_dict
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SHIPPED_DIR = _PACKAGE / "ds_configs" if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent / "ds_configs"
@@ -44,6 +44,15 @@ FROM_THE_RUN = {
 }
 
 
+class Sections(OpenRecord):
+    """The parts of a DeepSpeed file that are looked into; what may stand in the file is `ALLOWED_KEYS`."""
+
+    zero_optimization: dict[str, Any] = ABSENT
+    data_types: dict[str, Any] = ABSENT
+    bf16: dict[str, Any] = ABSENT
+    checkpoint: dict[str, Any] = ABSENT
+
+
 def load_ds_file(name_or_path: str) -> dict[str, Any]:
     """Read and check a DeepSpeed file; `name_or_path` is a shipped name (`zero3`) or a path.
 
@@ -57,11 +66,9 @@ def load_ds_file(name_or_path: str) -> dict[str, Any]:
             f"{did_you_mean(name_or_path, shipped)}"
         )
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OptionError(f"--deepspeed {path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise OptionError(f"--deepspeed {path}: expected an object, got a {type(content).__name__}")
+        content = read_dict(path, Sections)
+    except StoredError as error:
+        raise OptionError(f"--deepspeed {error}") from error
     check_keys(content, str(path))
     return content
 
@@ -94,8 +101,13 @@ def check_keys(content: dict[str, Any], source: str) -> None:
             raise OptionError(
                 f"--deepspeed {source}: unknown key {key!r} in 'zero_optimization'.{did_you_mean(key, known)}"
             )
-    if zero.get("stage") not in (1, 2, 3):
+    if zero.get("stage") not in (1, 2, 3) or type(zero["stage"]) is not int:
         raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')}: choose 1, 2 or 3")
+    given = {key: value for key, value in zero.items() if value != "auto"}
+    try:
+        check(given, DeepSpeedZeroConfig, "zero_optimization")  # DeepSpeed's own types
+    except StoredError as error:
+        raise OptionError(f"--deepspeed {source}: {error}") from error
 
 
 def check_device(content: dict[str, Any], device_type: str, source: str) -> None:

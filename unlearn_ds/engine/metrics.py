@@ -14,6 +14,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.durable import replacing
 from unlearn_ds.options import OptionError
+from unlearn_ds.stored import ABSENT, Count, OpenRecord, StoredError, check, parse
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,16 +26,37 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+class Row(OpenRecord):
+    """A line of metrics.jsonl: what is measured stands under its name, null where it is not finite."""
+
+    step: Count
+    event: str = ABSENT
+    __pydantic_extra__: dict[str, float | bool | None]
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with null in the place of NaN and infinity."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a torn last line is left out."""
+    """The lines of metrics.jsonl. What is no line of it is left out and named, but for a torn last one: it is being written."""
     path = run_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
     rows = []
-    for line in lines:
+    for number, line in enumerate([*lines, last], 1):
+        where = f"{path}: line {number}"
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            if line:
+                row = check(parse(line, where, lenient=True), dict[str, Any], where)
+                row = finite(row)  # earlier versions wrote NaN
+                check(row, Row, where)
+                rows.append(row)
+        except StoredError as error:
+            if number <= len(lines):
+                distributed.say(f"warning: {error}: this line is left out")
     return rows
 
 
@@ -55,8 +77,7 @@ class _Rows:
         self._fails = False
 
     def add(self, row: dict[str, Any]) -> None:
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._waiting += json.dumps(finite(row), allow_nan=False).encode() + b"\n"
         error = self._write_waiting()
         if error is not None and not self._fails:
             distributed.say(f"warning: {self._path} cannot be written ({error}): its lines are kept until it can be")

@@ -36,7 +36,7 @@ def attack_scores(forget: Table, approximate: Table, original: dict[str, Table] 
     the gain in mean log-prob over the original model's tables, where those measure the same sequences.
     """
     names = [f"{prefix}_{k}" for prefix in ("min_k", "min_k_plus_plus") for k in K_PERCENT]
-    found = {name: Scores(forget[name], approximate[name]) for name in names if name in forget}
+    found = {name: Scores(forget[name], approximate[name]) for name in names if name in forget and name in approximate}
     if all("zlib_bytes" in table and np.isfinite(table["zlib_bytes"]).all() for table in (forget, approximate)):
         found["zlib"] = Scores(_per_byte(forget), _per_byte(approximate))
     if original and all(

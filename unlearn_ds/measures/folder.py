@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.durable import replacing
+from unlearn_ds.measures.files import KINDS
 from unlearn_ds.measures.table import Table, read_tables
 from unlearn_ds.options import OptionError
+from unlearn_ds.stored import read_dict
 
 ROBUSTNESS = ("generation", "quantize", "relearn", "tasks")  # NAME.json each, if it was asked for
 
@@ -73,13 +75,10 @@ def _check_tables(folder: Path, stated: dict[str, str] | None) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file, empty if there is none. Raises `OptionError` if it is damaged."""
+    """The content of a file named as in `KINDS`, empty if there is none. Raises `StoredError` if it is damaged."""
     if not path.exists():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OptionError(f"{path} is damaged: {error}") from error
+    return read_dict(path, KINDS[path.name], "make it again, or delete it")
 
 
 def read_robustness(folder: Path) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def read_table(path: Path) -> Table:
     """Read what `write_table` wrote. Raises `TableError`."""
     try:
         read = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise TableError(f"cannot read the table {path}: {error}. Make it again with `unlearn-ds evaluate`") from error
     needed = ("sequence", "document", "num_tokens", "log_prob", "accuracy", *(f"min_k_{k}" for k in K_PERCENT))
     for column in needed:
@@ -141,7 +141,12 @@ def read_table(path: Path) -> Table:
                 f"{path} has no column {column!r}, only {', '.join(read.column_names)}: it is no table of this version. "
                 "Make it again with `unlearn-ds evaluate`"
             )
-    return {column: read[column].to_numpy(zero_copy_only=False) for column in read.column_names}
+    table = {column: read[column].to_numpy(zero_copy_only=False) for column in read.column_names}
+    for column, values in table.items():
+        if (column != "set" and values.dtype.kind not in "iuf") or not len(values):
+            what = f"of {values.dtype}, not of numbers" if len(values) else "without rows"
+            raise TableError(f"{path}: the column {column!r} is {what}. Make it again with `unlearn-ds evaluate`")
+    return table
 
 
 def read_tables(folder: Path) -> dict[str, Table]:

@@ -20,13 +20,14 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from unlearn_ds.bounds import parse_json
 from unlearn_ds.cluster import distributed
 from unlearn_ds.model import attention, weights
 from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.model.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
+from unlearn_ds.model.weights import tensors_of
 from unlearn_ds.options import AUTO, OptionError
+from unlearn_ds.stored import StoredError, check, load
 
 # A config field that changes logits after the projection -> how our head expresses it.
 _SCALE_FIELDS = {"logit_scale": lambda x: x, "logits_scaling": lambda x: 1.0 / x, "lm_head_multiplier": lambda x: x}
@@ -80,6 +81,9 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
 
     Raises `OptionError` if there is no such model, or if it is one that cannot be trained on packed rows.
     """
+    local = Path(options.name_or_path) / "config.json"
+    if local.is_file():  # transformers ends in an AttributeError of its own over a list
+        check(load(local, lenient=True), dict[str, Any], str(local))
     try:
         config = AutoConfig.from_pretrained(options.name_or_path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, RecursionError) as error:
@@ -299,7 +303,7 @@ def model_fingerprint(name_or_path: str) -> str:
     folder = model_folder(name_or_path)
     if not (folder / "config.json").is_file():
         raise OptionError(f"cannot read the model {name_or_path!r}: there is no config.json in it")
-    config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    config = check(load(folder / "config.json", lenient=True), dict[str, Any], str(folder / "config.json"))
     config.pop("transformers_version", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
@@ -321,11 +325,7 @@ def model_fingerprint(name_or_path: str) -> str:
 def _middles(header: bytes) -> list[int]:
     """Where the middle of each tensor lies in a safetensors file; a change of one matrix alone must be seen."""
     try:
-        spans = [
-            entry["data_offsets"]
-            for name, entry in parse_json(header.decode("utf-8")).items()
-            if name != "__metadata__"
-        ]
-    except ValueError:
-        return []  # cut off: loading says so, with the file's name
+        spans = [entry.data_offsets for entry in tensors_of(header, "").values()]
+    except StoredError:
+        return []  # loading says so, with the file's name
     return [8 + len(header) + (start + end) // 2 for start, end in sorted(spans)]

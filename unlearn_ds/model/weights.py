@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from unlearn_ds.bounds import parse_json
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.options import OptionError
+from unlearn_ds.stored import Count, OpenRecord, Text, check, load, parse
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _STAGING_BYTES = 32 << 20
@@ -56,13 +57,38 @@ class Loading:
         )
 
 
+class WeightIndex(OpenRecord):
+    """model.safetensors.index.json: tensor -> file."""
+
+    weight_map: dict[Text, str]
+
+
+class TensorEntry(OpenRecord):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[Count]
+    data_offsets: Annotated[
+        list[Count], Field(min_length=2, max_length=2)
+    ]  # of its first byte and the one behind its last
+
+
+def tensors_of(header: bytes, where: str) -> dict[str, TensorEntry]:
+    """The tensors that the header of the safetensors file `where` names. Raises `StoredError`."""
+    content = check(parse(header, where, lenient=True), dict[str, Any], where)
+    content.pop("__metadata__", None)
+    return check(content, dict[str, TensorEntry], where)
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the safetensors files that a model folder's index names; empty when there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(check(load(index, lenient=True), WeightIndex, str(index)).weight_map.values()))
     else:
         names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise OptionError(f"{index}: names {missing[0]!r}, which is not there")
     return {stored.key: stored for name in names for stored in _file_header(folder / name)}
 
 
@@ -76,14 +102,12 @@ def _file_header(path: Path) -> Iterator[Stored]:
             raise OptionError(f"{path}: a pointer of Git LFS instead of the weights: `git lfs pull` fetches them")
         if not 2 <= length <= size - 8:
             raise OptionError(f"{path}: not a safetensors file, or cut off in its header")
-        header = parse_json(file.read(length).decode("utf-8"))
+        header = tensors_of(file.read(length), str(path))
     for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
+        start, end = entry.data_offsets
         if 8 + length + end > size:
             raise OptionError(f"{path}: {size:,} bytes, but {key!r} ends at byte {8 + length + end:,}: it is cut off")
-        yield Stored(path, key, 8 + length + start, tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
+        yield Stored(path, key, 8 + length + start, tuple(entry.shape), _DTYPES.get(entry.dtype))
 
 
 def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[str, Stored], str | None]:

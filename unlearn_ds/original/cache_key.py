@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.cluster import distributed
 from unlearn_ds.options import OptionError
 
 # Raised by one whenever the original model answers the same question otherwise than before: what is cached is then made anew.
@@ -22,6 +24,18 @@ def cache_path(corpus: Path, kind: str, key: dict[str, Any], cache_dir: str | No
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache_dir) if cache_dir else corpus.parent
     return folder / f"{kind}-{digest}"
+
+
+def can_open(description: Path, open_it: Callable[[], object]) -> bool:
+    """Whether `open_it` opens what is kept under this description. What is there but damaged is named: it is made again."""
+    if not description.exists():
+        return False
+    try:
+        open_it()
+    except (ValueError, OSError) as error:
+        distributed.say(f"note: {error}: cannot be used, so it is made again")
+        return False
+    return True
 
 
 def make_cache_folder(path: Path) -> None:

@@ -10,11 +10,12 @@ Legend: K rows, D hidden size, V vocabulary.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,7 +25,8 @@ from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, make_cache_folder, original_model
+from unlearn_ds.original.cache_key import cache_path, can_open, make_cache_folder, original_model
+from unlearn_ds.stored import Count, Positive, Record, Text, read
 
 _MANIFEST = "cache.json"
 _PART = 1 << 40
@@ -43,26 +45,49 @@ def cache_key(sequences: SequenceIndex, model_fingerprint: str, dtype: torch.dty
     }
 
 
+class HiddenRecord(Record):
+    """The cache.json of a complete cache."""
+
+    key: dict[Text, Any]
+    vocab_size: Positive
+    hidden_size: Positive
+    files: dict[Annotated[str, Field(pattern=r"^(part_\d+|index|head|bias)\.bin$")], Count]  # name -> bytes
+
+
+def read_whole(folder: Path, key: dict[str, Any]) -> HiddenRecord:
+    """The description of a cache whose files are all there, each as long as it must be.
+
+    Raises `StoredError` or `OptionError` for what is damaged, or was computed of something else.
+    """
+    manifest = read(folder / _MANIFEST, HiddenRecord)
+    if manifest.key != key:
+        raise OptionError(f"{folder}: not the hidden states that this run needs")
+    stated, found = manifest.files, {path.name: path.stat().st_size for path in folder.glob("*.bin")}
+    for name in sorted(stated.keys() | found.keys()):
+        if found.get(name, 0) != stated.get(name, 0):
+            raise OptionError(f"{folder / name}: {found.get(name, 0)} bytes instead of {stated.get(name, 0)}: damaged")
+    value, vocab_size, hidden_size = _DTYPES[key["dtype"]].itemsize, manifest.vocab_size, manifest.hidden_size
+    parts = [stated.get(f"part_{rank}.bin", 1) for rank in range(sum(name.startswith("part_") for name in stated))]
+    fits = stated.get("head.bin") == value * vocab_size * hidden_size and stated.get("index.bin", 1) % 8 == 0
+    fits = fits and stated.get("bias.bin", value * vocab_size) == value * vocab_size
+    if not fits or not parts or any(size % (value * hidden_size) for size in parts):
+        raise OptionError(f"{folder / _MANIFEST}: the sizes in it do not fit each other: damaged")
+    return manifest
+
+
 class HiddenCache:
     """A complete cache, opened for reading; knows this rank's slice of the original output projection."""
 
     def __init__(self, folder: Path, key: dict[str, Any], device: torch.device) -> None:
-        """Raises `OptionError` if the folder holds something else, or is damaged."""
-        manifest = _read_manifest(folder)
-        if manifest is None or manifest["key"] != key:
-            raise OptionError(
-                f"{folder}: not the hidden states that this run needs: delete it, or --overwrite_cache True"
-            )
-        self._size, self._vocab_size = manifest["hidden_size"], manifest["vocab_size"]
+        """Raises `OptionError` or `StoredError` if the folder holds something else, or is damaged."""
+        manifest = read_whole(folder, key)
+        self._size, self._vocab_size = manifest.hidden_size, manifest.vocab_size
         self.dtype = _DTYPES[key["dtype"]]
         self.num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        for name, size in manifest["files"].items():
-            found = (folder / name).stat().st_size if (folder / name).exists() else 0
-            if found != size:
-                raise OptionError(f"{folder / name}: {found} bytes instead of {size}: damaged; delete {folder}")
         self._index = np.memmap(folder / "index.bin", dtype=np.int64, mode="r")
         storage = np.uint16 if self.dtype == torch.bfloat16 else np.float32
-        parts = sorted(folder.glob("part_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
+        names = [name for name in manifest.files if name.startswith("part_")]
+        parts = [folder / name for name in sorted(names, key=lambda name: int(name[5:-4]))]
         self._parts = [
             np.memmap(path, dtype=storage, mode="r").reshape(-1, self._size) if path.stat().st_size else None
             for path in parts
@@ -113,8 +138,8 @@ def open_or_fill(
     """Open the cache, or let `engine`, which must still hold the original weights, compute it. Every rank calls this."""
     key = cache_key(sequences, model_fingerprint, dtype)
     folder = cache_path(sequences.corpora[0].path, "hidden", key, cache_dir)
-    found = distributed.on_main(lambda: _read_manifest(folder))
-    if overwrite or found is None:
+    described = folder / _MANIFEST
+    if overwrite or not distributed.on_main(lambda: can_open(described, lambda: read_whole(folder, key))):
         _fill(sequences, engine, folder, key, rows_per_batch, packing, progress)
     return HiddenCache(folder, key, engine.device)
 
@@ -212,14 +237,3 @@ def _publish(partial: Path, folder: Path, key: dict[str, Any], head: dict[str, T
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_tree(partial)
     publish_folder(partial, folder)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / _MANIFEST
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: content[name] for name in ("key", "vocab_size", "hidden_size", "files")}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise OptionError(f"{path}: not the description of a cache of hidden states ({error})") from error

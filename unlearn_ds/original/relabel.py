@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
+from unlearn_ds.data.corpus import with_suffix
 from unlearn_ds.data.labels import CachedTargets, LabelCache
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex
@@ -20,7 +21,7 @@ from unlearn_ds.data.sources import NamedCorpus
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.model.loss_head import SampleCall
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, make_cache_folder, original_model
+from unlearn_ds.original.cache_key import cache_path, can_open, make_cache_folder, original_model
 
 
 def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
@@ -50,8 +51,8 @@ def sampled_targets(
     """Open the cached labels, or have the original model (`ask`) draw them first. Every rank calls this."""
     key = cache_key(config, corpus, model_fingerprint)
     path = cache_path(corpus.corpus.path, "labels", key, config.cache_dir)
-    found = distributed.on_main(lambda: LabelCache.exists(path, key))
-    if config.overwrite_cache or not found:
+    described = with_suffix(path, ".json")
+    if config.overwrite_cache or not distributed.on_main(lambda: can_open(described, lambda: CachedTargets(path, key))):
         _draw(config, corpus, sequences, ask, path, key, device)
     return CachedTargets(path, key)
 

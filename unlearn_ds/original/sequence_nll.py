@@ -18,10 +18,18 @@ from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.measures.collect import collect_table
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, make_cache_folder, original_model
+from unlearn_ds.original.cache_key import cache_path, can_open, make_cache_folder, original_model
+from unlearn_ds.stored import Count, Record, Text, read
 
 _MANIFEST = "cache.json"
 _VALUES = "nll.bin"  # fp64, one a sequence
+
+
+class NllRecord(Record):
+    """The description beside the numbers."""
+
+    key: dict[Text, Any]
+    num_sequences: Count
 
 
 def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
@@ -45,11 +53,14 @@ def reference_nll(
 ) -> np.ndarray:  # (S,) fp64, summed over each sequence
     """Open the cached numbers, or have the original model (`ask`) compute them first. Every rank calls this.
 
-    Raises `OptionError` if the cache is damaged.
+    What is kept and damaged is computed again.
     """
     key = cache_key(config, corpus, model_fingerprint)
     folder = cache_path(corpus.corpus.path, "nll", key, config.cache_dir)
-    if config.overwrite_cache or not distributed.on_main((folder / _MANIFEST).exists):
+    described, count = folder / _MANIFEST, len(sequences)
+    if config.overwrite_cache or not distributed.on_main(
+        lambda: can_open(described, lambda: _read(folder, key, count))
+    ):
         distributed.on_main(lambda: make_cache_folder(folder))
         table = collect_table(
             "forget by the original model",
@@ -63,7 +74,7 @@ def reference_nll(
         )
         values = -table["log_prob"] * table["num_tokens"]
         distributed.on_main(lambda: _write(folder, key, values))
-    return _read(folder, key, len(sequences))
+    return _read(folder, key, count)
 
 
 def _write(folder: Path, key: dict[str, Any], values: np.ndarray) -> None:
@@ -78,14 +89,11 @@ def _write(folder: Path, key: dict[str, Any], values: np.ndarray) -> None:
 
 
 def _read(folder: Path, key: dict[str, Any], num_sequences: int) -> np.ndarray:  # (S,) fp64
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        values = np.fromfile(folder / _VALUES, dtype="<f8")
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{folder}: damaged ({error}); delete it, or --overwrite_cache True") from error
-    if manifest.get("key") != key or len(values) != num_sequences:
-        raise OptionError(
-            f"{folder}: {len(values)} numbers for {num_sequences} sequences, or of another model: delete it, or "
-            "--overwrite_cache True"
-        )
-    return values
+    """Raises `OptionError` or `StoredError` for what is damaged, or was computed of something else."""
+    manifest = read(folder / _MANIFEST, NllRecord)
+    size = path.stat().st_size if (path := folder / _VALUES).exists() else 0
+    if manifest.key != key or manifest.num_sequences != num_sequences:
+        raise OptionError(f"{folder}: of other sequences, or of another model")
+    if size != 8 * num_sequences:
+        raise OptionError(f"{path}: {size} bytes for {num_sequences} sequences: damaged")
+    return np.fromfile(path, dtype="<f8")

@@ -19,6 +19,7 @@ from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.model.lora import adapter_state, merged_state
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.transformers_4 import for_transformers_4
+from unlearn_ds.stored import load
 
 # Of all tokenizers; code that comes with one (trust_remote_code) is its own matter.
 _TOKENIZER_FILES = (
@@ -80,7 +81,7 @@ def export_model(
 
 def add_keys_of_transformers_4(path: Path) -> None:
     """Let transformers 4 read a config.json as 5 does; what it cannot be told is said."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = load(path, lenient=True)
     try:
         content = for_transformers_4(content)
     except OptionError as error:

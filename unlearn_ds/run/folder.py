@@ -21,7 +21,8 @@ def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
         raise OptionError(f"--output_dir {run_dir}: is a file")
     if config.resume or config.auto_resume:
         if config.resume and not checkpoint.complete_checkpoints(run_dir):
-            raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}")
+            why = f" ({'; '.join(faults)})" if (faults := checkpoint.unreadable(run_dir)) else ""
+            raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}{why}")
         checkpoint.remove_remains(run_dir)
     elif run_dir.exists() and any(run_dir.iterdir()):
         if not config.overwrite_output_dir:
@@ -51,7 +52,7 @@ def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint |
     if not (config.resume or config.auto_resume):
         return None
     found = checkpoint.newest_intact(run_dir)
-    if found is None and distributed.on_main(lambda: checkpoint.complete_checkpoints(run_dir)):
+    if found is None and distributed.on_main(lambda: any(checkpoint.folder(run_dir).glob("step_*"))):
         raise checkpoint.CheckpointError(
             f"every checkpoint in {checkpoint.folder(run_dir)} is damaged: start afresh with --overwrite_output_dir"
         )
@@ -85,7 +86,12 @@ def with_earlier_choices(config: RunConfig, world_size: int) -> RunConfig:
         return config
     before = read_record(config.run_dir)
     again = {name: value for name, value in before.chosen.items() if getattr(config, name, None) == AUTO}
-    return dataclasses.replace(config, **again) if before.world_size == world_size else config
+    if before.world_size != world_size:
+        return config
+    try:
+        return dataclasses.replace(config, **again)
+    except ValueError as error:
+        raise OptionError(f"{config.run_dir / 'run.json'}: chosen: {error}") from error
 
 
 def note_other_threads(run_dir: Path, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import math
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.conditions import SETS, Condition, parse_condition, parse_share
-from unlearn_ds.engine.metrics import MetricsWriter, read_metrics
+from unlearn_ds.engine.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from unlearn_ds.engine.snapshot import Snapshot, trainable
 from unlearn_ds.measures.attacks import main_auc
 from unlearn_ds.measures.collect import collect_tables, open_sets
@@ -16,6 +16,7 @@ from unlearn_ds.measures.summary import perplexity
 from unlearn_ds.measures.table import Table
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.build import Run
+from unlearn_ds.stored import StoredError
 
 PREFIX = "eval_"  # of these metrics in metrics.jsonl
 Metrics = dict[str, float | None]
@@ -104,11 +105,23 @@ class Guard:
     def _recorded_start(self) -> Metrics:
         for row in read_metrics(self._run.run_dir):
             if row["step"] == 0:
-                return {name.removeprefix(PREFIX): value for name, value in row.items() if name.startswith(PREFIX)}
+                start = {name.removeprefix(PREFIX): value for name, value in row.items() if name.startswith(PREFIX)}
+                self._check_start(start)
+                return start
         raise OptionError(
             "--resume with --eval_steps: the run did not measure its starting model; resume it without --eval_steps, or start "
             "it afresh"
         )
+
+    def _check_start(self, start: Metrics) -> None:
+        """Raise `StoredError` if what the decisions are based on is missing, or is no perplexity."""
+        path = self._run.run_dir / METRICS_FILE
+        sets = {name for name in ("forget", "approximate", self._utility) if name in self._sets}
+        needed = {f"{name}_ppl" for name in sets} | {condition.start for condition in self._conditions}
+        for name in sorted(needed - {None}):
+            value = start.get(name, -1.0)
+            if value is not None and (value <= 0 if name.endswith("_ppl") else value < 0):
+                raise StoredError(f"{path}: step 0: {PREFIX}{name}: is missing, or below 0: start the run afresh")
 
     def due(self, done: int) -> bool:
         """Whether to measure after update `done`."""
