@@ -86,7 +86,7 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run's run.json says of its data, its start model, its length and how it computes."""
+    """What a run says of its options, data, start model and length, and of how it computes."""
 
     corpora: dict[str, str]  # name -> fingerprint
     num_steps: int | None = None
@@ -95,6 +95,12 @@ class RunRecord:
     num_threads: int | None = None  # CPU threads of a rank
     world_size: int | None = None
     chosen: dict[str, Any] = dataclasses.field(default_factory=dict)  # options that were `auto` -> what they came to
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    run: str | None = None  # its id; this and what follows: None in records of older versions
+    tokenizer: str | None = None  # its fingerprint
+    batch: int | None = None  # sequences of an update
+    layout: dict[str, Any] | None = None  # how DeepSpeed cuts the state
+    changed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # rates changed at a resume
 
 
 def read_record(run_dir: Path) -> RunRecord:
@@ -103,31 +109,41 @@ def read_record(run_dir: Path) -> RunRecord:
     if not record.exists():
         return RunRecord({})
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        digests = {entry["name"]: entry["digest"] for entry in content["corpora"]}
-        return RunRecord(
-            corpora=digests,
-            num_steps=int(content["plan"]["num_steps"]),
-            model_fingerprint=content["model_fingerprint"],
-            bf16=content["options"]["bf16"],
-            num_threads=content.get("num_threads"),
-            world_size=content.get("world_size"),
-            chosen=dict(content.get("chosen", {})),
-        )
+        return parse_record(json.loads(record.read_text(encoding="utf-8")))
     except (ValueError, LookupError, TypeError) as error:
         raise CorpusError(
-            f"{record}: not the record of a run ({error!r}): delete it to go on without comparing corpora, model and length"
+            f"{record}: not the record of a run ({error!r}): delete it to go on without comparing corpora, model and length "
+            "where the checkpoint does not hold them (older versions)"
         ) from error
 
 
-def check_same_corpora(run_dir: Path, corpora: list[list[NamedCorpus]]) -> None:
+def parse_record(content: dict[str, Any]) -> RunRecord:
+    """What run.json holds, and a checkpoint of it. Raises `ValueError`, `LookupError` or `TypeError` for anything else."""
+    return RunRecord(
+        corpora={entry["name"]: entry["digest"] for entry in content["corpora"]},
+        num_steps=int(content["plan"]["num_steps"]),
+        model_fingerprint=content["model_fingerprint"],
+        bf16=content["options"]["bf16"],
+        num_threads=content.get("num_threads"),
+        world_size=content.get("world_size"),
+        chosen=dict(content.get("chosen", {})),
+        options=dict(content["options"]),
+        run=content.get("run"),
+        tokenizer=content.get("tokenizer"),
+        batch=content["plan"].get("global_batch_size"),
+        layout=content.get("layout"),
+        changed=list(content.get("changed", [])),
+    )
+
+
+def check_same_corpora(before: RunRecord, corpora: list[list[NamedCorpus]], run_dir: Path) -> None:
     """Before resuming: raise `CorpusError` naming a corpus that is not the one the run in `run_dir` started with."""
-    before = read_record(run_dir).corpora
     for named in (named for term in corpora for named in term):
-        if before.get(named.name, named.corpus.fingerprint) != named.corpus.fingerprint:
+        was = before.corpora.get(named.name, named.corpus.fingerprint)
+        if was != named.corpus.fingerprint:
             raise CorpusError(
                 f"{named.corpus.path} ({named.name}) was replaced since the run in {run_dir} started: its fingerprint was "
-                f"{before[named.name]} and is {named.corpus.fingerprint}. Bring the old corpus back, or start a new run"
+                f"{was} and is {named.corpus.fingerprint}. Bring the old corpus back, or start a new run"
             )
 
 
