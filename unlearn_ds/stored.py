@@ -162,6 +162,8 @@ def _fault_of(error: Any) -> str:
         return "is missing"
     if error["type"] == "extra_forbidden":
         return "is no field of this version"
+    if error["type"] == "too_short":
+        return f"is {_shown(error['input'])}, must hold something"
     must = "an object" if error["type"] == "model_type" else error["msg"].removeprefix("Input should be ")
     for theirs, ours in _WORDS.items():
         must = must.replace(theirs, ours)

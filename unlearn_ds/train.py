@@ -42,7 +42,7 @@ from unlearn_ds.options import parse
 from unlearn_ds.run.build import Run, build_run
 from unlearn_ds.run.export import export_model, model_card
 from unlearn_ds.run.guards import Guard
-from unlearn_ds.run.records import announce, describe, write_run_json
+from unlearn_ds.run.records import announce, describe, origin_of, write_run_json
 from unlearn_ds.run.update import accumulate, reduce_losses
 
 
@@ -179,7 +179,7 @@ def save_checkpoint(run: Run, watchdog: Watchdog, done: int, must: bool) -> bool
     """Save the state after update `done`; where it need not (`must`), a full disk is reported: False, and training goes on."""
     try:
         with watchdog.paused():
-            checkpoint.save(run.engine, run.run_dir, done, run.plan_id, run.config.save_total_limit)
+            checkpoint.save(run.engine, run.run_dir, done, origin_of(run), run.config.save_total_limit)
     except checkpoint.CheckpointError as error:
         if must:
             raise

@@ -219,7 +219,7 @@ def test_nothing_intact_is_an_error_not_a_new_start(tiny, stopped_early, tmp_pat
     run = tiny.server.start(tiny.arguments(out, auto_resume=True))
     assert run.wait() == [2, 2]
     assert "every checkpoint in" in run.output()
-    assert "is damaged: start afresh with --overwrite_output_dir" in run.output()
+    assert "is damaged or not this run's: bring one back, or start afresh with --overwrite_output_dir" in run.output()
 
 
 @pytest.mark.fault(

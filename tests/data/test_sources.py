@@ -9,9 +9,15 @@ import pytest
 from tests.support.runs import VOCAB_SIZE, write_corpora
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, CorpusError, CorpusWriter
-from unlearn_ds.data.sources import check_same_corpora, make_plan, make_sources, open_run_corpora, open_set
+from unlearn_ds.data.sources import (
+    check_same_corpora,
+    make_plan,
+    make_sources,
+    open_run_corpora,
+    open_set,
+    read_record,
+)
 from unlearn_ds.options import OptionError
-from unlearn_ds.run.folder import check_same_model
 from unlearn_ds.stored import StoredError
 
 
@@ -84,26 +90,20 @@ def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
     write_corpora(tmp_path)
     options = config(tmp_path)
     corpora = open_run_corpora(options, VOCAB_SIZE, None)
-    check_same_corpora(tmp_path, corpora)
+
+    def check() -> None:
+        check_same_corpora(read_record(tmp_path), open_run_corpora(options, VOCAB_SIZE, None), tmp_path)
+
+    check()
     record = [{"name": named.name, "digest": named.corpus.fingerprint} for term in corpora for named in term]
     (tmp_path / "run.json").write_text(
         json.dumps({"corpora": record, "plan": {"num_steps": 3}, "model_fingerprint": "m", "options": {"bf16": False}})
     )
-    check_same_corpora(tmp_path, corpora)
+    check()
     write_corpora(tmp_path, seed=1)
     replaced = Corpus(tmp_path / "github" / "forget").fingerprint
     with pytest.raises(CorpusError, match=rf"github/forget \(forget\) was replaced since the run .* and is {replaced}"):
-        check_same_corpora(tmp_path, open_run_corpora(options, VOCAB_SIZE, None))
+        check()
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(StoredError, match=r"run\.json: options: is missing: delete it to go on"):
-        check_same_corpora(tmp_path, corpora)
-
-
-def test_a_model_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
-    check_same_model(tmp_path, "b")
-    (tmp_path / "run.json").write_text(
-        json.dumps({"corpora": [], "plan": {"num_steps": 3}, "model_fingerprint": "a", "options": {"bf16": False}})
-    )
-    check_same_model(tmp_path, "a")
-    with pytest.raises(OptionError, match=r"started from another model: its fingerprint was a and is b. Bring the old"):
-        check_same_model(tmp_path, "b")
+        check()

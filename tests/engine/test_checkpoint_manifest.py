@@ -7,8 +7,9 @@ import pytest
 
 from tests.support.stored_kinds import write_checkpoint
 from unlearn_ds.config import RunConfig
-from unlearn_ds.engine.checkpoint import MANIFEST, CheckpointError, complete_checkpoints
-from unlearn_ds.options import OptionError
+from unlearn_ds.data.sources import RunRecord
+from unlearn_ds.engine import manifest
+from unlearn_ds.engine.manifest import MANIFEST, CheckpointError, complete_checkpoints
 from unlearn_ds.run.folder import claim_run_dir, find_checkpoint
 
 
@@ -36,41 +37,38 @@ def config(folder, **how):
     ],
 )
 def test_a_manifest_that_is_none_is_named_and_the_next_older_one_taken(tmp_path, capsys, content, message):
-    manifest = write_checkpoint(tmp_path)
+    path = write_checkpoint(tmp_path)
     if content is None:
-        manifest.unlink()
+        path.unlink()
     else:
-        manifest.write_bytes(content.encode("latin-1"))
+        path.write_bytes(content.encode("latin-1"))
     claim_run_dir(config(tmp_path, resume=True), tmp_path)
-    assert find_checkpoint(config(tmp_path, resume=True), tmp_path).step == 2
-    assert f"checkpoint passed over: {manifest}: {message}" in capsys.readouterr().err
+    assert find_checkpoint(config(tmp_path, resume=True), RunRecord({}))[0].step == 2
+    assert f"checkpoint passed over: {path}: {message}" in capsys.readouterr().err
     assert [found.step for found in complete_checkpoints(tmp_path)] == [2]
     assert capsys.readouterr().err == "", "said once, not at every save"
 
 
-def test_nothing_readable_is_an_error_not_a_new_start(tmp_path):
+@pytest.mark.parametrize("how", ["resume", "auto_resume"])
+def test_nothing_readable_is_an_error_not_a_new_start(tmp_path, how, capsys):
     shutil.rmtree(write_checkpoint(tmp_path).parent)
     (tmp_path / "checkpoints" / "step_2" / MANIFEST).write_text(json.dumps({"step": 2}))
-    with pytest.raises(
-        OptionError, match=r"no complete checkpoint in .*step_2/checkpoint\.json: world_size: is missing"
-    ):
-        claim_run_dir(config(tmp_path, resume=True), tmp_path)
-    claim_run_dir(config(tmp_path, auto_resume=True), tmp_path)
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: start afresh"):
-        find_checkpoint(config(tmp_path, auto_resume=True), tmp_path)
+    claim_run_dir(config(tmp_path, **{how: True}), tmp_path)
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged or not this run's"):
+        find_checkpoint(config(tmp_path, **{how: True}), RunRecord({}))
+    assert "step_2/checkpoint.json: world_size: is missing" in capsys.readouterr().err
 
 
 def test_a_shard_that_cannot_be_read_is_passed_over(tmp_path, capsys, monkeypatch):
-    from unlearn_ds.engine import checkpoint
-
     write_checkpoint(tmp_path)
-    whole = checkpoint._checksum
+    whole = manifest.checksum
 
     def failing(path):
         if "step_4" in str(path):
             raise OSError(5, "Input/output error")
         return whole(path)
 
-    monkeypatch.setattr(checkpoint, "_checksum", failing)
-    assert find_checkpoint(config(tmp_path, resume=True), tmp_path).step == 2
-    assert "step_4 is damaged (a.pt cannot be read: Input/output error): passed over" in capsys.readouterr().err
+    monkeypatch.setattr(manifest, "checksum", failing)
+    assert find_checkpoint(config(tmp_path, resume=True), RunRecord({}))[0].step == 2
+    said = capsys.readouterr().err
+    assert "step_4 is damaged (a.pt cannot be read: [Errno 5] Input/output error): passed over" in said

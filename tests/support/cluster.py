@@ -120,8 +120,8 @@ class TinyRun:
         assert largest_difference(weights(run_dir), weights(self.baseline)) == 0.0
 
 
-def make_tiny_run(folder: Path) -> TinyRun:
+def make_tiny_run(folder: Path, num_steps: int = 40) -> TinyRun:
     """Model, corpora and the process that ranks are forked from."""
     save_tiny_model(folder / "model")
     write_corpora(folder / "data", num_documents=40)
-    return TinyRun(folder, RankServer(folder))
+    return TinyRun(folder, RankServer(folder), num_steps)

@@ -22,8 +22,10 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import flush
 from unlearn_ds.engine import checkpoint
 from unlearn_ds.engine.engine import TrainingEngine
+from unlearn_ds.engine.manifest import Origin
 
 _PIECE = 4 << 20  # bytes
+_ORIGIN = Origin("bench", "bench", {})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +80,7 @@ def build_engine(hidden_size: int, num_layers: int) -> TrainingEngine:
 
 def bench(engine: TrainingEngine, folder: Path, repeats: int) -> tuple[list[dict[str, Any]], int]:
     """Seconds of every way to save, and the bytes that each of them writes."""
-    first = checkpoint.save(engine, folder / "size", 0, "bench", None)
+    first = checkpoint.save(engine, folder / "size", 0, _ORIGIN, None)
     num_bytes = sum(path.stat().st_size for path in first.rglob("*.pt"))
     shutil.rmtree(folder / "size")
     ways = {
@@ -99,7 +101,7 @@ def bench(engine: TrainingEngine, folder: Path, repeats: int) -> tuple[list[dict
 
 def _ours(engine: TrainingEngine, folder: Path) -> Iterator[None]:
     for step in itertools.count():
-        checkpoint.save(engine, folder / "ours", step, "bench", keep=1)
+        checkpoint.save(engine, folder / "ours", step, _ORIGIN, keep=1)
         yield
 
 

@@ -110,16 +110,21 @@ class RunPlan(Record):
     fingerprint: str = ""
     num_steps: Count
     steps_per_epoch: Count = 0
+    global_batch_size: Positive | None = None
 
 
 class RunFile(Record):
     """The run.json of any run: what a report shows."""
 
+    run: str = ABSENT  # its id
     options: dict[str, Any] = ABSENT
     chosen: Chosen = ABSENT
     versions: dict[str, str] = ABSENT
     model_fingerprint: str = ABSENT
+    tokenizer: str | None = None  # its fingerprint
     corpora: list[RunCorpus] = ABSENT
+    layout: dict[str, Any] | None = None  # how DeepSpeed cuts the state
+    changed: list[dict[str, Any]] = ABSENT  # rates changed at a resume
     plan: RunPlan = ABSENT
     world_size: Positive = ABSENT
     num_threads: Positive = ABSENT
@@ -142,7 +147,7 @@ class ResumableRun(RunFile):
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run's run.json says of its data, its start model, its length and how it computes."""
+    """What a run says of its options, data, start model and length, and of how it computes."""
 
     corpora: dict[str, str]  # name -> fingerprint
     num_steps: int | None = None
@@ -151,6 +156,12 @@ class RunRecord:
     num_threads: int | None = None  # CPU threads of a rank
     world_size: int | None = None
     chosen: dict[str, Any] = dataclasses.field(default_factory=dict)  # options that were `auto` -> what they came to
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    run: str | None = None  # its id; this and what follows: None in records of older versions
+    tokenizer: str | None = None  # its fingerprint
+    batch: int | None = None  # sequences of an update
+    layout: dict[str, Any] | None = None  # how DeepSpeed cuts the state
+    changed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # rates changed at a resume
 
 
 def read_record(run_dir: Path) -> RunRecord:
@@ -158,8 +169,12 @@ def read_record(run_dir: Path) -> RunRecord:
     record = run_dir / "run.json"
     if not record.exists():
         return RunRecord({})
-    content = load(record, _GO_ON)
-    found = check(content, ResumableRun, str(record), _GO_ON)
+    return parse_record(load(record, _GO_ON), str(record), _GO_ON)
+
+
+def parse_record(content: Any, where: str, remedy: str = "") -> RunRecord:
+    """What run.json holds, and a checkpoint of it. Raises `StoredError`, naming `where`, for anything else."""
+    found = check(content, ResumableRun, where, remedy)
     return RunRecord(
         corpora={corpus.name: corpus.digest for corpus in found.corpora},
         num_steps=found.plan.num_steps,
@@ -168,17 +183,23 @@ def read_record(run_dir: Path) -> RunRecord:
         num_threads=found.num_threads,
         world_size=found.world_size,
         chosen=content.get("chosen", {}),
+        options=content["options"],
+        run=found.run,
+        tokenizer=found.tokenizer,
+        batch=found.plan.global_batch_size,
+        layout=found.layout,
+        changed=found.changed or [],
     )
 
 
-def check_same_corpora(run_dir: Path, corpora: list[list[NamedCorpus]]) -> None:
+def check_same_corpora(before: RunRecord, corpora: list[list[NamedCorpus]], run_dir: Path) -> None:
     """Before resuming: raise `CorpusError` naming a corpus that is not the one the run in `run_dir` started with."""
-    before = read_record(run_dir).corpora
     for named in (named for term in corpora for named in term):
-        if before.get(named.name, named.corpus.fingerprint) != named.corpus.fingerprint:
+        was = before.corpora.get(named.name, named.corpus.fingerprint)
+        if was != named.corpus.fingerprint:
             raise CorpusError(
                 f"{named.corpus.path} ({named.name}) was replaced since the run in {run_dir} started: its fingerprint was "
-                f"{before[named.name]} and is {named.corpus.fingerprint}. Bring the old corpus back, or start a new run"
+                f"{was} and is {named.corpus.fingerprint}. Bring the old corpus back, or start a new run"
             )
 
 

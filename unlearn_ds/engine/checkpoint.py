@@ -1,63 +1,44 @@
 """Resumable state: complete or absent, verified before use, resumable at another world size.
 
 A checkpoint is written to a hidden folder beside its final place, every rank its own shards; each file's checksum is taken
-while it is written. Only when all ranks succeeded is the folder described by a manifest and renamed to `checkpoints/step_N`.
+while it is written. Only when all ranks succeeded is the folder described by a manifest (`manifest.py`) and renamed to
+`checkpoints/step_N`.
 The folder must be on a file system that all ranks see.
 """
 
 import contextlib
 import io
-import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from pydantic import Field
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder, start_writing_back
 from unlearn_ds.engine.engine import TrainingEngine
-from unlearn_ds.stored import Positive, Record, StoredError, read
+from unlearn_ds.engine.manifest import (
+    MANIFEST,
+    PIECE,
+    STAMP,
+    STATE,
+    Checkpoint,
+    CheckpointError,
+    Manifest,
+    Origin,
+    as_data,
+    complete_checkpoints,
+    folder,
+    newest_one,
+    read_shard,
+)
 
-MANIFEST = "checkpoint.json"
 CONVERSION_TIMEOUT_S = 6 * 3600.0
-_STATE = "state"
 _UNIVERSAL = "universal"
-_PIECE = 4 << 20  # bytes, written and summed at once
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    step: int  # updates done
-    world_size: int
-    plan_fingerprint: str
-    files: dict[str, str] = field(default_factory=dict)  # name below path -> checksum
-
-
-class Manifest(Record):
-    """What a checkpoint's manifest says; `Checkpoint` has the same fields."""
-
-    step: Positive
-    world_size: Positive
-    plan_fingerprint: str
-    files: Annotated[dict[str, str], Field(min_length=1)]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, cannot be written, or belongs to another run."""
-
-
-def folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
 
 
 class _SummedFile:
@@ -72,8 +53,8 @@ class _SummedFile:
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _PIECE):
-            self._write_piece(view[start : start + _PIECE])
+        for start in range(0, len(view), PIECE):
+            self._write_piece(view[start : start + PIECE])
         return len(view)
 
     def _write_piece(self, piece: memoryview) -> None:
@@ -86,7 +67,7 @@ class _SummedFile:
                 self._error = error
         # Left to itself Linux begins with `finish`, and the disk stands idle until then. In a thread of its own this would be
         # slower: it and the writing would wait for each other.
-        if len(piece) == _PIECE and self._error is None:
+        if len(piece) == PIECE and self._error is None:
             start_writing_back(self._file, self._written, len(piece))
         self._written += len(piece)
 
@@ -119,9 +100,10 @@ class _Writer(CheckpointEngine):
     An exception from inside `save_checkpoint` would leave the other ranks waiting in one of its barriers.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, manifest: Manifest) -> None:
         super().__init__()
         self.root = root
+        self._manifest = manifest
         self.checksums: dict[str, str] = {}
         self.failure = distributed.KeptFailure()
 
@@ -132,9 +114,10 @@ class _Writer(CheckpointEngine):
         if self.failure.reason is not None:
             return
         with self.failure.keep(), _without_torch_s_own_sums():
+            name = str(Path(path).relative_to(self.root))
             file = _SummedFile(Path(path))
-            torch.save(state_dict, file)
-            self.checksums[str(Path(path).relative_to(self.root))] = file.finish()
+            torch.save(state_dict | {STAMP: self._manifest.stamp(name)}, file)
+            self.checksums[name] = file.finish()
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         with self.failure.keep():
@@ -160,7 +143,7 @@ def _writing_through(engine: Any, writer: _Writer) -> Iterator[None]:
         del engine._copy_recovery_script
 
 
-def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str, keep: int | None) -> Path:
+def save(engine: TrainingEngine, run_dir: Path, step: int, origin: Origin, keep: int | None) -> Path:
     """Write `checkpoints/step_N` and then drop all but the newest `keep`. Every rank calls this.
 
     Raises `CheckpointError` on every rank if any could not write; the checkpoints that were there before stay.
@@ -169,12 +152,13 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str
     final = folder(run_dir) / f"step_{step}"
     partial = folder(run_dir) / f".step_{step}.partial"
     try:
-        distributed.on_main(lambda: fresh_folder(partial / _STATE))
+        distributed.on_main(lambda: fresh_folder(partial / STATE))
     except OSError as error:
         raise _not_saved(run_dir, step, str(error)) from error
-    writer = _Writer(partial)
+    manifest = Manifest.of(origin, step)
+    writer = _Writer(partial, manifest)
     with _writing_through(engine.engine, writer):
-        engine.engine.save_checkpoint(str(partial), tag=_STATE, client_state={"step": step}, save_latest=False)
+        engine.engine.save_checkpoint(str(partial), tag=STATE, client_state={"step": step}, save_latest=False)
     why = writer.failure.everywhere()
     written = distributed.gather_objects(writer.checksums)
     checksums = {name: checksum for part in written for name, checksum in sorted(part.items())}
@@ -184,88 +168,25 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str
             shutil.rmtree(partial, ignore_errors=True)
             raise _not_saved(run_dir, step, why)
         try:
-            manifest = {
-                "step": step,
-                "world_size": distributed.world_size(),
-                "plan_fingerprint": plan_fingerprint,
-                "files": checksums,
-            }
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in (partial / MANIFEST, partial / _STATE, partial):
+            (partial / MANIFEST).write_text(manifest.text(checksums), encoding="utf-8")
+            for path in (partial / MANIFEST, partial / STATE, partial):
                 flush(path)
             publish_folder(partial, final)
-            for old in complete_checkpoints(run_dir)[keep:] if keep else []:
+            # One of a later step was passed over when the run was gone on with: it takes no good one's place.
+            done = [found for found in complete_checkpoints(run_dir) if found.step <= step]
+            for old in done[keep:] if keep else []:
                 remove_folder(old.path)
         except OSError as error:
             raise _not_saved(run_dir, step, str(error)) from error
 
     distributed.on_main(publish)
-    size = sum(path.stat().st_size for path in (final / _STATE).iterdir()) if distributed.is_main() else 0
+    size = sum(path.stat().st_size for path in (final / STATE).iterdir()) if distributed.is_main() else 0
     distributed.say(f"saved {final} ({size / 2**30:.2f} GiB in {time.monotonic() - started:.1f} s)")
     return final
 
 
 def _not_saved(run_dir: Path, step: int, why: str) -> CheckpointError:
     return CheckpointError(f"the checkpoint of step {step} could not be written ({why}); {newest_one(run_dir)}")
-
-
-def newest_one(run_dir: Path) -> str:
-    """Which checkpoint a run would go on from, as the end of a message."""
-    good = complete_checkpoints(run_dir)
-    return f"the newest checkpoint is {good[0].path}" if good else "there is no earlier checkpoint"
-
-
-def _checksum(path: Path) -> str:
-    """XXH3 of 64 bits: against torn writes and flipped bits, ten times as fast as a disk."""
-    found = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(_PIECE):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """Checkpoints that were published and have a manifest, newest first."""
-    return _readable(run_dir)[0]
-
-
-def unreadable(run_dir: Path) -> list[str]:
-    """Why each of the other folders in the place of a checkpoint is none."""
-    return _readable(run_dir)[1]
-
-
-def _readable(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
-    found, faults = [], []
-    for path in sorted(folder(run_dir).glob("step_*")):
-        try:
-            found.append(Checkpoint(path, **dict(read(path / MANIFEST, Manifest))))
-        except StoredError as error:
-            faults.append(str(error))
-    return sorted(found, key=lambda checkpoint: -checkpoint.step), faults
-
-
-def newest_intact(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match their checksums; damaged ones are named and passed over. All ranks call this."""
-    for why in distributed.on_main(lambda: unreadable(run_dir)):
-        distributed.say(f"checkpoint passed over: {why}")
-    for checkpoint in distributed.on_main(lambda: complete_checkpoints(run_dir)):
-        names = sorted(checkpoint.files)
-        mine = names[distributed.rank() :: distributed.world_size()]  # ranks share the reading
-        damage = [what for name in mine if (what := _damage(checkpoint.path / name, checkpoint.files[name]))]
-        damaged = [what for part in distributed.gather_objects(damage) for what in part]
-        if not damaged:
-            return checkpoint
-        distributed.say(f"checkpoint {checkpoint.path} is damaged ({damaged[0]}): passed over")
-    return None
-
-
-def _damage(path: Path, checksum: str) -> str | None:
-    try:
-        if not path.is_file():
-            return f"{path.name} is missing"
-        return None if _checksum(path) == checksum else f"{path.name} is not what was written"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror or error}"
 
 
 def remove_remains(run_dir: Path) -> None:
@@ -298,10 +219,10 @@ def _convert(path: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     partial = fresh_folder(path / f".{_UNIVERSAL}.partial")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), as_data():
         ds_to_universal.main(
             argparse.Namespace(
-                input_folder=str(path / _STATE),
+                input_folder=str(path / STATE),
                 output_folder=str(partial),
                 # One worker: the converter's pool would fork a process whose group and threads are up.
                 num_extract_workers=1,
@@ -317,28 +238,68 @@ def _convert(path: Path) -> None:
 def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) -> int:
     """Restore the engine and return the number of updates done. Every rank calls this.
 
-    Raises `CheckpointError` if the checkpoint belongs to other data or options.
+    Weights, moments and the place in the schedule are the checkpoint's; learning rate, decay and clipping stay the engine's
+    own. Raises `CheckpointError` if the checkpoint belongs to other data, options or parameters.
     """
     if checkpoint.plan_fingerprint != plan_fingerprint:
         raise CheckpointError(
             f"{checkpoint.path} belongs to a run over other data or with other data options (seed, seq_len, batch size, "
-            "method, epochs): resume with the same ones, or start afresh in another --output_dir"
+            "method): resume with the same ones, or start afresh in another --output_dir"
         )
     universal = checkpoint.world_size != distributed.world_size()
-    tag = _UNIVERSAL if universal else _STATE
-    optimizer = engine.engine.optimizer.optimizer
-    decay = [group["weight_decay"] for group in optimizer.param_groups]
-    loaded, client_state = engine.engine.load_checkpoint(str(checkpoint.path), tag=tag)
+    distributed.on_main(lambda: _check_parameters(engine, checkpoint, grouped=not universal))
+    tag = _UNIVERSAL if universal else STATE
+    with as_data(), _own_options(engine):
+        loaded, client_state = engine.engine.load_checkpoint(str(checkpoint.path), tag=tag)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {checkpoint.path}")
     if universal:
-        # DeepSpeed 0.19.8 gives all groups the options of the first, and one step counter between them, which then advances
-        # once per group and update.
-        for group, own in zip(optimizer.param_groups, decay):
-            group["weight_decay"] = own
-        for state in optimizer.state.values():
+        # DeepSpeed 0.19.8 gives all parameters one step counter between them, which then advances once per group and update.
+        for state in engine.engine.optimizer.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
         distributed.barrier()
         distributed.on_main(lambda: remove_folder(checkpoint.path / _UNIVERSAL))  # as large as the checkpoint itself
     return int(client_state["step"])
+
+
+@contextlib.contextmanager
+def _own_options(engine: TrainingEngine) -> Iterator[None]:
+    """After the block the optimizer and the schedule have the options that they had before it.
+
+    torch and DeepSpeed bring back the saved ones; DeepSpeed 0.19.8 on another number of ranks gives all groups the saved ones
+    of the first. The clipping norm comes back at stages 1 and 2 only.
+    """
+    zero, scheduler = engine.engine.optimizer, engine.scheduler
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} for group in zero.optimizer.param_groups
+    ]
+    base_rates, clip_grad = list(scheduler.base_lrs), zero.clip_grad
+    yield
+    zero.clip_grad, scheduler.base_lrs = clip_grad, base_rates
+    rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base_rates, scheduler.lr_lambdas)]
+    scheduler._last_lr = rates
+    for group, own, rate in zip(zero.optimizer.param_groups, groups, rates):
+        group |= own | {"lr": rate}
+
+
+def _check_parameters(engine: TrainingEngine, checkpoint: Checkpoint, grouped: bool) -> None:
+    """Raise `CheckpointError` unless the checkpoint holds the state of the parameters that the engine trains.
+
+    grouped: cut into the same groups, too, as only DeepSpeed's universal format need not be.
+    """
+    model_states = min(name for name in checkpoint.files if name.endswith("_model_states.pt"))
+    saved, own = read_shard(checkpoint.path / model_states)["param_shapes"], engine.engine._get_zero_param_shapes()
+
+    def listed(groups: list[dict[str, torch.Size]]) -> list[set[tuple[str, tuple[int, ...]]]]:
+        sets = [{(name, tuple(shape)) for name, shape in group.items()} for group in groups]
+        return sets if grouped else [set().union(*sets)]
+
+    if listed(saved) == listed(own):
+        return
+    kept, asked = (set().union(*({(n, tuple(s)) for n, s in g.items()} for g in groups)) for groups in (saved, own))
+    name, shape = min(kept ^ asked, default=("the way in which it is cut into groups", ()))
+    raise CheckpointError(
+        f"{checkpoint.path} holds the state of other parameters than this run trains (first: {name} {list(shape) or ''}): "
+        "give the model, --lora_* and --deepspeed options of the run, or start afresh in another --output_dir"
+    )

@@ -31,6 +31,7 @@ ALLOWED_KEYS = (
     "checkpoint",
     "flops_profiler",
 )
+_LAYOUT_KEYS = ("sub_group_size", "round_robin_gradients")
 _DATA_TYPES = ("grad_accum_dtype", "keep_in_fp32_modules")
 FROM_THE_RUN = {
     "train_batch_size": "--global_batch_size",
@@ -115,6 +116,17 @@ def check_device(content: dict[str, Any], device_type: str, source: str) -> None
     for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
         if device_type == "cpu" and content["zero_optimization"].get(key):
             raise OptionError(f"--deepspeed {source}: {key} needs a GPU. Without one use zero3 or zero3_hpz")
+
+
+def state_layout(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a checked file decides how a checkpoint's state is cut and kept; all else may differ where a run is resumed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = content["zero_optimization"]
+    defaults = DeepSpeedZeroConfig.model_fields
+    cut = {key: zero.get(key, int(defaults[key].default)) for key in _LAYOUT_KEYS}
+    offload = zero.get("offload_optimizer") or {}
+    return {"stage": zero["stage"], **cut, "offload_optimizer.device": offload.get("device", "none")}
 
 
 def training_config(

@@ -1,6 +1,7 @@
 """From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
 
-from dataclasses import asdict, dataclass, replace
+import secrets
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from unlearn_ds.cost.peak import state
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sources import (
     NamedCorpus,
-    check_same_corpora,
+    RunRecord,
     make_plan,
     make_sources,
     open_run_corpora,
@@ -26,8 +27,9 @@ from unlearn_ds.data.sources import (
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.engine import checkpoint
 from unlearn_ds.engine.checks import settle_rows
-from unlearn_ds.engine.ds_config import check_device, inference_config, load_ds_file, training_config
+from unlearn_ds.engine.ds_config import check_device, inference_config, load_ds_file, state_layout, training_config
 from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
 from unlearn_ds.engine.tf32 import EXACT, training_precision
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
@@ -50,14 +52,23 @@ from unlearn_ds.original.reference import AdapterReference, CachedReference, Liv
 from unlearn_ds.original.relabel import sampled_targets
 from unlearn_ds.original.sequence_nll import reference_nll
 from unlearn_ds.run.folder import (
-    begun_in_bf16,
-    check_same_model,
     claim_run_dir,
+    earlier_record,
     find_checkpoint,
     note_other_threads,
     warn_of_another_length,
     with_earlier_choices,
 )
+from unlearn_ds.run.resume import Facts, check_facts, check_options, note_changes
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """From what state a run takes its next step."""
+
+    run: str  # its id, the same however often it is gone on with
+    checkpoint: Checkpoint | None = None  # None: from the start model
+    changed: list[dict[str, Any]] = field(default_factory=list)  # rates changed at this resume and those before
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,8 @@ class Run:
     corpora: list[list[NamedCorpus]]  # per term of the objective
     plan: Plan
     plan_id: str  # what a checkpoint must agree with
+    beginning: Beginning
+    facts: Facts  # what a resume is compared by
     engine: TrainingEngine
     reference: Reference
     adapter: Any | None  # peft's configuration, with LoRA
@@ -106,15 +119,13 @@ def build_run(config: RunConfig) -> Run:
     device = distributed.init_distributed(config.num_threads)
     check_device(ds_file, device.type, config.deepspeed)
     distributed.on_main(lambda: claim_run_dir(config, config.run_dir))
-    config = settle(config, device, begun_in_bf16(config))
+    before = earlier_record(config)
+    config = settle(config, device, before.bf16)
+    check_options(before, config, config.run_dir)
     torch.manual_seed(config.seed)
 
     subject = open_subject(config)
-    if config.tf32 and training_precision(config.tf32, subject.options.dtype) == EXACT:
-        distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
     corpora = open_run_corpora(config, subject.config.vocab_size, subject.tokenizer)
-    if config.resume:
-        check_same_corpora(config.run_dir, corpora)
     world = distributed.world_size()
     sources, plan = plan_run(config, subject, corpora)
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
@@ -123,14 +134,12 @@ def build_run(config: RunConfig) -> Run:
     setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node())
     facts = model_facts(subject.config, subject.size, subject.num_parameters, subject.num_trainable)
     check_memory(facts, setting, device)
-    asked, config = config, with_earlier_choices(config, world)
+    asked, config = config, with_earlier_choices(config, before, world)
     config = settle_memory(config, facts, subject.config, setting, plan, device)
     chosen = {name: value for name, value in asdict(config).items() if getattr(asked, name) != value}
     ds_config = complete_ds_config(config, ds_file, subject.size)
-    resumed_from = find_checkpoint(config, config.run_dir)
-    if resumed_from is not None:
-        check_resume(config, subject, plan, device)
-        checkpoint.prepare_resume(resumed_from, ds_config)
+    compared = facts_of(subject, plan, ds_file, corpora)
+    beginning = begin(config, before, compared, plan, ds_config, device)
     engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
     options = settle_rows(engine, subject.options, subject.config.vocab_size)
     subject, config = replace(subject, options=options), replace(config, packing=options.packing)
@@ -138,7 +147,7 @@ def build_run(config: RunConfig) -> Run:
     sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
     plan = make_plan(config, sources, world)
     reference = make_reference(config, subject, sources, engine, adapter, ds_file, device)
-    start_step = checkpoint.load(engine, resumed_from, plan_id) if resumed_from is not None else 0
+    start_step = checkpoint.load(engine, beginning.checkpoint, plan_id) if beginning.checkpoint is not None else 0
     return Run(
         config=config,
         run_dir=config.run_dir,
@@ -153,6 +162,8 @@ def build_run(config: RunConfig) -> Run:
         corpora=corpora,
         plan=plan,
         plan_id=plan_id,
+        beginning=beginning,
+        facts=compared,
         engine=engine,
         reference=reference,
         adapter=adapter,
@@ -172,6 +183,8 @@ def open_subject(config: RunConfig) -> Subject:
         config.loading,
         config.packing,
     )
+    if config.tf32 and training_precision(config.tf32, options.dtype) == EXACT:
+        distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
     model_config = open_config(options, config.seq_len)
     options = with_rows(options, model_config)
     parameters = num_parameters(model_config)
@@ -196,24 +209,47 @@ def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus
     return sources, plan
 
 
-def check_resume(config: RunConfig, subject: Subject, plan: Plan, device: torch.device) -> None:
-    """Raise `OptionError` for another start model than the run's; say what else differs and may."""
-    check_same_model(config.run_dir, subject.fingerprint)
-    warn_of_another_length(config.run_dir, plan.num_steps)
-    note_other_threads(config.run_dir, device)
+def facts_of(subject: Subject, plan: Plan, ds_file: dict[str, Any], corpora: list[list[NamedCorpus]]) -> Facts:
+    """What a resume is compared by, beside the options."""
+    tokenizer = fingerprint_of(subject.tokenizer)
+    return Facts(subject.fingerprint, tokenizer, plan.global_batch_size, state_layout(ds_file), corpora)
+
+
+def begin(
+    config: RunConfig, before: RunRecord, now: Facts, plan: Plan, ds_config: dict[str, Any], device: torch.device
+) -> Beginning:
+    """The checkpoint to go on from, made ready, if the run resumes; a new run otherwise. Every rank calls this.
+
+    Raises `OptionError` for what may not change, by what the folder says of the run and by what the checkpoint says.
+    """
+    found, record = find_checkpoint(config, before)
+    run = record.run or distributed.on_main(lambda: secrets.token_hex(8))
+    if found is None:
+        return Beginning(run)
+    for known in (before, record):
+        check_options(known, config, config.run_dir)
+        check_facts(known, now, config.run_dir)
+    warn_of_another_length(record, plan.num_steps)
+    note_other_threads(record, device)
+    changed = note_changes(record, config, found.step)
+    checkpoint.prepare_resume(found, ds_config)
+    return Beginning(run, found, changed)
+
+
+def fingerprint_of(tokenizer: Any | None) -> str:
+    return tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none"
 
 
 def facts_of_rank(
     config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]], plan_id: str, device: torch.device
 ) -> dict[str, str]:
     """What must be the same on every rank before any of them trains."""
-    tokenizer = subject.tokenizer
     return (
         rank_facts(device, subject.options.dtype)
         | {f"--{name}": str(value) for name, value in asdict(config).items()}
         | {"model": subject.fingerprint, "plan": plan_id}
         | {f"corpus {c.name}": c.corpus.fingerprint for term in corpora for c in term}
-        | {"tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none"}
+        | {"tokenizer": fingerprint_of(subject.tokenizer)}
     )
 
 

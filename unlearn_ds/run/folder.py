@@ -8,8 +8,8 @@ import torch
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.sources import read_record
-from unlearn_ds.engine import checkpoint
+from unlearn_ds.data.sources import RunRecord, parse_record, read_record
+from unlearn_ds.engine import checkpoint, manifest
 from unlearn_ds.options import AUTO, OptionError
 
 _READ_OPTIONS = "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed"
@@ -20,9 +20,8 @@ def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise OptionError(f"--output_dir {run_dir}: is a file")
     if config.resume or config.auto_resume:
-        if config.resume and not checkpoint.complete_checkpoints(run_dir):
-            why = f" ({'; '.join(faults)})" if (faults := checkpoint.unreadable(run_dir)) else ""
-            raise OptionError(f"--resume: no complete checkpoint in {checkpoint.folder(run_dir)}{why}")
+        if config.resume and not manifest.published(run_dir):
+            raise OptionError(f"--resume: no complete checkpoint in {manifest.folder(run_dir)}")
         checkpoint.remove_remains(run_dir)
     elif run_dir.exists() and any(run_dir.iterdir()):
         if not config.overwrite_output_dir:
@@ -44,47 +43,47 @@ def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
 
 
-def find_checkpoint(config: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint that the run goes on from, if it resumes. Every rank calls this.
+def find_checkpoint(config: RunConfig, before: RunRecord) -> tuple[manifest.Checkpoint | None, RunRecord]:
+    """The checkpoint that the run goes on from, if it resumes, and the run's record as that checkpoint holds it.
 
-    Raises `CheckpointError` rather than start afresh over checkpoints of which none is intact.
+    before: what the folder says of the run. Every rank calls this. Raises `CheckpointError` rather than start afresh over
+    checkpoints of which none is intact.
     """
     if not (config.resume or config.auto_resume):
-        return None
-    found = checkpoint.newest_intact(run_dir)
-    if found is None and distributed.on_main(lambda: any(checkpoint.folder(run_dir).glob("step_*"))):
-        raise checkpoint.CheckpointError(
-            f"every checkpoint in {checkpoint.folder(run_dir)} is damaged: start afresh with --overwrite_output_dir"
-        )
-    return found
+        return None, before
+    found = manifest.newest_intact(config.run_dir, before.run)
+    if found is None or found.record is not None:
+        return found, before if found is None else _record_in(found)
+    distributed.say(
+        f"note: {found.path} was written by an older version: that its files belong together and to this run cannot be checked"
+        + ("" if before.options else ", nor, without run.json, that model and options are the run's")
+    )
+    return found, before
 
 
-def check_same_model(run_dir: Path, fingerprint: str) -> None:
-    """Before resuming: raise `OptionError` if the start model is not the one that the run in `run_dir` started from.
-
-    The weights come from the checkpoint, but what the original model says (labels, reference) would come from another one.
-    """
-    before = read_record(run_dir).model_fingerprint
-    if before is not None and before != fingerprint:
-        raise OptionError(
-            f"the run in {run_dir} started from another model: its fingerprint was {before} and is {fingerprint}. Bring the "
-            "old model back, or start a new run"
-        )
+def _record_in(found: manifest.Checkpoint) -> RunRecord:
+    return parse_record(found.record, f"{found.path / manifest.MANIFEST}: record")
 
 
-def begun_in_bf16(config: RunConfig) -> bool | None:
-    """Whether the run that `config` goes on with computes in bf16; None for a new one."""
-    return read_record(config.run_dir).bf16 if config.resume or config.auto_resume else None
+def earlier_record(config: RunConfig) -> RunRecord:
+    """What is known of the run that `config` goes on with: its run.json, else what its newest checkpoint holds of it; empty
+    for a new run, and where there is no checkpoint. Raises `ValueError` if run.json is damaged."""
+    if not (config.resume or config.auto_resume) or not manifest.published(config.run_dir):
+        return RunRecord({})
+    if (config.run_dir / "run.json").exists():
+        return read_record(config.run_dir)
+    found = next((c for c in manifest.complete_checkpoints(config.run_dir) if c.record is not None), None)
+    if found is None:
+        return RunRecord({})
+    distributed.say(f"note: {config.run_dir / 'run.json'} is gone: {found.path} says what the run is")
+    return _record_in(found)
 
 
-def with_earlier_choices(config: RunConfig, world_size: int) -> RunConfig:
+def with_earlier_choices(config: RunConfig, before: RunRecord, world_size: int) -> RunConfig:
     """The options of a run that is gone on with, `auto` replaced by what it came to at the start, on as many ranks.
 
     Rows and workspace decide in which order floats are summed, and memory may be free in other amounts today.
     """
-    if not (config.resume or config.auto_resume):
-        return config
-    before = read_record(config.run_dir)
     again = {name: value for name, value in before.chosen.items() if getattr(config, name, None) == AUTO}
     if before.world_size != world_size:
         return config
@@ -94,9 +93,9 @@ def with_earlier_choices(config: RunConfig, world_size: int) -> RunConfig:
         raise OptionError(f"{config.run_dir / 'run.json'}: chosen: {error}") from error
 
 
-def note_other_threads(run_dir: Path, device: torch.device) -> None:
+def note_other_threads(record: RunRecord, device: torch.device) -> None:
     """Say that a run on CPUs goes on with another number of threads a rank: they sum in another order."""
-    before, now = read_record(run_dir).num_threads, torch.get_num_threads()
+    before, now = record.num_threads, torch.get_num_threads()
     if device.type == "cpu" and before not in (None, now):
         distributed.say(
             f"note: this run began with {before} CPU threads a rank and goes on with {now}: its figures will equal those of an "
@@ -104,9 +103,9 @@ def note_other_threads(run_dir: Path, device: torch.device) -> None:
         )
 
 
-def warn_of_another_length(run_dir: Path, num_steps: int) -> None:
+def warn_of_another_length(record: RunRecord, num_steps: int) -> None:
     """Say that a run goes on for another number of updates than it was started for: its learning rates change with it."""
-    before = read_record(run_dir).num_steps
+    before = record.num_steps
     if before not in (None, num_steps):
         distributed.say(
             f"warning: this run was started for {before} updates and goes on for {num_steps} (--max_steps, "

@@ -13,6 +13,7 @@ from unlearn_ds.data.plan import Plan
 from unlearn_ds.data.sources import NamedCorpus
 from unlearn_ds.durable import replacing
 from unlearn_ds.engine.engine import changes_nothing
+from unlearn_ds.engine.manifest import Origin
 from unlearn_ds.engine.precision import name_of
 from unlearn_ds.model.attention import caps_scores, choose_attention
 from unlearn_ds.model.load import parameter_dtype
@@ -30,12 +31,13 @@ def describe(named: NamedCorpus) -> dict[str, Any]:
     }
 
 
-def write_run_json(run: Run) -> None:
-    """Record what is run: options, versions, data and model by fingerprint."""
+def record_of(run: Run) -> dict[str, Any]:
+    """What is run: options, versions, data and model by fingerprint; the content of run.json, and of each checkpoint."""
     import deepspeed
     import transformers
 
-    content = {
+    return {
+        "run": run.beginning.run,
         "options": asdict(run.config),
         "chosen": run.chosen,
         "versions": {
@@ -45,15 +47,29 @@ def write_run_json(run: Run) -> None:
             "transformers": transformers.__version__,
         },
         "model_fingerprint": run.model_fingerprint,
+        "tokenizer": run.facts.tokenizer,
         "corpora": [describe(named) for term in run.corpora for named in term],
         "plan": {
             "fingerprint": run.plan.fingerprint,
             "num_steps": run.plan.num_steps,
             "steps_per_epoch": run.plan.steps_per_epoch,
+            "global_batch_size": run.facts.batch,
         },
+        "layout": run.facts.layout,
+        "changed": run.beginning.changed,
         "world_size": distributed.world_size(),
         "num_threads": torch.get_num_threads(),
     }
+
+
+def origin_of(run: Run) -> Origin:
+    """What a checkpoint of the run says of it."""
+    return Origin(run.beginning.run, run.plan_id, record_of(run))
+
+
+def write_run_json(run: Run) -> None:
+    """Write run.json."""
+    content = record_of(run)
 
     def write() -> None:
         with replacing(run.run_dir / "run.json") as partial:
