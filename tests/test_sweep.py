@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
+from unlearn_ds.layout import DONE_FILE as MARKER
 from unlearn_ds.options import OptionError
-from unlearn_ds.sweep import MARKER, SweepConfig, carry_out, main, read_grid
+from unlearn_ds.sweep import SweepConfig, carry_out, main, read_grid
 
 GRID = {
     "output_dir": "runs/sweep",

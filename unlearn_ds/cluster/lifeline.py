@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from unlearn_ds import ownership
 from unlearn_ds.markup import visible
 
 EXIT_PEER_LOST = 76
@@ -176,6 +177,7 @@ class Lifeline:
             who = f"rank {self.rank} on {socket.gethostname()}"
             message = f"unlearn-ds: {who}: {visible(why)}. Leaving: start again with --resume\n"
             os.write(sys.stderr.fileno(), message.encode())
+        ownership.release_all()
         os._exit(EXIT_PEER_LOST)
 
 

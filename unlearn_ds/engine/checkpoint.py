@@ -8,7 +8,6 @@ The folder must be on a file system that all ranks see.
 import contextlib
 import io
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,13 +19,21 @@ import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from unlearn_ds.cluster import distributed
-from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder, start_writing_back
+from unlearn_ds.durable import (
+    bring_all_back,
+    discard,
+    flush,
+    fresh_folder,
+    publish_folder,
+    remove,
+    remove_folder,
+    start_writing_back,
+)
 from unlearn_ds.engine.engine import TrainingEngine
+from unlearn_ds.layout import CHECKPOINT_MANIFEST as MANIFEST
+from unlearn_ds.layout import CHECKPOINTS, STATE, UNIVERSAL
 
-MANIFEST = "checkpoint.json"
 CONVERSION_TIMEOUT_S = 6 * 3600.0
-_STATE = "state"
-_UNIVERSAL = "universal"
 _PIECE = 4 << 20  # bytes, written and summed at once
 
 
@@ -46,7 +53,7 @@ class CheckpointError(ValueError):
 
 
 def folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
+    return run_dir / CHECKPOINTS
 
 
 class _SummedFile:
@@ -158,19 +165,19 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str
     final = folder(run_dir) / f"step_{step}"
     partial = folder(run_dir) / f".step_{step}.partial"
     try:
-        distributed.on_main(lambda: fresh_folder(partial / _STATE))
+        distributed.on_main(lambda: fresh_folder(fresh_folder(partial) / STATE))
     except OSError as error:
         raise _not_saved(run_dir, step, str(error)) from error
     writer = _Writer(partial)
     with _writing_through(engine.engine, writer):
-        engine.engine.save_checkpoint(str(partial), tag=_STATE, client_state={"step": step}, save_latest=False)
+        engine.engine.save_checkpoint(str(partial), tag=STATE, client_state={"step": step}, save_latest=False)
     why = writer.failure.everywhere()
     written = distributed.gather_objects(writer.checksums)
     checksums = {name: checksum for part in written for name, checksum in sorted(part.items())}
 
     def publish() -> None:
         if why:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
             raise _not_saved(run_dir, step, why)
         try:
             manifest = {
@@ -180,7 +187,7 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str
                 "files": checksums,
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in (partial / MANIFEST, partial / _STATE, partial):
+            for path in (partial / MANIFEST, partial / STATE, partial):
                 flush(path)
             publish_folder(partial, final)
             for old in complete_checkpoints(run_dir)[keep:] if keep else []:
@@ -189,7 +196,7 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, plan_fingerprint: str
             raise _not_saved(run_dir, step, str(error)) from error
 
     distributed.on_main(publish)
-    size = sum(path.stat().st_size for path in (final / _STATE).iterdir()) if distributed.is_main() else 0
+    size = sum(path.stat().st_size for path in (final / STATE).iterdir()) if distributed.is_main() else 0
     distributed.say(f"saved {final} ({size / 2**30:.2f} GiB in {time.monotonic() - started:.1f} s)")
     return final
 
@@ -246,9 +253,10 @@ def _damage(path: Path, checksum: str) -> str | None:
 
 
 def remove_remains(run_dir: Path) -> None:
-    """Delete what a run that was killed while saving or deleting left behind."""
-    for path in (*folder(run_dir).glob(".step_*.partial"), *folder(run_dir).glob(".step_*.old")):
-        shutil.rmtree(path)
+    """Delete what a run that was killed while saving or deleting left behind; an older state that it had moved comes back."""
+    bring_all_back(folder(run_dir))
+    for path in (*folder(run_dir).glob(".step_*.partial"), *folder(run_dir).glob(".step_*.doomed")):
+        remove(path)
 
 
 def prepare_resume(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> None:
@@ -274,11 +282,11 @@ def _convert(path: Path) -> None:
 
     from deepspeed.checkpoint import ds_to_universal
 
-    partial = fresh_folder(path / f".{_UNIVERSAL}.partial")
+    partial = fresh_folder(path / f".{UNIVERSAL}.partial")
     with contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(
             argparse.Namespace(
-                input_folder=str(path / _STATE),
+                input_folder=str(path / STATE),
                 output_folder=str(partial),
                 # One worker: the converter's pool would fork a process whose group and threads are up.
                 num_extract_workers=1,
@@ -288,7 +296,7 @@ def _convert(path: Path) -> None:
                 inject_missing_state=True,
             )
         )
-    publish_folder(partial, path / _UNIVERSAL)
+    publish_folder(partial, path / UNIVERSAL)
 
 
 def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) -> int:
@@ -302,7 +310,7 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) 
             "method, epochs): resume with the same ones, or start afresh in another --output_dir"
         )
     universal = checkpoint.world_size != distributed.world_size()
-    tag = _UNIVERSAL if universal else _STATE
+    tag = UNIVERSAL if universal else STATE
     optimizer = engine.engine.optimizer.optimizer
     decay = [group["weight_decay"] for group in optimizer.param_groups]
     loaded, client_state = engine.engine.load_checkpoint(str(checkpoint.path), tag=tag)
@@ -317,5 +325,5 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) 
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
         distributed.barrier()
-        distributed.on_main(lambda: remove_folder(checkpoint.path / _UNIVERSAL))  # as large as the checkpoint itself
+        distributed.on_main(lambda: remove_folder(checkpoint.path / UNIVERSAL))  # as large as the checkpoint itself
     return int(client_state["step"])

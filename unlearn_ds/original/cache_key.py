@@ -3,10 +3,15 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.cluster import distributed
+from unlearn_ds.durable import bring_back, make_folder
 from unlearn_ds.options import OptionError
+from unlearn_ds.ownership import entry_file
 
 # Raised by one whenever the original model answers the same question otherwise than before: what is cached is then made anew.
 ANSWERS = 2
@@ -24,11 +29,26 @@ def cache_path(corpus: Path, kind: str, key: dict[str, Any], cache_dir: str | No
     return folder / f"{kind}-{digest}"
 
 
-def make_cache_folder(path: Path) -> None:
+@contextmanager
+def to_be_made(path: Path, is_there: Callable[[], bool], overwrite: bool) -> Iterator[bool]:
+    """Whether the block has to compute `path`: no run did before, nor one that computed it now and was waited for.
+
+    Every rank calls this. Raises `OptionError` if it must be computed and cannot be written; reading needs no right to write.
+    """
+    if not overwrite and distributed.on_main(is_there):
+        yield False
+        return
+    distributed.on_main(lambda: _make_cache_folder(path))
+    with distributed.owned(entry_file(path), "wait for it", wait=True):
+        distributed.on_main(lambda: bring_back(path))
+        yield overwrite or not distributed.on_main(is_there)
+
+
+def _make_cache_folder(path: Path) -> None:
     """Make the folder in which `path` will be written. Raises `OptionError` if nothing can be written there."""
     folder = path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         reason = "" if os.access(folder, os.W_OK) else "it may not be written to"
     except OSError as error:
         reason = error.strerror or str(error)

@@ -18,7 +18,7 @@ from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.measures.collect import collect_table
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, make_cache_folder, original_model
+from unlearn_ds.original.cache_key import cache_path, original_model, to_be_made
 
 _MANIFEST = "cache.json"
 _VALUES = "nll.bin"  # fp64, one a sequence
@@ -49,20 +49,20 @@ def reference_nll(
     """
     key = cache_key(config, corpus, model_fingerprint)
     folder = cache_path(corpus.corpus.path, "nll", key, config.cache_dir)
-    if config.overwrite_cache or not distributed.on_main((folder / _MANIFEST).exists):
-        distributed.on_main(lambda: make_cache_folder(folder))
-        table = collect_table(
-            "forget by the original model",
-            sequences,
-            ask,
-            device,
-            seq_len=config.seq_len,
-            rows_per_batch=config.per_device_eval_batch_size,
-            packing=config.packing,
-            progress=not config.disable_tqdm,
-        )
-        values = -table["log_prob"] * table["num_tokens"]
-        distributed.on_main(lambda: _write(folder, key, values))
+    with to_be_made(folder, (folder / _MANIFEST).exists, config.overwrite_cache) as missing:
+        if missing:
+            table = collect_table(
+                "forget by the original model",
+                sequences,
+                ask,
+                device,
+                seq_len=config.seq_len,
+                rows_per_batch=config.per_device_eval_batch_size,
+                packing=config.packing,
+                progress=not config.disable_tqdm,
+            )
+            values = -table["log_prob"] * table["num_tokens"]
+            distributed.on_main(lambda: _write(folder, key, values))
     return _read(folder, key, len(sequences))
 
 

@@ -1,5 +1,6 @@
 """From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,9 @@ from unlearn_ds.original.sequence_nll import reference_nll
 from unlearn_ds.run.folder import (
     begun_in_bf16,
     check_same_model,
-    claim_run_dir,
     find_checkpoint,
     note_other_threads,
+    own_run_dir,
     warn_of_another_length,
     with_earlier_choices,
 )
@@ -97,21 +98,19 @@ class Subject:
     num_trainable: int
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, held: ExitStack) -> Run:
     """Open the data, load the model into ZeRO partitions, draw labels, restore a checkpoint. Every rank calls this.
 
-    Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints.
+    Raises `ValueError` (or a subclass) for what the user can mend. The output folder is this run's own until `held` is closed.
     """
     ds_file = load_ds_file(config.deepspeed)
     device = distributed.init_distributed(config.num_threads)
     check_device(ds_file, device.type, config.deepspeed)
-    distributed.on_main(lambda: claim_run_dir(config, config.run_dir))
+    held.enter_context(own_run_dir(config))
     config = settle(config, device, begun_in_bf16(config))
     torch.manual_seed(config.seed)
 
     subject = open_subject(config)
-    if config.tf32 and training_precision(config.tf32, subject.options.dtype) == EXACT:
-        distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
     corpora = open_run_corpora(config, subject.config.vocab_size, subject.tokenizer)
     if config.resume:
         check_same_corpora(config.run_dir, corpora)
@@ -174,6 +173,8 @@ def open_subject(config: RunConfig) -> Subject:
     )
     model_config = open_config(options, config.seq_len)
     options = with_rows(options, model_config)
+    if config.tf32 and training_precision(config.tf32, options.dtype) == EXACT:
+        distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
     parameters = num_parameters(model_config)
     return Subject(
         options=options,
