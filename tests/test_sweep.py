@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
+from unlearn_ds.layout import DONE_FILE as MARKER
 from unlearn_ds.options import OptionError
-from unlearn_ds.sweep import MARKER, SweepConfig, carry_out, main, read_grid
+from unlearn_ds.sweep import SweepConfig, carry_out, main, read_grid
 
 GRID = {
     "output_dir": "runs/sweep",
@@ -90,10 +91,10 @@ def test_wrong_use_is_explained(tmp_path):
 
 
 def test_values_of_a_grid_are_values_whatever_they_begin_with(tmp_path, capsys):
-    grid = {"domain": ["-x", "--x", "a\nb\x1b[2J"], "cache_dir": ["-c d"]}
+    grid = {"tokenizer_name_or_path": ["-x", "--x", "a\nb\x1b[2J"], "cache_dir": ["-c d"]}
     path = write(tmp_path, grid=grid, variants=None, base=GRID["base"] | {"unlearn_method": "gradient_ascent"})
     elements = read_grid(path)
-    assert [element.config.domain for element in elements] == grid["domain"]
+    assert [element.config.tokenizer_name_or_path for element in elements] == grid["tokenizer_name_or_path"]
     assert {element.config.cache_dir for element in elements} == {"-c d"}
     assert main([str(path)]) == 0
     listed = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The caches of the libraries below us: which one could not be written, and the variable that puts it elsewhere."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -37,12 +38,22 @@ def cache_of(path: str | os.PathLike) -> str | None:
     return "XDG_CACHE_HOME" if places["XDG_CACHE_HOME"].is_relative_to(path) else None
 
 
+_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "the quota is used up: make room there",
+    errno.EROFS: "choose another folder, or have it mounted for writing",
+    errno.EACCES: "give this user the right to it, or choose another folder",
+    errno.EPERM: "give this user the right to it, or choose another folder",
+}
+
+
 def explained(error: Exception) -> str:
-    """What an error says; where a library could not write its cache, that, and what helps."""
+    """What an error says, and what helps where the disk is full, read-only, or a library's cache cannot be written."""
     filename = getattr(error, "filename", None) if isinstance(error, OSError) else None
     variable = cache_of(filename) if isinstance(filename, (str, bytes, os.PathLike)) else None
     if variable is None:
-        return str(error)
+        remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
+        return f"{error}: {remedy}" if remedy else str(error)
     return (
         f"{os.fsdecode(filename)}: {error.strerror}: this is a cache of a library, none of the files that were given: set "
         f"{variable} to a folder that can be written"

@@ -10,7 +10,7 @@ from typing import Literal
 
 from unlearn_ds.conditions import parse_condition, parse_share
 from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss
-from unlearn_ds.options import OptionError, check_choices, did_you_mean
+from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_name("domain", self.domain)
+        if self.output_sufix:
+            check_name("output_sufix", self.output_sufix)
         _check_method(self)
         _check_numbers(self)
         _check_checkpointing(self)

@@ -2,11 +2,18 @@
 
 import contextlib
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from unlearn_ds import ownership
+
+_LITTER = re.compile(r"\.\d+-[0-9a-f]{8}\.partial$")
 
 
 @contextmanager
@@ -24,16 +31,52 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The path of a file to be written, which takes the place of `path` if the block ends without an error."""
-    partial = path.with_name(f".{path.name}.partial")
+    """The path of a file to be written, which takes the place of `path` if the block ends without an error.
+
+    No other process has the same one. Raises `OwnerLost` in a folder that was taken from this process.
+    """
+    ownership.check()
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with naming(path):
             yield partial
+        ownership.check()
         partial.replace(path)
-    except OSError:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # half a file would take room that is missing
+        if isinstance(error, OSError) and error.filename == str(partial):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def replacing_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """`replacing` for files that belong together: none takes its place before all are written, and the last comes last."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(replacing(path)) for path in reversed(paths)][::-1]
+
+
+def remove_litter(folder: Path) -> None:
+    """Take away what a process that was killed inside `replacing` left in a folder that is this process's own."""
+    for path in folder.glob(".*.partial"):
+        if _LITTER.search(path.name):
+            remove(path)
+
+
+def publish_files(parts: Sequence[tuple[Path, Path]]) -> None:
+    """Put finished, flushed files in the place of older ones. The last makes the group complete: its old one goes first.
+
+    Raises `FileNotFoundError`, with what was published before untouched, if a part is not there.
+    """
+    ownership.check()
+    for partial, _ in parts:
+        partial.stat()
+    final = parts[-1][1]
+    final.unlink(missing_ok=True)
+    for partial, place in parts:
+        partial.replace(place)
+    flush(final.parent)
 
 
 def start_writing_back(file: IO[bytes], offset: int, num_bytes: int) -> None:
@@ -55,37 +98,101 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(path: Path) -> None:
-    """Force everything below a folder, and the folder itself, to disk."""
+    """Force everything below a folder, and the folder itself, to disk, with the modes that new files and folders get there.
+
+    Libraries choose others: safetensors makes its files readable to their owner alone.
+    """
+    modes = _modes_of_new_entries(path)
     for entry in (*path.rglob("*"), path):
+        if entry != path and not entry.is_symlink():
+            entry.chmod(modes[entry.is_dir()])
         flush(entry)
+
+
+def _modes_of_new_entries(folder: Path) -> tuple[int, int]:
+    """Permissions of a new file and of a new folder in `folder`: by the umask, and by the folder's own rules."""
+    file, inner = folder / ".mode", folder / ".modes"
+    file.touch()
+    inner.mkdir()
+    modes = stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(inner.stat().st_mode)
+    file.unlink()
+    inner.rmdir()
+    return modes
+
+
+def followed(path: str | Path) -> Path:
+    """A folder given by the user, without the links that it goes through if it is one itself: they are followed once."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def remove(path: Path) -> None:
+    """Take away whatever lies at `path`, if anything does: a file, a folder, or a link, whose target stays.
+
+    Raises `OSError` that names `path`.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError as error:  # which names what it met without the folders above
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder to write into, unless it is there: where a link leads, too, for scratch disks are emptied now and then."""
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+
+
+def discard(path: Path) -> None:
+    """`remove` for what is of no use any more: what cannot be taken away stays, and the next `fresh_folder` tries again."""
+    with contextlib.suppress(OSError):
+        remove(path)
 
 
 def fresh_folder(path: Path) -> Path:
     """An empty folder at `path`, in the place of whatever lay there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        shutil.rmtree(path)
+    ownership.check()
+    make_folder(path.parent)
+    remove(path)
     path.mkdir()
     return path
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Put the finished, flushed folder `partial` in the place of `final`; an older one is gone only after that."""
-    old = final.with_name(f".{final.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if final.exists():
-        final.rename(old)
+    """Put the finished, flushed folder `partial` in the place of `final`; what was there is gone only after that."""
+    ownership.check()
+    bring_back(final)
+    if os.path.lexists(final):
+        final.rename(_old(final))
     partial.rename(final)
     flush(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    remove(_old(final))
+
+
+def bring_back(final: Path) -> None:
+    """Undo what a death inside `publish_folder` left: the older folder comes back if nothing has its place, else it goes."""
+    old = _old(final)
+    if os.path.lexists(final):
+        remove(old)
+    elif os.path.lexists(old):
+        old.rename(final)
+
+
+def bring_all_back(folder: Path) -> None:
+    """`bring_back` for everything in a folder."""
+    for old in folder.glob(".*.old"):
+        bring_back(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder in such a way that a death half-way leaves no half of it under its name."""
-    doomed = path.with_name(f".{path.name}.old")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    ownership.check()
+    doomed = path.with_name(f".{path.name}.doomed")
+    remove(doomed)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)

@@ -24,6 +24,7 @@ from unlearn_ds.bounds import parse_yaml
 Options = TypeVar("Options")
 
 AUTO = "auto"  # the word that leaves an option to the program
+_LONGEST_NAME = 200  # bytes: file systems take 255, and names are made longer for partial files
 
 
 class OptionError(ValueError):
@@ -228,6 +229,14 @@ def with_flag_of_first(words: Sequence[str], flag: str) -> list[str]:
     """The words of a command whose first may stand without its flag."""
     is_value = bool(words) and not words[0].startswith("--") and words[0] != "-h"
     return [flag, *words] if is_value else list(words)
+
+
+def check_name(option: str, value: str) -> None:
+    """Raise `OptionError` for a name of a file or folder that is more, or less, than one component of a path."""
+    if value in ("", ".", "..") or set(value) & set("/\\") or value.startswith(".") or not value.isprintable():
+        raise OptionError(f"--{option} {value!r}: must be a plain name: no path, no leading dot, no control characters")
+    if len(os.fsencode(value)) > _LONGEST_NAME:
+        raise OptionError(f"--{option} {value[:20]!r}...: a name of at most {_LONGEST_NAME} bytes")
 
 
 def parser_for(config_class: type, prog: str, description: str) -> argparse.ArgumentParser:

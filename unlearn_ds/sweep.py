@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds import ownership
 from unlearn_ds.bounds import parse_yaml
 from unlearn_ds.cluster import distributed
 from unlearn_ds.cluster.lifetime import run_tied
@@ -33,10 +34,10 @@ from unlearn_ds.cluster.processes import default_num_ranks, rank_command, rank_e
 from unlearn_ds.cluster.signals import EXIT_RESUMABLE
 from unlearn_ds.config import RunConfig
 from unlearn_ds.durable import replacing
+from unlearn_ds.layout import DONE_FILE
 from unlearn_ds.markup import tell, visible
 from unlearn_ds.options import OptionError, did_you_mean, field_types, parse, with_flag_of_first
 
-MARKER = "done.json"
 _KEYS = ("output_dir", "base", "grid", "variants")
 _SET_BY_THE_SWEEP = ("output_dir", "output_sufix", "auto_resume", "resume", "overwrite_output_dir")
 # Options that do not change what comes out: the same run, so the same folder.
@@ -88,7 +89,7 @@ class Element:
     @property
     def state(self) -> str:
         """`done`, `part` (started) or `missing`."""
-        if (self.run_dir / MARKER).exists():
+        if (self.run_dir / DONE_FILE).exists():
             return "done"
         return "part" if self.run_dir.exists() and any(self.run_dir.iterdir()) else "missing"
 
@@ -111,8 +112,10 @@ def carry_out(config: SweepConfig) -> None:
             raise OptionError(f"--index {config.index}: {config.grid} holds runs 0 to {len(elements) - 1}")
         do(elements[config.index])
     elif config.local:
-        do_locally(elements, config.num_ranks or default_num_ranks(at_most=8))
-        collect(elements, config)
+        folder = elements[0].run_dir.parent
+        with ownership.owned(folder / ownership.OWNER_FILE, "another sweep does its runs: wait for it"):
+            do_locally(elements, config.num_ranks or default_num_ranks(at_most=8))
+            collect(elements, config)
     elif config.collect:
         collect(elements, config)
     else:
@@ -203,7 +206,7 @@ def do(element: Element) -> None:
 
 
 def _mark(element: Element) -> None:
-    with replacing(element.run_dir / MARKER) as partial:
+    with replacing(element.run_dir / DONE_FILE) as partial:
         partial.write_text(json.dumps(element.options, indent=1, default=str), encoding="utf-8")
 
 
@@ -246,7 +249,7 @@ def collect(elements: list[Element], config: SweepConfig) -> None:
     extra = list(models)
     unfinished = [element.label for element in elements if element.state != "done"]
     for element in elements:
-        if (element.run_dir / MARKER).exists() and (element.run_dir / "evaluation.json").exists():
+        if (element.run_dir / DONE_FILE).exists() and (element.run_dir / "evaluation.json").exists():
             models[element.label] = element.run_dir
     if len(models) == len(extra):
         raise OptionError("no finished run has an evaluation: put `do_eval: true` into the sweep's base")

@@ -10,11 +10,12 @@ Started by any of
 and, for the same things, `unlearn-ds train` in their place.
 """
 
+import dataclasses
 import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unlearn_ds.caches import explained
 from unlearn_ds.cluster import distributed  # before whatever imports DeepSpeed: it chooses the accelerator
 
 # isort: split
@@ -31,16 +33,19 @@ from unlearn_ds.cluster.watchdog import Watchdog
 from unlearn_ds.config import RunConfig
 from unlearn_ds.cost.flops import peak_flops
 from unlearn_ds.data.loader import Loader, Step
+from unlearn_ds.durable import followed
 from unlearn_ds.engine import checkpoint
 from unlearn_ds.engine.engine import UpdateResult
 from unlearn_ds.engine.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.engine.profile import StepProfiler
+from unlearn_ds.layout import MODEL
 from unlearn_ds.measures.folder import stamp_model
 from unlearn_ds.model.load import model_fingerprint
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
 from unlearn_ds.run.build import Run, build_run
 from unlearn_ds.run.export import export_model, model_card
+from unlearn_ds.run.folder import clear_run_dir
 from unlearn_ds.run.guards import Guard
 from unlearn_ds.run.records import announce, describe, origin_of, write_run_json
 from unlearn_ds.run.update import accumulate, reduce_losses
@@ -58,11 +63,18 @@ def train(config: RunConfig) -> Path:
     """Carry out a run and return its folder. Every rank calls this.
 
     Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints; `StopRequested` after
-    a signal, with the state saved.
+    a signal, with the state saved; `FolderInUse` while another process writes to the output folder.
     """
+    with ExitStack() as held:
+        return carry_out_run(config, held)
+
+
+def carry_out_run(config: RunConfig, held: ExitStack) -> Path:
+    """`train`, with the output folder the run's own until `held` is closed. Every rank calls this."""
     stop = StopRequest()
-    run = build_run(config)
+    run = build_run(with_followed_output(config), held)
     config = run.config  # with what was left to the program decided
+    distributed.on_main(lambda: clear_run_dir(config))  # all that is read was read
     write_run_json(run)
     announce(run)
     if probe := time_all_reduce(run.device):
@@ -79,9 +91,15 @@ def train(config: RunConfig) -> Path:
     return run.run_dir
 
 
+def with_followed_output(config: RunConfig) -> RunConfig:
+    """An output folder that is a link is followed once: what it comes to point at later is another folder."""
+    folder = followed(config.run_dir)
+    return config if folder == config.run_dir else dataclasses.replace(config, output_dir=str(folder), output_sufix="")
+
+
 def export_run(run: Run, evaluation: dict[str, Any] | None) -> None:
     """Write the model with a card that says what it is. Every rank calls this."""
-    config, target = run.config, run.run_dir / "model"
+    config, target = run.config, run.run_dir / MODEL
     card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
     merge = config.lora_export == "merged"
     export_model(run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge)
@@ -97,7 +115,7 @@ def resumable(run: Run) -> Iterator[None]:
         yield
     except OSError as error:
         newest = checkpoint.newest_one(run.run_dir)
-        raise OSError(f"{error}. Mend this and start again with --resume: {newest}") from error
+        raise OSError(f"{explained(error)}. Mend this and start again with --resume: {newest}") from error
 
 
 def run_steps(run: Run, stop: StopRequest) -> None:

@@ -111,7 +111,7 @@ def test_metrics_wait_for_room_and_a_profile_is_given_up(tiny, disk):
 @pytest.mark.parametrize(
     ("leave", "options", "messages"),
     [
-        (0, {}, ["disk/run.json'"]),
+        (0, {}, ["disk/.owner.json': make room there"]),
         (40960, {"do_eval": True}, ["disk/", AGAIN]),
         (40960, {}, ["disk/model", AGAIN]),
     ],

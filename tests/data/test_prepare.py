@@ -16,12 +16,14 @@ import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from unlearn_ds import cli
+from unlearn_ds.config import RunConfig
 from unlearn_ds.data import tokenise
-from unlearn_ds.data.corpus import Corpus, CorpusError
+from unlearn_ds.data.corpus import Corpus, CorpusError, CorpusWriter
 from unlearn_ds.data.documents import DocumentError
 from unlearn_ds.data.prepare import PrepareConfig, main, prepare
 from unlearn_ds.data.tokenise import Encoder, cut_text
 from unlearn_ds.demo.data import write_tokenizer
+from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.options import OptionError
 
 TEXTS = [f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 5 + 1) for i in range(40)]
@@ -153,6 +155,77 @@ def test_goes_on_after_being_killed(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="the documents have changed since their preparation was interrupted"):
         prepare(PrepareConfig(options[1], forget=(str(texts),), data_dir=str(tmp_path / "changed"), disable_tqdm=True))
     assert not list((tmp_path / "changed").rglob(".*"))
+
+
+def test_two_at_once_in_one_folder(inputs: Path, tmp_path: Path) -> None:
+    """The second is told of the first, whatever it would write, and neither harms what is being or was published."""
+    texts = jsonl(tmp_path / "long.jsonl", [f"{i} " + TEXTS[i % 40] * 20 for i in range(1500)])
+    script = (
+        "import sys\n"
+        "from unlearn_ds.data import pipeline, prepare, tokenise\n"
+        "pipeline._SAVE_PROGRESS_S = 0.0\n"
+        "tokenise.BATCH_DOCUMENTS = 20\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(prepare.main(sys.argv[1:]))\n"
+    )
+    options = ["--tokenizer_name_or_path", str(inputs / "tokenizer"), "--disable_tqdm", "--data_dir"]
+    options += [str(tmp_path / "data"), "--general_retain", str(texts), "--forget", str(texts)]
+    first = subprocess.Popen([sys.executable, "-c", script, *options], stderr=subprocess.PIPE, text=True)
+    progress = tmp_path / "data" / "github" / ".forget.progress.partial"
+    deadline = time.monotonic() + 600
+    while not progress.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    assert progress.exists()
+    command = [sys.executable, "-m", "unlearn_ds.cli", "prepare", *options[:5]]
+    others = {
+        "github": ["--retain", str(inputs / "retain.jsonl")],
+        "general": ["--domain", "other", "--general_retain", str(texts), "--overwrite_cache"],
+    }
+    for folder, more in others.items():
+        second = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert second.returncode == 2
+        assert second.stderr.count(f"prepare: error: {tmp_path / 'data' / folder} is in use by `") == 1, second.stderr
+        assert f"(process {first.pid} of " in second.stderr
+        assert second.stderr.endswith("): wait for it, or choose another --data_dir\n")
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(600) == 0, first.stderr.read()
+    first.stderr.close()
+    for path in ("github/forget", "general/retain"):
+        Corpus(tmp_path / "data" / path).verify()
+    assert not list((tmp_path / "data").rglob(".*"))
+
+
+def test_what_is_published_stays_if_a_part_of_the_new_is_gone(config: PrepareConfig, tmp_path: Path) -> None:
+    """Somebody deletes the partial files of a run that overwrites a corpus."""
+    before = prepare(config)["forget"].fingerprint
+    with CorpusWriter(tmp_path / "data" / "github" / "forget", 400) as writer:
+        writer.add([1, 2, 3])
+        writer._partial(".bin").unlink()
+        with pytest.raises(FileNotFoundError, match=r"\.forget\.bin\.partial"):
+            writer._publish()
+        writer._partial(".bin").touch()
+        assert Corpus(writer.path).fingerprint == before
+
+
+@pytest.mark.parametrize(
+    "name", ["../../up", "/abs/x", "general/", "a/b", "a\\b", "", ".", "..", ".hidden", "two\nlines", "x" * 201, "\0"]
+)
+def test_a_domain_is_one_component_of_a_path(config: PrepareConfig, name: str) -> None:
+    with pytest.raises(OptionError, match=r"--domain .* name"):
+        replace(config, domain=name)
+    with pytest.raises(OptionError, match=r"--domain .* name"):
+        RunConfig("gradient_ascent", "out", target_model_name_or_path="m", domain=name)
+    with pytest.raises(OptionError, match=r"--domain .* name"):
+        EvaluateConfig(model_name_or_path="m", domain=name)
+    if name:
+        with pytest.raises(OptionError, match=r"--output_sufix .* name"):
+            RunConfig("gradient_ascent", "out", target_model_name_or_path="m", output_sufix=name)
+
+
+def test_a_domain_may_have_a_plain_name(config: PrepareConfig) -> None:
+    for name in ("github", "my domain", "Größe", "v1.2", "-x"):
+        assert replace(config, domain=name).path("forget").parent.parent == Path(config.data_dir)
 
 
 def test_disk_full(inputs: Path, tmp_path: Path) -> None:

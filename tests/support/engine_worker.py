@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -110,8 +111,8 @@ def prepare(folder: Path, model: str, attention: str = "sdpa", **options: Any) -
     )
     distributed.barrier()
     function = attention_by_definition if attention == "by_definition" else packed_sdpa
-    with patch.object(packed_attention, "packed_sdpa", function):
-        return build_run(config)
+    with patch.object(packed_attention, "packed_sdpa", function), ExitStack() as held:
+        return build_run(config, held)
 
 
 def curve(run: Run) -> dict[str, list[float]]:

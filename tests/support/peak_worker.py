@@ -5,6 +5,7 @@ Arguments: a folder with model and data, then one JSON object of options per cas
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -72,7 +73,8 @@ def main(folder: Path, cases: list[str]) -> None:
             "num_threads": 1,
             "disable_tqdm": True,
         }
-        run = build_run(RunConfig(**options | json.loads(case)))
+        with ExitStack() as held:
+            run = build_run(RunConfig(**options | json.loads(case)), held)
         result = {"case": case, "measured": measured(run), "estimated": estimated(run)}
         if distributed.is_main():
             print("RESULT", json.dumps(result), flush=True)

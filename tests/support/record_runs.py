@@ -9,6 +9,7 @@ SPEC is a list of {"name", "arguments", "num_updates"}; OUT_DIR/NAME.npz gets `l
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def parameters(run: Run):
 
 def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:
     """Every rank calls this."""
-    run = build_run(parse(RunConfig, arguments, "record_runs"))
+    with ExitStack() as held:
+        run = build_run(parse(RunConfig, arguments, "record_runs"), held)
     result = {}
     losses = []
     with Loader(run.plan, distributed.rank(), run.device, 0) as loader:

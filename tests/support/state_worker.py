@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -18,7 +19,8 @@ def num_bytes(*tensors: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    run = build_run(parse(RunConfig, sys.argv[1:], "state_worker"))
+    with ExitStack() as held:
+        run = build_run(parse(RunConfig, sys.argv[1:], "state_worker"), held)
     run_steps(run, StopRequest())
     optimizer = run.engine.engine.optimizer
     states = [tensor for state in optimizer.optimizer.state.values() for tensor in state.values() if tensor.dim() > 0]

@@ -12,11 +12,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from unlearn_ds import ownership
 from unlearn_ds.caches import explained
 from unlearn_ds.cluster.bus_error import name_bus_errors
 from unlearn_ds.cluster.extension_cache import (
@@ -33,6 +35,7 @@ from unlearn_ds.markup import tell
 Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT_S = 1800.0
+_PATIENCE_S = 14 * 24 * 3600.0  # with another run that computes what both need
 _lifeline: Lifeline | None = None
 
 
@@ -273,6 +276,22 @@ def on_main(function: Callable[[], Result], timeout_s: float | None = None) -> R
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def owned(path: Path, remedy: str, wait: bool = False) -> Iterator[None]:
+    """Rank 0 holds the owner file `path` while the block runs (see `ownership.take`). Every rank calls this.
+
+    Raises `FolderInUse` on every rank, unless `wait`, if another process has it.
+    """
+    held: list[ownership.Ownership] = []
+    with ownership.released_at_signals():
+        on_main(lambda: held.append(ownership.take(path, remedy, wait)), timeout_s=_PATIENCE_S if wait else None)
+        try:
+            yield
+        finally:
+            for one in held:
+                one.release()
 
 
 class KeptFailure:

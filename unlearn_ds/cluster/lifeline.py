@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from unlearn_ds import ownership
 from unlearn_ds.cluster.admission import Door, address_of, knock
 from unlearn_ds.markup import visible
 
@@ -203,6 +204,7 @@ class Lifeline:
         if aloud:
             who = f"rank {self.rank} on {socket.gethostname()}"
             _say(f"{who}: {visible(why)}. Leaving: start again with --resume")
+        ownership.release_all()
         os._exit(EXIT_PEER_LOST)
 
 

@@ -16,6 +16,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from unlearn_ds import ownership
+
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # A process group and a launcher may deliver one request twice; what comes later than this is a second one.
@@ -46,10 +48,11 @@ class StopRequest:
             self._deferred = False
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop. Every rank calls this at the same step boundary."""
+        """Whether any rank was asked to stop, or lost its folder. Every rank calls this at the same step boundary."""
+        asked = self.name is not None or ownership.lost()
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.name is not None
-        flag = torch.tensor([int(self.name is not None)], dtype=torch.int32, device=device)
+            return asked
+        flag = torch.tensor([int(asked)], dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -67,4 +70,5 @@ class StopRequest:
 def _leave(message: str, code: int) -> None:
     # os.write: print may be in the middle of a line of the interrupted code.
     os.write(sys.stderr.fileno(), f"unlearn-ds: {message}\n".encode())
+    ownership.release_all()
     os._exit(code)

@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from unlearn_ds import ownership
 from unlearn_ds.cluster.lifeline import Lifeline
+from unlearn_ds.durable import make_folder
+from unlearn_ds.layout import STACKS
 
 EXIT_HANG = 77
 FACTOR = 10  # a hang is a step of this many medians, and of at least --hang_timeout
@@ -26,7 +29,7 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, run_dir: Path, rank: int, lifeline: Lifeline | None = None) -> None:
         self._timeout_s = timeout_s
-        self._folder = run_dir / "stacks"
+        self._folder = run_dir / STACKS
         self._rank = rank
         self._lifeline = lifeline
         self._durations: deque[float] = deque(maxlen=_KEPT_STEPS)
@@ -70,7 +73,7 @@ class Watchdog:
         stands = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else "nowhere"
         where = f"rank {self._rank} on {socket.gethostname()} stands at {stands}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             with path.open("w", encoding="utf-8") as file:
                 file.write(f"{reason}\n")
                 file.flush()
@@ -112,6 +115,7 @@ class Watchdog:
             self._lifeline.report_hang(reason)
         self.dump(reason)
         time.sleep(_DUMP_GRACE_S)
+        ownership.release_all()
         os._exit(EXIT_HANG)
 
     def _other_rank_hangs(self, reason: str) -> None:

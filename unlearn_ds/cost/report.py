@@ -18,6 +18,7 @@ from unlearn_ds.caches import explained
 from unlearn_ds.cluster.distributed import choose_accelerator
 from unlearn_ds.config import RunConfig
 from unlearn_ds.cost import estimate as cost
+from unlearn_ds.durable import replacing
 from unlearn_ds.markup import tell
 from unlearn_ds.options import AUTO, OptionError, check_choices, parse, with_flag_of_first
 
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = plan_run(config, parse(RunConfig, ["--config", config.run], "unlearn-ds plan"))
         print(as_text(config, report))
         if config.json:
-            Path(config.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            with replacing(Path(config.json)) as partial:
+                partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
     except (ValueError, OSError) as error:
         tell(f"unlearn-ds plan: error: {explained(error)}")
         return 2

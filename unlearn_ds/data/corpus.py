@@ -22,7 +22,7 @@ from pydantic import Field
 
 from unlearn_ds.data.megatron import CorpusError, index_bytes, read_index, token_dtype
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import publish_files, replacing
 from unlearn_ds.stored import ABSENT, Count, Positive, Record, StoredError, Text, read_dict
 
 __all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path"]
@@ -325,9 +325,7 @@ class CorpusWriter:
             file.write(index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self.dtype))
             flush_file(file)
         # An index without its own tokens would lie; tokens without an index are no corpus.
-        with_suffix(self.path, ".idx").unlink(missing_ok=True)
-        for suffix in SUFFIXES:
-            self._partial(suffix).replace(with_suffix(self.path, suffix))
+        publish_files([(self._partial(suffix), with_suffix(self.path, suffix)) for suffix in SUFFIXES])
 
     def _partial(self, suffix: str) -> Path:
         return self.path.parent / f".{self.path.name}{suffix}.partial"

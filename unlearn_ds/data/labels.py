@@ -15,7 +15,7 @@ import numpy as np
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.corpus import CorpusError, with_suffix
 from unlearn_ds.data.hashing import derive_key, mix
-from unlearn_ds.durable import flush, replacing
+from unlearn_ds.durable import flush, naming, publish_files
 from unlearn_ds.stored import Count, Record, StoredError, Text, read
 
 
@@ -124,11 +124,18 @@ class LabelCache:
             pairs = np.fromfile(part, dtype="<i8").reshape(-1, 2)
             labels[pairs[:, 0]] = pairs[:, 1]
         content = {"num_tokens": self._num_tokens, "dtype": self._dtype.name, "key": self._key}
-        with_suffix(self._path, ".json").unlink(missing_ok=True)
-        for suffix, data in ((".bin", labels.tobytes()), (".json", json.dumps(content, indent=1).encode())):
-            with replacing(with_suffix(self._path, suffix)) as partial:
-                partial.write_bytes(data)
-                flush(partial)
+        written = []
+        try:
+            for suffix, data in ((".bin", labels.tobytes()), (".json", json.dumps(content, indent=1).encode())):
+                final = with_suffix(self._path, suffix)
+                written.append((final.with_name(f".{final.name}.partial"), final))
+                with naming(final):
+                    written[-1][0].write_bytes(data)
+                    flush(written[-1][0])
+            publish_files(written)
+        finally:
+            for partial, _ in written:
+                partial.unlink(missing_ok=True)
         for part in parts:
             part.unlink()
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from unlearn_ds.caches import explained
 from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, with_suffix
-from unlearn_ds.data.documents import find_sources
+from unlearn_ds.data.documents import DocumentSource, find_sources
 from unlearn_ds.data.overlap import ForgetIndex, count_copies
 from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
@@ -28,9 +29,10 @@ from unlearn_ds.data.sequences import shortest_document
 from unlearn_ds.data.summary import format_summary, save_histogram, summarise
 from unlearn_ds.data.tokenise import Encoder
 from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import remove_litter, replacing
 from unlearn_ds.markup import tell
-from unlearn_ds.options import OptionError, check_choices, parse
+from unlearn_ds.options import OptionError, check_choices, check_name, parse
+from unlearn_ds.ownership import OWNER_FILE, owned
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class PrepareConfig:
         if not any(self.sets().values()):
             raise OptionError(f"nothing to prepare: give documents with {', '.join(f'--{n}' for n in self.sets())}")
         check_choices(self)
+        check_name("domain", self.domain)
         if self.drop_overlap and self.overlap == "off":
             raise OptionError("--drop_overlap drops what --overlap finds, and --overlap off finds nothing")
         if self.domain == "general":
@@ -89,6 +92,10 @@ class PrepareConfig:
         """Option name -> what the user gave for it."""
         names = ("forget", "retain", "approximate", "general_retain", "general_evaluation")
         return {name: getattr(self, name) for name in names}
+
+    def folders(self) -> list[Path]:
+        """Where something is written: the corpora that are asked for, and the domain's summary."""
+        return sorted({self.path(name).parent for name, given in self.sets().items() if given or name == "forget"})
 
     def path(self, name: str) -> Path:
         """Prefix of the corpus that an option makes."""
@@ -110,12 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     """Make the corpora that `config` names; returns them by option name.
 
-    Raises `DocumentError`, `CorpusError` or `OptionError` for what the user can mend. All inputs are looked at before the
-    first is tokenised.
+    Raises `DocumentError`, `CorpusError` or `OptionError` for what the user can mend, and `FolderInUse` while another process
+    prepares corpora in one of the same folders. All inputs are looked at before the first is tokenised.
     """
     tokenizer = load_tokenizer(config)
     wanted = {name: find_sources(given) for name, given in config.sets().items() if given}
-    made_with = {"name": config.tokenizer_name_or_path, "fingerprint": tokenizer_fingerprint(tokenizer)}
     encoder = Encoder(tokenizer)
     if not encoder.is_fast:
         tell("note: this tokenizer's Rust side, if it has one, does not give the same ids alone: tokenising is slower")
@@ -124,7 +130,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
         name: {
             "documents": _digest([source.identity() for source in sources]),
             "text_column": config.text_column,
-            "tokenizer": made_with["fingerprint"],
+            "tokenizer": tokenizer_fingerprint(tokenizer),
             "vocab_size": vocab_size,
         }
         for name, sources in wanted.items()
@@ -132,6 +138,26 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     if config.drop_overlap:
         left_out = {"forget": _forget_identity(config, made_from), "overlap": config.overlap}
         made_from |= {name: made | {"left_out": left_out} for name, made in made_from.items() if name != "forget"}
+    with ExitStack() as held:
+        for folder in config.folders():
+            held.enter_context(owned(folder / OWNER_FILE, "wait for it, or choose another --data_dir"))
+            remove_litter(folder)
+        _write(config, tokenizer, encoder, wanted, made_from)
+        corpora = {name: Corpus(config.path(name)) for name in wanted}
+        report(config, corpora)
+    return corpora
+
+
+def _write(
+    config: PrepareConfig,
+    tokenizer: Any,
+    encoder: Encoder,
+    wanted: dict[str, list[DocumentSource]],
+    made_from: dict[str, dict[str, Any]],
+) -> None:
+    """Write the corpora that are not there yet, and bring up to date what the others say of themselves."""
+    made_with = {"name": config.tokenizer_name_or_path, "fingerprint": tokenizer_fingerprint(tokenizer)}
+    vocab_size = next(iter(made_from.values()))["vocab_size"]
     ready = {name for name in wanted if not config.overwrite_cache and _is_ready(config, name, made_from[name])}
     forget = _ForgetOnce(config)
     for name in sorted(wanted, key=lambda name: name != "forget"):
@@ -155,9 +181,6 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
             shortest=shortest_document(name),
             progress=not config.disable_tqdm,
         )
-    corpora = {name: Corpus(config.path(name)) for name in wanted}
-    report(config, corpora)
-    return corpora
 
 
 class _ForgetOnce:

@@ -9,7 +9,6 @@ ranks as there are cores or GPUs, at most two.
 
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,9 +21,12 @@ from tqdm import tqdm
 from unlearn_ds.cluster.processes import default_num_ranks, run_ranks
 from unlearn_ds.data import prepare
 from unlearn_ds.demo.data import DemoSizes, write_config, write_documents, write_tokenizer
+from unlearn_ds.durable import followed, remove
 from unlearn_ds.evaluation.report import write_report
+from unlearn_ds.layout import REPORT_FILES, foreign
 from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, parse
+from unlearn_ds.ownership import OWNER_FILE, owned
 
 SEQ_LEN = 256
 VOCAB_SIZE = 1024
@@ -83,6 +85,10 @@ _UNLEARNING_OPTIONS = "--global_batch_size 16"
 _PAIRED_OPTIONS = "--retain_ratio 2"  # of the methods that use retain data: two retain sequences per forget sequence
 
 
+# Beside the folders of the runs.
+_WRITTEN = ("documents", "start", "data", "runs.json", "runs.log", "robustness.log", MARKER, *REPORT_FILES)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     config = parse(DemoConfig, sys.argv[1:] if argv is None else argv, "unlearn-ds demo", __doc__ or "")
@@ -97,10 +103,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Carry out the demo and return the content of report.json.
 
-    Raises `OptionError` for a folder that is not an earlier demo's, `RuntimeError` if one of the runs fails.
+    Raises `FolderInUse` while another process works in the folder, `OptionError` for one that is not an earlier demo's, and
+    `RuntimeError` if one of the runs fails.
     """
+    root = followed(config.output_dir)
+    if root.exists() and not root.is_dir():
+        raise OptionError(f"--output_dir {root} exists and is no folder: give another one")
+    with owned(root / OWNER_FILE, "wait for it, or choose another --output_dir"):
+        return _run_demo(config, root)
+
+
+def _run_demo(config: DemoConfig, root: Path) -> dict[str, Any]:
     started = time.perf_counter()
-    root = Path(config.output_dir)
     claim_folder(root)
     num_ranks = config.num_ranks or default_num_ranks(at_most=2)
     start_model = make_data(root, config.seed)
@@ -133,10 +147,19 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def claim_folder(root: Path) -> None:
     """Make the demo's folder; clear an earlier demo's, refuse anything else."""
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        if not (root / MARKER).is_file():
-            raise OptionError(f"--output_dir {root} exists and is not an earlier demo's: give another one")
-        shutil.rmtree(root)
+    content = [path for path in root.iterdir() if OWNER_FILE not in path.name] if root.exists() else []
+    if content and not (root / MARKER).is_file():
+        raise OptionError(f"--output_dir {root} exists and is not an earlier demo's: give another one")
+    runs = {*TRAINING, *UNLEARNING, *GUARDS}
+    others = [path for path in content if path.name not in runs | set(_WRITTEN)]
+    others += [path / one for path in content if path.name in runs for one in foreign(path)]
+    if others:
+        raise OptionError(
+            f"--output_dir {root} would be cleared, and {others[0]} is nothing that a demo writes: move it away, or give "
+            "another folder"
+        )
+    for path in sorted(content, key=lambda path: path.name == MARKER):
+        remove(path)
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).write_text(json.dumps({"sizes": asdict(DemoSizes())}), encoding="utf-8")
 

@@ -8,7 +8,6 @@ The folder must be on a file system that all ranks see.
 
 import contextlib
 import io
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +18,21 @@ import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from unlearn_ds.cluster import distributed
-from unlearn_ds.durable import flush, fresh_folder, publish_folder, remove_folder, start_writing_back
+from unlearn_ds.durable import (
+    bring_all_back,
+    discard,
+    flush,
+    fresh_folder,
+    publish_folder,
+    remove,
+    remove_folder,
+    start_writing_back,
+)
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.engine.manifest import (
     MANIFEST,
     PIECE,
     STAMP,
-    STATE,
     Checkpoint,
     CheckpointError,
     Manifest,
@@ -36,9 +43,9 @@ from unlearn_ds.engine.manifest import (
     newest_one,
     read_shard,
 )
+from unlearn_ds.layout import STATE, UNIVERSAL
 
 CONVERSION_TIMEOUT_S = 6 * 3600.0
-_UNIVERSAL = "universal"
 
 
 class _SummedFile:
@@ -152,7 +159,7 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, origin: Origin, keep:
     final = folder(run_dir) / f"step_{step}"
     partial = folder(run_dir) / f".step_{step}.partial"
     try:
-        distributed.on_main(lambda: fresh_folder(partial / STATE))
+        distributed.on_main(lambda: fresh_folder(fresh_folder(partial) / STATE))
     except OSError as error:
         raise _not_saved(run_dir, step, str(error)) from error
     manifest = Manifest.of(origin, step)
@@ -165,7 +172,7 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, origin: Origin, keep:
 
     def publish() -> None:
         if why:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
             raise _not_saved(run_dir, step, why)
         try:
             (partial / MANIFEST).write_text(manifest.text(checksums), encoding="utf-8")
@@ -190,9 +197,10 @@ def _not_saved(run_dir: Path, step: int, why: str) -> CheckpointError:
 
 
 def remove_remains(run_dir: Path) -> None:
-    """Delete what a run that was killed while saving or deleting left behind."""
-    for path in (*folder(run_dir).glob(".step_*.partial"), *folder(run_dir).glob(".step_*.old")):
-        shutil.rmtree(path)
+    """Delete what a run that was killed while saving or deleting left behind; an older state that it had moved comes back."""
+    bring_all_back(folder(run_dir))
+    for path in (*folder(run_dir).glob(".step_*.partial"), *folder(run_dir).glob(".step_*.doomed")):
+        remove(path)
 
 
 def prepare_resume(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> None:
@@ -218,7 +226,7 @@ def _convert(path: Path) -> None:
 
     from deepspeed.checkpoint import ds_to_universal
 
-    partial = fresh_folder(path / f".{_UNIVERSAL}.partial")
+    partial = fresh_folder(path / f".{UNIVERSAL}.partial")
     with contextlib.redirect_stdout(io.StringIO()), as_data():
         ds_to_universal.main(
             argparse.Namespace(
@@ -232,7 +240,7 @@ def _convert(path: Path) -> None:
                 inject_missing_state=True,
             )
         )
-    publish_folder(partial, path / _UNIVERSAL)
+    publish_folder(partial, path / UNIVERSAL)
 
 
 def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) -> int:
@@ -248,7 +256,7 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) 
         )
     universal = checkpoint.world_size != distributed.world_size()
     distributed.on_main(lambda: _check_parameters(engine, checkpoint, grouped=not universal))
-    tag = _UNIVERSAL if universal else STATE
+    tag = UNIVERSAL if universal else STATE
     with as_data(), _own_options(engine):
         loaded, client_state = engine.engine.load_checkpoint(str(checkpoint.path), tag=tag)
     if loaded is None:
@@ -259,7 +267,7 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) 
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
         distributed.barrier()
-        distributed.on_main(lambda: remove_folder(checkpoint.path / _UNIVERSAL))  # as large as the checkpoint itself
+        distributed.on_main(lambda: remove_folder(checkpoint.path / UNIVERSAL))  # as large as the checkpoint itself
     return int(client_state["step"])
 
 

@@ -21,10 +21,10 @@ import xxhash
 from pydantic import Field
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.layout import CHECKPOINT_MANIFEST as MANIFEST
+from unlearn_ds.layout import CHECKPOINTS, STATE
 from unlearn_ds.stored import ABSENT, Positive, Record, StoredError, read_dict
 
-MANIFEST = "checkpoint.json"
-STATE = "state"
 PIECE = 4 << 20  # bytes, written, read and summed at once
 STAMP = "unlearn_ds"  # the key of a shard's stamp among DeepSpeed's
 _ROOT = 0
@@ -99,7 +99,7 @@ class Manifest:
 
 
 def folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
+    return run_dir / CHECKPOINTS
 
 
 def published(run_dir: Path) -> list[Path]:

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.durable import replacing
+from unlearn_ds.layout import METRICS_FILE
 from unlearn_ds.options import OptionError
 from unlearn_ds.stored import ABSENT, Count, OpenRecord, StoredError, check, parse
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -13,7 +13,8 @@ import torch
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import profiled_steps
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import make_folder, replacing
+from unlearn_ds.layout import PROFILE
 from unlearn_ds.marks import BACKWARD, FORWARD, LOSS, OPTIMIZER, REFERENCE
 from unlearn_ds.markup import tell
 
@@ -99,7 +100,7 @@ class StepProfiler:
 
     def __init__(self, steps: str | None, run_dir: Path) -> None:
         self._first, self._last = profiled_steps(steps) if steps else (0, 0)
-        self._folder = run_dir / "profile"
+        self._folder = run_dir / PROFILE
         self._profile: Any = None
         self._total_s = self._wait_s = 0.0
 
@@ -129,7 +130,7 @@ class StepProfiler:
         num_steps = self._last - self._first + 1
         distributed.say(*table(parts, num_steps, self._total_s).split("\n"))
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             self._write_trace(self._folder / f"rank{distributed.rank()}.json")
             if distributed.is_main():
                 content = {"num_steps": num_steps, "total_s": self._total_s, "parts_s": parts}

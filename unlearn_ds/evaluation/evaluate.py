@@ -12,6 +12,7 @@ import torch
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.durable import followed
 from unlearn_ds.engine.precision import name_of, settle
 from unlearn_ds.evaluation.generation import measure_generation
 from unlearn_ds.evaluation.options import EvaluateConfig
@@ -20,12 +21,13 @@ from unlearn_ds.evaluation.relearn import measure_relearning
 from unlearn_ds.evaluation.subject import load_subject
 from unlearn_ds.measures.card import update_card
 from unlearn_ds.measures.collect import collect_tables, open_sets
-from unlearn_ds.measures.folder import check_same_model, check_same_subject, evaluated, subject_statement
+from unlearn_ds.measures.folder import check_same_model, check_same_subject, evaluated, mend, subject_statement
 from unlearn_ds.measures.measured import check_comparable, statement
 from unlearn_ds.measures.result import finish
 from unlearn_ds.measures.verdict import Comparison
 from unlearn_ds.model.load import model_fingerprint
 from unlearn_ds.options import OptionError, parse
+from unlearn_ds.ownership import OWNER_FILE
 
 _OPTION_OF = {"generation": "generate"}  # measured beside the corpora -> its option, where that has another name
 
@@ -40,14 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure a model and write evaluation.json, tables/, roc.png and what else was asked for; returns the folder.
 
-    Every rank calls this. Raises `ValueError` (or a subclass) for what the user can mend.
+    Every rank calls this. Raises `ValueError` (or a subclass) for what the user can mend, `FolderInUse` while another process
+    writes there.
     """
     for note in config.notes():
         distributed.say(f"note: {note}")
-    output_dir = Path(config.output_dir) if config.output_dir else _default_output(config.model_name_or_path)
+    output_dir = followed(config.output_dir or _default_output(config.model_name_or_path))
+    # One process runs tasks, and needs no group of ranks for it.
+    device = None if config.tasks else distributed.init_distributed(config.num_threads)
+    remedy = "wait for it, or choose another --output_dir"
+    with distributed.owned(output_dir / OWNER_FILE, remedy):
+        distributed.on_main(lambda: mend(output_dir))
+        return _measure(config, output_dir, device)
+
+
+def _measure(config: EvaluateConfig, output_dir: Path, device: torch.device | None) -> Path:
     fingerprint = model_fingerprint(config.model_name_or_path)
     check_same_model(output_dir, fingerprint)
-    if config.tasks:
+    if device is None:
         from unlearn_ds.evaluation.tasks import run_tasks
 
         config = settle(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -68,7 +80,6 @@ def evaluate(config: EvaluateConfig) -> Path:
             said.extend(check_comparable("this evaluation", measured, f"--{flag}_model {one.folder}", one.statement))
         check_same_subject(output_dir, fingerprint, measured, again)
 
-    device = distributed.init_distributed(config.num_threads)
     config = settle(config, device)
     subject = load_subject(config, device, examine)
     config = replace(config, packing=subject.packing)

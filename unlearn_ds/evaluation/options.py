@@ -5,7 +5,7 @@ from typing import Literal
 
 from unlearn_ds.evaluation.published import PublishedFlags
 from unlearn_ds.measures.thresholds import Thresholds
-from unlearn_ds.options import OptionError, check_choices, did_you_mean
+from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
 
 QUANTIZATIONS = ("int8", "int4")
 _POSITIVE = (
@@ -80,6 +80,7 @@ class EvaluateConfig(PublishedFlags, Thresholds):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
+        check_name("domain", self.domain)
         self.check_published()
         for name in _POSITIVE.split():
             if getattr(self, name) <= 0:

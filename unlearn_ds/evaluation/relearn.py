@@ -5,7 +5,7 @@ Approximate is measured too: what those updates teach of the domain in general s
 """
 
 import dataclasses
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from unlearn_ds.data.overlap import ForgetIndex
 from unlearn_ds.data.plan import Source
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import make_plan
+from unlearn_ds.durable import remove
 from unlearn_ds.evaluation.options import EvaluateConfig
+from unlearn_ds.layout import RELEARNING
 from unlearn_ds.measures.collect import collect_tables, open_sets
 from unlearn_ds.measures.folder import write_json
 from unlearn_ds.measures.summary import evaluate_tables, show
@@ -41,8 +43,8 @@ def measure_relearning(config: EvaluateConfig, output_dir: Path, stated: dict[st
     Every rank calls this.
     Raises `OptionError` if there are fewer than two forget documents.
     """
-    scratch = output_dir / ".relearn"
-    distributed.on_main(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    scratch = output_dir / RELEARNING
+    distributed.on_main(lambda: remove(scratch))
     run_config = RunConfig(
         unlearn_method="finetune",
         train_on=("forget",),
@@ -54,7 +56,8 @@ def measure_relearning(config: EvaluateConfig, output_dir: Path, stated: dict[st
         per_device_train_batch_size=config.per_device_eval_batch_size,
         **{name: getattr(config, name) for name in _SHARED_OPTIONS.split()},
     )
-    run = build_run(run_config)
+    with ExitStack() as held:
+        run = build_run(run_config, held)  # which writes nothing more there
     sets = open_sets(config, run.model_config.vocab_size, run.tokenizer, config.max_sequences)
     taught, held_out = halves(sets["forget"], document_groups(sets["forget"].corpora[0]))
     source = Source("retain", CROSS_ENTROPY, 1.0, taught, TrueTargets())
@@ -79,7 +82,7 @@ def measure_relearning(config: EvaluateConfig, output_dir: Path, stated: dict[st
     old, new = (result[when]["sets"]["forget"]["ppl"] for when in ("before", "after"))
     distributed.say(f"relearning: forget perplexity of the other half {show(old)} before, {show(new)} after")
     distributed.on_main(lambda: write_json(output_dir / "relearn.json", result))
-    distributed.on_main(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    distributed.on_main(lambda: remove(scratch))
     return result
 
 

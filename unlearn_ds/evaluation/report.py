@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.caches import explained
+from unlearn_ds.durable import naming, replacing_together
 from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
+from unlearn_ds.layout import REPORT_FILES
 from unlearn_ds.markup import tell
-from unlearn_ds.measures.folder import write_json, write_text
+from unlearn_ds.measures.folder import as_json
 from unlearn_ds.measures.measured import check_comparable
 from unlearn_ds.measures.summary import DEFAULT_SEED, evaluate_tables
 from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.measures.verdict import Comparison, document_changes, judge
 from unlearn_ds.options import OptionError, did_you_mean, parse, with_flag_of_first
+from unlearn_ds.ownership import entry_file, owned
 
 _NUM_DOCUMENTS = 5  # shown at each end of the list of documents
 
@@ -93,9 +96,13 @@ def write_report(
             for name, model in loaded.items()
         },
     }
-    write_json(output_dir / "report.json", report)
-    write_text(output_dir / "report.md", render_markdown(report))
-    write_text(output_dir / "report.html", render_page(title, report, loaded))
+    rendered = (as_json(report), render_markdown(report), render_page(title, report, loaded))  # as REPORT_FILES
+    with owned(entry_file(output_dir / "report"), "wait for it", wait=True):  # beside whoever has the folder
+        paths = [output_dir / file for file in REPORT_FILES]
+        with replacing_together(paths) as partials:
+            for path, partial, text in zip(paths, partials, rendered):
+                with naming(path):
+                    partial.write_text(text, encoding="utf-8")
     return report
 
 

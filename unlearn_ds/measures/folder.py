@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import bring_all_back, make_folder, remove_litter, replacing
+from unlearn_ds.layout import ROBUSTNESS, TABLES
 from unlearn_ds.measures.files import KINDS
 from unlearn_ds.measures.table import Table, read_tables
 from unlearn_ds.options import OptionError
 from unlearn_ds.stored import read_dict
-
-ROBUSTNESS = ("generation", "quantize", "relearn", "tasks")  # NAME.json each, if it was asked for
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,12 @@ def evaluated_tables(folder: Path) -> dict[str, Table]:
 
 def table_digests(folder: Path) -> dict[str, str]:
     """A digest of each table in `folder`, by set."""
-    return {
-        path.stem: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        for path in sorted((folder / "tables").glob("*.parquet"))
-    }
+    return {path.stem: file_digest(path) for path in sorted((folder / "tables").glob("*.parquet"))}
+
+
+def file_digest(path: Path) -> str:
+    """What evaluation.json says of a table."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _check_tables(folder: Path, stated: dict[str, str] | None) -> None:
@@ -136,13 +137,25 @@ def stamp_model(folder: Path, fingerprint: str) -> None:
     write_json(folder / "evaluation.json", content | {"model_fingerprint": fingerprint})
 
 
+def mend(folder: Path) -> None:
+    """Undo what a killed process left in a folder of results that is this process's own."""
+    bring_all_back(folder)
+    for place in (folder, folder / TABLES):
+        remove_litter(place)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """The same for JSON that every parser reads: no NaN, no infinity."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False))
+    write_text(path, as_json(content))
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """JSON that every parser reads."""
+    return json.dumps(content, indent=2, allow_nan=False)

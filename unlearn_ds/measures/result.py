@@ -9,13 +9,15 @@ from transformers import PreTrainedConfig
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
+from unlearn_ds.durable import make_folder, naming, replacing_together
 from unlearn_ds.engine.engine import Ask
+from unlearn_ds.layout import EVALUATION_FILE, TABLES
 from unlearn_ds.measures.collect import collect_tables, open_sets
-from unlearn_ds.measures.folder import table_digests, write_json
+from unlearn_ds.measures.folder import as_json, file_digest
 from unlearn_ds.measures.measured import statement
 from unlearn_ds.measures.roc import save_roc
 from unlearn_ds.measures.summary import evaluate_tables, show
-from unlearn_ds.measures.table import Table, write_table
+from unlearn_ds.measures.table import Table, write_parquet
 from unlearn_ds.measures.verdict import Comparison, judge
 
 SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib", "reference")
@@ -46,13 +48,12 @@ def finish(
         measured = evaluate_tables(tables, original=comparison.original, seed=seed)
         measured["notes"] = [*notes, *measured["notes"]]
         result = header | measured | {"verdict": judge(tables, measured, comparison, seed=seed)}
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for old in (output_dir / "tables").glob("*.parquet"):
+        folder = output_dir / TABLES
+        make_folder(folder)
+        _write_together(folder, tables, output_dir / EVALUATION_FILE, result)
+        for old in folder.glob("*.parquet"):
             if old.stem not in tables:
                 old.unlink()
-        for name, table in tables.items():
-            write_table(output_dir / "tables" / f"{name}.parquet", table)
-        write_json(output_dir / "evaluation.json", result | {"tables": table_digests(output_dir)})
         if result["mia"]:
             save_roc(output_dir / "roc.png", tables)
         else:
@@ -63,6 +64,18 @@ def finish(
     distributed.say(*format_evaluation(result))
     distributed.say(f"written to {output_dir / 'evaluation.json'}")
     return result
+
+
+def _write_together(folder: Path, tables: dict[str, Table], evaluation: Path, result: dict[str, Any]) -> None:
+    """Write the tables and then what was computed from them; if one cannot be written, all of an earlier evaluation stay."""
+    paths = [folder / f"{name}.parquet" for name in tables]
+    with replacing_together([*paths, evaluation]) as (*partials, last):
+        for path, partial, table in zip(paths, partials, tables.values()):
+            with naming(path):
+                write_parquet(partial, table)
+        digests = {name: file_digest(partial) for name, partial in zip(tables, partials)}
+        with naming(evaluation):
+            last.write_text(as_json(result | {"tables": digests}), encoding="utf-8")
 
 
 def format_evaluation(result: dict[str, Any]) -> list[str]:

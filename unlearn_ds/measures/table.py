@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import make_folder, replacing
 
 Table = dict[str, np.ndarray]
 
@@ -123,9 +123,14 @@ def concat_tables(tables: Sequence[Table]) -> Table:
 
 def write_table(path: Path, table: Table) -> None:
     """Write parquet, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as partial:
-        pq.write_table(pa.table({column: pa.array(values) for column, values in table.items()}), partial)
+        write_parquet(partial, table)
+
+
+def write_parquet(path: Path, table: Table) -> None:
+    """Write parquet where nobody looks for it yet."""
+    pq.write_table(pa.table({column: pa.array(values) for column, values in table.items()}), path)
 
 
 def read_table(path: Path) -> Table:

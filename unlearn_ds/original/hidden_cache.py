@@ -22,10 +22,10 @@ from tqdm import tqdm
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
+from unlearn_ds.durable import discard, flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, can_open, make_cache_folder, original_model
+from unlearn_ds.original.cache_key import cache_path, original_model, to_be_made
 from unlearn_ds.stored import Count, Positive, Record, Text, read
 
 _MANIFEST = "cache.json"
@@ -138,9 +138,9 @@ def open_or_fill(
     """Open the cache, or let `engine`, which must still hold the original weights, compute it. Every rank calls this."""
     key = cache_key(sequences, model_fingerprint, dtype)
     folder = cache_path(sequences.corpora[0].path, "hidden", key, cache_dir)
-    described = folder / _MANIFEST
-    if overwrite or not distributed.on_main(lambda: can_open(described, lambda: read_whole(folder, key))):
-        _fill(sequences, engine, folder, key, rows_per_batch, packing, progress)
+    with to_be_made(folder, folder / _MANIFEST, lambda: read_whole(folder, key), overwrite) as missing:
+        if missing:
+            _fill(sequences, engine, folder, key, rows_per_batch, packing, progress)
     return HiddenCache(folder, key, engine.device)
 
 
@@ -159,7 +159,6 @@ def _fill(
     partial = folder.with_name(f".{folder.name}.partial")
 
     def prepare() -> None:
-        make_cache_folder(folder)
         # States and head; the index, and the offsets that it is made of.
         needed = (num_tokens + vocab_size) * hidden_size * _DTYPES[key["dtype"]].itemsize + 2 * 8 * num_tokens
         free = shutil.disk_usage(folder.parent).free
@@ -202,7 +201,7 @@ def _fill(
 def _end_on(failure: distributed.KeptFailure, partial: Path) -> None:
     """Raise `OptionError` on every rank, with nothing left behind, if any could not write. Every rank calls this."""
     if why := failure.everywhere():
-        distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        distributed.on_main(lambda: discard(partial))
         raise OptionError(
             f"--reference cache: the hidden states could not be written ({why}): make room, choose another folder with "
             "--cache_dir, or use --reference live"

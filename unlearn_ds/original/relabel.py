@@ -21,7 +21,7 @@ from unlearn_ds.data.sources import NamedCorpus
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.model.loss_head import SampleCall
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, can_open, make_cache_folder, original_model
+from unlearn_ds.original.cache_key import cache_path, original_model, to_be_made
 
 
 def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
@@ -52,8 +52,9 @@ def sampled_targets(
     key = cache_key(config, corpus, model_fingerprint)
     path = cache_path(corpus.corpus.path, "labels", key, config.cache_dir)
     described = with_suffix(path, ".json")
-    if config.overwrite_cache or not distributed.on_main(lambda: can_open(described, lambda: CachedTargets(path, key))):
-        _draw(config, corpus, sequences, ask, path, key, device)
+    with to_be_made(path, described, lambda: CachedTargets(path, key), config.overwrite_cache) as missing:
+        if missing:
+            _draw(config, corpus, sequences, ask, path, key, device)
     return CachedTargets(path, key)
 
 
@@ -67,7 +68,6 @@ def _draw(
     device: torch.device,
 ) -> None:
     top_k, top_p, rm_groundtruth = config.sampling
-    distributed.on_main(lambda: make_cache_folder(path))
     cache = LabelCache.create(path, corpus.corpus.num_tokens, corpus.corpus.tokens.dtype, key)
     distributed.barrier()
     batches = evaluation_batches(

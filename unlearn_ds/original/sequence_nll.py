@@ -18,7 +18,7 @@ from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.measures.collect import collect_table
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, can_open, make_cache_folder, original_model
+from unlearn_ds.original.cache_key import cache_path, original_model, to_be_made
 from unlearn_ds.stored import Count, Record, Text, read
 
 _MANIFEST = "cache.json"
@@ -58,22 +58,20 @@ def reference_nll(
     key = cache_key(config, corpus, model_fingerprint)
     folder = cache_path(corpus.corpus.path, "nll", key, config.cache_dir)
     described, count = folder / _MANIFEST, len(sequences)
-    if config.overwrite_cache or not distributed.on_main(
-        lambda: can_open(described, lambda: _read(folder, key, count))
-    ):
-        distributed.on_main(lambda: make_cache_folder(folder))
-        table = collect_table(
-            "forget by the original model",
-            sequences,
-            ask,
-            device,
-            seq_len=config.seq_len,
-            rows_per_batch=config.per_device_eval_batch_size,
-            packing=config.packing,
-            progress=not config.disable_tqdm,
-        )
-        values = -table["log_prob"] * table["num_tokens"]
-        distributed.on_main(lambda: _write(folder, key, values))
+    with to_be_made(folder, described, lambda: _read(folder, key, count), config.overwrite_cache) as missing:
+        if missing:
+            table = collect_table(
+                "forget by the original model",
+                sequences,
+                ask,
+                device,
+                seq_len=config.seq_len,
+                rows_per_batch=config.per_device_eval_batch_size,
+                packing=config.packing,
+                progress=not config.disable_tqdm,
+            )
+            values = -table["log_prob"] * table["num_tokens"]
+            distributed.on_main(lambda: _write(folder, key, values))
     return _read(folder, key, count)
 
 

@@ -1,6 +1,7 @@
 """From the options of a run to everything its loop needs: data planned, engine built and checked, state restored."""
 
 import secrets
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ from unlearn_ds.original.reference import AdapterReference, CachedReference, Liv
 from unlearn_ds.original.relabel import sampled_targets
 from unlearn_ds.original.sequence_nll import reference_nll
 from unlearn_ds.run.folder import (
-    claim_run_dir,
     earlier_record,
     find_checkpoint,
     note_other_threads,
+    own_run_dir,
     warn_of_another_length,
     with_earlier_choices,
 )
@@ -110,15 +111,15 @@ class Subject:
     num_trainable: int
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, held: ExitStack) -> Run:
     """Open the data, load the model into ZeRO partitions, draw labels, restore a checkpoint. Every rank calls this.
 
-    Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints.
+    Raises `ValueError` (or a subclass) for what the user can mend. The output folder is this run's own until `held` is closed.
     """
     ds_file = load_ds_file(config.deepspeed)
     device = distributed.init_distributed(config.num_threads)
     check_device(ds_file, device.type, config.deepspeed)
-    distributed.on_main(lambda: claim_run_dir(config, config.run_dir))
+    held.enter_context(own_run_dir(config))
     before = earlier_record(config)
     config = settle(config, device, before.bf16)
     check_options(before, config, config.run_dir)

@@ -12,34 +12,15 @@ from transformers.utils import cached_file
 
 from unlearn_ds import __version__
 from unlearn_ds.cluster import distributed
-from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
+from unlearn_ds.durable import discard, flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.gather import gathered_state_dict
+from unlearn_ds.layout import TOKENIZER_FILES
 from unlearn_ds.markup import markdown, markdown_code
 from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.model.lora import adapter_state, merged_state
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.transformers_4 import for_transformers_4
 from unlearn_ds.stored import load
-
-# Of all tokenizers; code that comes with one (trust_remote_code) is its own matter.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model*",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-    "tokenization_*.py",
-)
 
 
 def export_model(
@@ -73,7 +54,7 @@ def export_model(
             with naming(target):
                 write()
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
             raise error if isinstance(error, OSError) else OSError(f"{target}: {error}") from error
 
     distributed.on_main(write_or_clean_up)
@@ -95,7 +76,7 @@ def copy_tokenizer(tokenizer: Any, target: Path) -> None:
     A tokenizer without files of its own is saved.
     """
     folder = tokenizer_folder(tokenizer.name_or_path)
-    found = [] if folder is None else [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
+    found = [] if folder is None else [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
     if not found:
         tokenizer.save_pretrained(target)
     for path in found:

@@ -1,46 +1,89 @@
 """The folder of a run: claimed when it starts, and the checkpoint there that it goes on from."""
 
 import dataclasses
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from unlearn_ds import ownership
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.sources import RunRecord, parse_record, read_record
+from unlearn_ds.durable import remove, remove_litter
 from unlearn_ds.engine import checkpoint, manifest
+from unlearn_ds.layout import PROFILE, RUN_FILE, foreign
+from unlearn_ds.measures.folder import mend
 from unlearn_ds.options import AUTO, OptionError
+from unlearn_ds.ownership import OWNER_FILE
 
 _READ_OPTIONS = "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed"
 
 
-def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
-    """Create the output folder, or refuse one that an earlier run left full."""
+@contextmanager
+def own_run_dir(config: RunConfig) -> Iterator[None]:
+    """Make the output folder and hold it while the block runs. Every rank calls this; nothing is removed yet.
+
+    Raises `FolderInUse` while another process works there, and `OptionError` for a folder that this run may not write to: one
+    that an earlier run left full, unless it goes on with it or may clear it (`clear_run_dir`).
+    """
+    run_dir = config.run_dir
+    distributed.on_main(lambda: _check_no_file(run_dir))
+    remedy = "one run a folder: wait for it, stop it, or choose another --output_dir"
+    with distributed.owned(run_dir / OWNER_FILE, remedy):
+        distributed.on_main(lambda: claim_run_dir(config, run_dir))
+        yield
+
+
+def _check_no_file(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise OptionError(f"--output_dir {run_dir}: is a file")
-    if config.resume or config.auto_resume:
-        if config.resume and not manifest.published(run_dir):
-            raise OptionError(f"--resume: no complete checkpoint in {manifest.folder(run_dir)}")
-        checkpoint.remove_remains(run_dir)
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        if not config.overwrite_output_dir:
+
+
+def claim_run_dir(config: RunConfig, run_dir: Path) -> None:
+    """Mend what a killed run left in the folder, which is this run's own, and refuse what this run may not do to it."""
+    mend(run_dir)
+    remove_litter(run_dir / PROFILE)
+    checkpoint.remove_remains(run_dir)
+    if config.resume and not manifest.published(run_dir):
+        raise OptionError(f"--resume: no complete checkpoint in {manifest.folder(run_dir)}")
+    if config.resume or config.auto_resume or not _content(run_dir):
+        return
+    if not config.overwrite_output_dir:
+        raise OptionError(
+            f"--output_dir {run_dir} is not empty: --overwrite_output_dir clears it, --resume goes on from its newest "
+            "checkpoint"
+        )
+    if not (run_dir / RUN_FILE).exists():
+        raise OptionError(
+            f"--overwrite_output_dir: {run_dir} holds no {RUN_FILE}, so it is not an earlier run's: not cleared"
+        )
+    for name in _READ_OPTIONS.split():
+        given = getattr(config, name)
+        if given and Path(given).resolve().is_relative_to(run_dir.resolve()):
             raise OptionError(
-                f"--output_dir {run_dir} is not empty: --overwrite_output_dir clears it, --resume goes on from its newest "
-                "checkpoint"
+                f"--overwrite_output_dir would clear {run_dir}, and --{name} {given} lies in it: not cleared"
             )
-        if not (run_dir / "run.json").exists():
-            raise OptionError(
-                f"--overwrite_output_dir: {run_dir} holds no run.json, so it is not an earlier run's: not cleared"
-            )
-        for name in _READ_OPTIONS.split():
-            given = getattr(config, name)
-            if given and Path(given).resolve().is_relative_to(run_dir.resolve()):
-                raise OptionError(
-                    f"--overwrite_output_dir would clear {run_dir}, and --{name} {given} lies in it: not cleared"
-                )
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if others := foreign(run_dir):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise OptionError(
+            f"--overwrite_output_dir would clear {run_dir}, and {others[0]}{more} in it is nothing that a run writes: not "
+            "cleared; move it away, or choose another --output_dir"
+        )
+
+
+def clear_run_dir(config: RunConfig) -> None:
+    """With --overwrite_output_dir: remove what an earlier run wrote, run.json last. All that this run reads has been read."""
+    if config.overwrite_output_dir:
+        ownership.check()
+        for path in sorted(_content(config.run_dir), key=lambda path: path.name == RUN_FILE):
+            remove(path)
+
+
+def _content(run_dir: Path) -> list[Path]:
+    """What lies in a run's folder beside the owner file."""
+    return sorted(path for path in run_dir.iterdir() if OWNER_FILE not in path.name)
 
 
 def find_checkpoint(config: RunConfig, before: RunRecord) -> tuple[manifest.Checkpoint | None, RunRecord]:

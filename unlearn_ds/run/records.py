@@ -15,6 +15,7 @@ from unlearn_ds.durable import replacing
 from unlearn_ds.engine.engine import changes_nothing
 from unlearn_ds.engine.manifest import Origin
 from unlearn_ds.engine.precision import name_of
+from unlearn_ds.layout import RUN_FILE
 from unlearn_ds.model.attention import caps_scores, choose_attention
 from unlearn_ds.model.load import parameter_dtype
 from unlearn_ds.run.build import Run
@@ -72,7 +73,7 @@ def write_run_json(run: Run) -> None:
     content = record_of(run)
 
     def write() -> None:
-        with replacing(run.run_dir / "run.json") as partial:
+        with replacing(run.run_dir / RUN_FILE) as partial:
             partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     distributed.on_main(write)
