@@ -45,7 +45,7 @@ def load_subject(
     )
     model_config = open_config(options, config.seq_len)
     tokenizer = load_tokenizer(options.name_or_path, config.trust_remote_code)
-    size, node = model_size(model_config), distributed.ranks_per_node()
+    size, node = model_size(model_config, trust_remote_code=config.trust_remote_code), distributed.ranks_per_node()
     ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
     head = head_options(model_config, config.loss_impl, config.loss_workspace_mib)
     # What is wrong with the data is said before anything is loaded.

@@ -73,7 +73,7 @@ class ZeroInit:
 
 
 def load_config(options: ModelOptions) -> PreTrainedConfig:
-    """Read a model's config, with all dropout set to 0: an update must not depend on how rows are packed.
+    """Read a model's config, as it is: it is also what is exported.
 
     Raises `OptionError` if there is no such model, or if it is one that cannot be trained on packed rows.
     """
@@ -101,9 +101,6 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
             f"{options.name_or_path}: {model_class.__name__} cannot keep the sequences of a packed row apart: its attention, "
             "or its recurrent state, is not one that transformers lets us replace (_supports_attention_backend)"
         )
-    for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
     return config
 
 

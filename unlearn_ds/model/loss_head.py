@@ -24,6 +24,7 @@ from unlearn_ds.kernels import (
     linear_token_stats,
 )
 from unlearn_ds.marks import LOSS
+from unlearn_ds.model.layers import backbone
 from unlearn_ds.model.weights import Loading
 
 if TYPE_CHECKING:
@@ -185,13 +186,21 @@ _ANSWERS = {LossCall: _loss, StatsCall: _stats, SampleCall: _sample}
 class PackedCausalLM(nn.Module):
     """A causal LM as the engine calls it: packed rows in, the head's answer out.
 
-    One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants.
+    One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants. The model in it is
+    never in training mode: all that transformers draws at random (dropout, jitter and sampling of routers, dropped layers)
+    is off there, so that an update depends neither on how rows are packed nor on the number of ranks.
     """
 
     def __init__(self, model: nn.Module, loading: Loading | None = None) -> None:
         super().__init__()
         self.model = model
         self.loading = loading
+
+    def train(self, mode: bool = True) -> "PackedCausalLM":
+        """As of any module, but for the model: it stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     @property
     def head(self) -> nn.Module:
@@ -214,7 +223,7 @@ class PackedCausalLM(nn.Module):
         }
         if call is None and pick is None:
             return self.model(**inputs).logits
-        hidden = self.model.base_model(**inputs).last_hidden_state
+        hidden = backbone(self.model)(**inputs).last_hidden_state
         if call is None:
             return torch.index_select(hidden[0], 0, pick)
         return self.head(hidden, call)

@@ -65,7 +65,7 @@ class Run:
     num_parameters: int  # of the whole model, without adapters
     num_trainable: int
     state: dict[str, tuple[int, str]]  # of a rank: component -> (bytes, where)
-    flops: ModelFlops
+    flops: ModelFlops | None  # None: they cannot be counted
     corpora: list[list[NamedCorpus]]  # per term of the objective
     plan: Plan
     plan_id: str  # what a checkpoint must agree with
@@ -139,7 +139,7 @@ def build_run(config: RunConfig) -> Run:
         num_parameters=subject.num_parameters,
         num_trainable=subject.num_trainable,
         state=state(facts, setting),
-        flops=model_flops(subject.config, subject.num_trainable if config.lora_r else 0),
+        flops=count_flops(config, subject),
         corpora=corpora,
         plan=plan,
         plan_id=plan_id,
@@ -162,16 +162,29 @@ def open_subject(config: RunConfig) -> Subject:
         config.loading,
     )
     model_config = open_config(options, config.seq_len)
-    parameters = num_parameters(model_config)
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    parameters = num_parameters(model_config, **trusted)
+    adapters = trainable_parameters(model_config, lora_options(config), **trusted) if config.lora_r else None
     return Subject(
         options=options,
         config=model_config,
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
-        size=model_size(model_config),
+        size=model_size(model_config, **trusted),
         num_parameters=parameters,
-        num_trainable=trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters,
+        num_trainable=parameters if adapters is None else adapters,
     )
+
+
+def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
+    """What an update's FLOPs follow from; None, and said so, for a model in which they cannot be counted."""
+    adapters = subject.num_trainable if config.lora_r else 0
+    counted = model_flops(subject.config, adapters, trust_remote_code=config.trust_remote_code)
+    if counted is None:
+        distributed.say(
+            "warning: this model's matrix products cannot be counted: TFLOP/s are not written to metrics.jsonl"
+        )
+    return counted
 
 
 def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]]) -> tuple[list[Source], Plan]:
