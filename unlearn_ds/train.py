@@ -36,7 +36,7 @@ from unlearn_ds.engine.engine import UpdateResult
 from unlearn_ds.engine.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.engine.profile import StepProfiler
 from unlearn_ds.measures.folder import stamp_model
-from unlearn_ds.model.load import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
 from unlearn_ds.run.build import Run, build_run

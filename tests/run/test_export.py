@@ -24,7 +24,8 @@ from tests.support.cluster import require
 from unlearn_ds.demo.data import write_tokenizer
 from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.gather import _groups
-from unlearn_ds.model.load import ModelOptions, load_config, load_model
+from unlearn_ds.model.configs import ModelOptions, load_config
+from unlearn_ds.model.load import load_model
 from unlearn_ds.model.lora import LoraOptions, add_adapters, is_adapter
 from unlearn_ds.model.loss_head import HeadOptions, LogitShape
 from unlearn_ds.run import export

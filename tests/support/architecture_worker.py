@@ -18,8 +18,9 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.engine.checks import check_model, pack
 from unlearn_ds.engine.ds_config import load_ds_file, training_config
 from unlearn_ds.engine.engine import TrainingEngine
+from unlearn_ds.model.configs import ModelOptions, load_config
 from unlearn_ds.model.layers import decoder_layer_classes
-from unlearn_ds.model.load import ModelOptions, load_config, load_model, logit_shape
+from unlearn_ds.model.load import load_model, logit_shape
 from unlearn_ds.model.loss_head import HeadOptions, LogitShape, LossCall
 from unlearn_ds.model.size import model_size
 

@@ -17,7 +17,7 @@ from unlearn_ds.cost.peak import CHECKPOINTING, Model, Setting, checkpointing_sh
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine.ds_config import sized
 from unlearn_ds.model.activations import LayerActivations, layer_activations
-from unlearn_ds.model.load import parameter_dtype
+from unlearn_ds.model.configs import parameter_dtype
 from unlearn_ds.model.lora import LoraOptions, add_adapters
 from unlearn_ds.model.size import ModelSize
 from unlearn_ds.objectives import KL, SEQUENCE

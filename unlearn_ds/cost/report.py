@@ -89,7 +89,7 @@ class Estimator:
         from unlearn_ds.cost.flops import model_flops
         from unlearn_ds.data.sources import make_sources, open_run_corpora
         from unlearn_ds.engine.ds_config import load_ds_file
-        from unlearn_ds.model.load import ModelOptions, load_config
+        from unlearn_ds.model.configs import ModelOptions, load_config
         from unlearn_ds.model.lora import lora_options, trainable_parameters
         from unlearn_ds.model.size import model_size, num_parameters
 

@@ -14,7 +14,8 @@ from unlearn_ds.engine.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine.engine import FrozenEngine
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.measures.collect import open_sets
-from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, open_config
+from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config
+from unlearn_ds.model.load import head_options, load_model
 from unlearn_ds.model.size import model_size
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_ds.cluster import distributed
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.options import OptionError
 
@@ -56,14 +57,9 @@ class Loading:
         )
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the safetensors files that a model folder's index names; empty when there are none."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-    return {stored.key: stored for name in names for stored in _file_header(folder / name)}
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Every tensor of those of `files` that are safetensors; of one that is in several, the last."""
+    return {stored.key: stored for file in files if file.suffix == ".safetensors" for stored in _file_header(file)}
 
 
 def _file_header(path: Path) -> Iterator[Stored]:
@@ -76,7 +72,10 @@ def _file_header(path: Path) -> Iterator[Stored]:
             raise OptionError(f"{path}: a pointer of Git LFS instead of the weights: `git lfs pull` fetches them")
         if not 2 <= length <= size - 8:
             raise OptionError(f"{path}: not a safetensors file, or cut off in its header")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise OptionError(f"{path}: not a safetensors file: {error}") from error
     for key, entry in header.items():
         if key == "__metadata__":
             continue
@@ -89,7 +88,8 @@ def _file_header(path: Path) -> Iterator[Stored]:
 def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[str, Stored], str | None]:
     """Map the parameters and buffers of `model` (a blank one) to stored tensors, by transformers' own renaming rules.
 
-    Returns (the tensors that are stored as the model wants them, why the rest is not; None when there is no rest).
+    Returns (the tensors that are stored as the model wants them, why the rest is not; None when there is no rest). Raises
+    `OptionError` for a shape that the model does not have, and for two tensors in one place.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -110,7 +110,12 @@ def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[
         elif where.dtype is None:
             problem = f"{key} is stored in a dtype that needs conversion"
         elif where.shape != tuple(wanted[name].shape):
-            problem = f"{key} has shape {where.shape} in the file and {tuple(wanted[name].shape)} in the model"
+            raise OptionError(
+                f"{where.file}: {key} has shape {where.shape} in the file and {tuple(wanted[name].shape)} by config.json: "
+                "the two do not belong together"
+            )
+        elif name in found:
+            raise OptionError(f"{where.file.parent}: {key!r} and {found[name].key!r} are both there for {name}")
         else:
             found[name] = where
     present = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in found}
@@ -118,6 +123,41 @@ def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[
     if missing and problem is None:
         problem = f"no tensor for {missing[0]} in the files"
     return found, problem
+
+
+def check_ties(model: nn.Module, found: dict[str, Stored]) -> None:
+    """Raise `OptionError` where the config of `model` (a blank one) ties weights that the files hold with different values.
+
+    transformers unties those when it loads. Every rank calls this; rank 0 reads the tensors.
+    """
+    first: dict[int, str] = {}
+    pairs = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in found and first.setdefault(id(parameter), name) != name:
+            pairs.append((first[id(parameter)], name))
+
+    def compare() -> None:
+        for one, other in pairs:
+            if not _equal_values(found[one], found[other]):
+                raise OptionError(
+                    f"{found[one].file.parent}: config.json ties {other} to {one}, and the files hold them with different "
+                    'values: write "tie_word_embeddings": false into config.json'
+                )
+
+    if pairs:
+        distributed.on_main(compare)
+
+
+def _equal_values(one: Stored, other: Stored) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
+        parts = first.get_slice(one.key), second.get_slice(other.key)
+        size = max(1, _STAGING_BYTES // (4 * max(1, one.shape[-1])))
+        return all(
+            torch.equal(parts[0][start : start + size], parts[1][start : start + size].to(one.dtype))
+            for start in range(0, one.shape[0], size)
+        )
 
 
 def why_not_direct(model: nn.Module, ds_config: dict[str, Any], problem: str | None) -> str | None:

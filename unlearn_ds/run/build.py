@@ -30,8 +30,10 @@ from unlearn_ds.engine.ds_config import check_device, inference_config, load_ds_
 from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.engine.precision import settle
 from unlearn_ds.engine.tf32 import EXACT, training_precision
+from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config
+from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
-from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, model_fingerprint, open_config
+from unlearn_ds.model.load import head_options, load_model
 from unlearn_ds.model.lora import add_adapters, lora_options, trainable_parameters
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size, num_parameters

@@ -15,7 +15,7 @@ from unlearn_ds.durable import replacing
 from unlearn_ds.engine.engine import changes_nothing
 from unlearn_ds.engine.precision import name_of
 from unlearn_ds.model.attention import caps_scores, choose_attention
-from unlearn_ds.model.load import parameter_dtype
+from unlearn_ds.model.configs import parameter_dtype
 from unlearn_ds.run.build import Run
 
 
