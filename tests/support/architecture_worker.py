@@ -65,7 +65,7 @@ def measure(folder: Path, model: torch.nn.Module) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     engine, config = build(folder)
-    check_model(engine.ask, config.vocab_size, torch.float32, engine.device, folder.name)
+    check_model(engine.engine, 64, config.vocab_size, torch.float32, engine.device, folder.name)
     own = sequences(distributed.rank())
     rows = torch.cat([torch.arange(len(s) - 1) for s in own])
     starts = torch.tensor([0, *(len(s) for s in own)]).cumsum(0)
@@ -110,7 +110,7 @@ def main(folder: Path) -> None:
             print("RESULT", json.dumps({"name": name, **result}), flush=True)
     try:
         engine, config = build(folder / "gemma2", LogitShape())
-        check_model(engine.ask, config.vocab_size, torch.float32, engine.device, "gemma2")
+        check_model(engine.engine, 64, config.vocab_size, torch.float32, engine.device, "gemma2")
     except ValueError as error:
         if distributed.is_main():
             print("RESULT", json.dumps({"name": "refused", "message": str(error)}), flush=True)

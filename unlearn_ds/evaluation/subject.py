@@ -52,5 +52,5 @@ def load_subject(
     # What is wrong with the data is said before anything is loaded.
     examine(open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences))
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
-    check_model(engine.ask, model_config.vocab_size, options.dtype, device, options.name_or_path)
+    check_model(engine.engine, config.seq_len, model_config.vocab_size, options.dtype, device, options.name_or_path)
     return Subject(engine, model_config, tokenizer, device)

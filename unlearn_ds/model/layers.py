@@ -18,8 +18,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The part of a causal LM that computes hidden states. Raises `OptionError` for a model that does not show it."""
-    for part in (model.base_model, model.get_decoder()):  # Llama 4's prefix names no part of its text model
-        if part is not None and part is not model:
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()
+    for part in model.children():  # Llama 4's prefix names no part of its text model
+        if part is not embedding and any(module is embedding for module in part.modules()):
             return part
     raise OptionError(
         f"{type(model).__name__} does not say which part of it computes hidden states: it is not supported"

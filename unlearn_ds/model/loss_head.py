@@ -215,12 +215,15 @@ class PackedCausalLM(nn.Module):
         inputs = {
             "input_ids": rows.input_ids,
             "position_ids": rows.position_ids,
-            "cu_seq_lens_q": rows.cu_seqlens,
-            "cu_seq_lens_k": rows.cu_seqlens,
-            "max_length_q": rows.max_seqlen,
-            "max_length_k": rows.max_seqlen,
             "use_cache": False,  # with a cache transformers builds no packed attention, silently
         }
+        if rows.cu_seqlens is not None:  # else one sequence, and the model's own attention (`engine.checks`)
+            inputs |= {
+                "cu_seq_lens_q": rows.cu_seqlens,
+                "cu_seq_lens_k": rows.cu_seqlens,
+                "max_length_q": rows.max_seqlen,
+                "max_length_k": rows.max_seqlen,
+            }
         if call is None and pick is None:
             return self.model(**inputs).logits
         hidden = backbone(self.model)(**inputs).last_hidden_state

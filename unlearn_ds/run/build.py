@@ -232,7 +232,7 @@ def build_engine(
     model.train()
     engine = TrainingEngine(model, config, ds_config, num_steps)
     options = subject.options
-    check_model(engine.ask, subject.config.vocab_size, options.dtype, device, options.name_or_path)
+    check_model(engine.engine, config.seq_len, subject.config.vocab_size, options.dtype, device, options.name_or_path)
     return engine, adapter
 
 
