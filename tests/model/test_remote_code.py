@@ -13,8 +13,8 @@ from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.model.activations import layer_activations
 from unlearn_ds.model.configs import ModelOptions, load_config
 from unlearn_ds.model.load import load_model
-from unlearn_ds.model.loss_head import HeadOptions, LogitShape
 from unlearn_ds.model.lora import LoraOptions, trainable_parameters
+from unlearn_ds.model.loss_head import HeadOptions, LogitShape
 from unlearn_ds.model.size import model_size, num_parameters
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.export import export_model
@@ -59,7 +59,9 @@ def test_everything_that_builds_the_model_uses_its_code(folder: Path) -> None:
     assert model_flops(config, **TRUSTED).matrices < parameters
     assert layer_activations(config, torch.float32, **TRUSTED).all > 0
     assert trainable_parameters(config, LoraOptions(4, 8.0, ()), **TRUSTED) < parameters
-    model = load_model(options, config, {"zero_optimization": {"stage": 2}}, HeadOptions(LogitShape()), torch.device("cpu"))
+    model = load_model(
+        options, config, {"zero_optimization": {"stage": 2}}, HeadOptions(LogitShape()), torch.device("cpu")
+    )
     assert type(model.model).__name__ == "OddForCausalLM"
     export_model(model.model, None, folder.with_name("exported"), "card")
     assert {path.name for path in folder.with_name("exported").glob("*.py")} == set(CODE)

@@ -75,6 +75,21 @@ def test_a_missing_tensor_is_a_problem_unless_it_is_tied(tmp_path):
         assert match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))[1] == expected
 
 
+def test_another_shape_in_a_file_of_torchs_own_is_refused(tmp_path):
+    model = tiny_model("llama")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    _, problem = match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))
+    assert "is stored in a form that transformers converts" in problem
+    torch.save(model.state_dict() | {"lm_head.weight": torch.ones(130, 32)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        OptionError, match=r"lm_head.weight has shape \(130, 32\) in the file and \(131, 32\) by config.json"
+    ):
+        match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no weights")
+    with pytest.raises(OptionError, match=r"pytorch_model.bin: not weights that torch reads safely"):
+        stored_tensors(weight_files(tmp_path))
+
+
 def test_two_tensors_for_one_place_are_refused(llama):
     model, folder = llama
     state = load_file(folder / "model.safetensors")

@@ -58,8 +58,19 @@ class Loading:
 
 
 def stored_tensors(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor of those of `files` that are safetensors; of one that is in several, the last."""
-    return {stored.key: stored for file in files if file.suffix == ".safetensors" for stored in _file_header(file)}
+    """Every tensor of a model's files; of one that is in several, the last. Raises `OptionError` for what cannot be read."""
+    found = [_file_header(file) if file.suffix == ".safetensors" else _torch_header(file) for file in files]
+    return {stored.key: stored for header in found for stored in header}
+
+
+def _torch_header(path: Path) -> list[Stored]:
+    """Names and shapes in a file of torch's own, which transformers reads for us."""
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+        return [Stored(path, key, 0, tuple(value.shape), None) for key, value in content.items()]
+    except Exception as error:  # of any kind: what it meets in a file that is none of its own
+        reason = str(error).strip().split("\n")[0]
+        raise OptionError(f"{path}: not weights that torch reads safely (weights_only): {reason}") from error
 
 
 def _file_header(path: Path) -> Iterator[Stored]:
@@ -107,8 +118,6 @@ def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[
             continue
         if converted is not None:
             problem = f"{key} is converted on loading"
-        elif where.dtype is None:
-            problem = f"{key} is stored in a dtype that needs conversion"
         elif where.shape != tuple(wanted[name].shape):
             raise OptionError(
                 f"{where.file}: {key} has shape {where.shape} in the file and {tuple(wanted[name].shape)} by config.json: "
@@ -116,6 +125,8 @@ def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[
             )
         elif name in found:
             raise OptionError(f"{where.file.parent}: {key!r} and {found[name].key!r} are both there for {name}")
+        elif where.dtype is None:
+            problem = f"{key} is stored in a form that transformers converts"
         else:
             found[name] = where
     present = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in found}
