@@ -20,6 +20,7 @@ from transformers import (
     PhiConfig,
 )
 
+from tests.support.architectures import tiny_model
 from tests.support.cluster import require
 from unlearn_ds.demo.data import write_tokenizer
 from unlearn_ds.engine.checks import pack
@@ -159,8 +160,10 @@ def mixture():
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def test_merged_experts_are_exported(tmp_path):
-    model = mixture()
+@pytest.mark.parametrize("make", [mixture, lambda: tiny_model("gpt2"), lambda: tiny_model("llama-tied")])
+def test_merged_adapters_are_exported(tmp_path, make):
+    """Of experts, of matrices that are stored transposed, beside a head that is the input embedding."""
+    model = make()
     adapter = add_adapters(model, LoraOptions(r=4, alpha=8.0, targets=()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -168,7 +168,7 @@ def merged_state(state: dict[str, Tensor], model: nn.Module, adapter: Any) -> di
     copy = blank_model(model.config, type(model))
     with torch.device("meta"):
         _put_in_place(adapter, copy)
-    unknown = copy.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    absent, unknown = copy.load_state_dict(state, strict=False, assign=True)  # absent: what is tied is gathered once
     assert not unknown, f"the adapters of a model built anew lie elsewhere: {unknown[:3]}"
     for _, layer in _adapted(copy):
         dtypes = {parameter: parameter.dtype for parameter in layer.parameters()}
@@ -177,10 +177,8 @@ def merged_state(state: dict[str, Tensor], model: nn.Module, adapter: Any) -> di
         layer.merge()
         for parameter, dtype in dtypes.items():
             parameter.data = parameter.data.to(dtype)
-    plain = {
-        name.replace(".base_layer", ""): tensor for name, tensor in copy.state_dict().items() if not is_adapter(name)
-    }
-    return plain
+    whole = {name: tensor for name, tensor in copy.state_dict().items() if name not in absent and not is_adapter(name)}
+    return {name.replace(".base_layer", ""): tensor for name, tensor in whole.items()}
 
 
 def wrong_names(state: dict[str, Tensor], model: nn.Module) -> str | None:
