@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from tests.support.paths import ROOT
 from tests.support.patience import finish
 from tests.support.runs import save_tiny_model
-from unlearn_ds.model.load import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint
 
 NAME, COMMIT = "owner/name", "a" * 40
 CODE = f"""
-from unlearn_ds.model.load import ModelOptions, load_config, model_fingerprint, model_folder
+from unlearn_ds.model.configs import ModelOptions, load_config
+from unlearn_ds.model.files import model_fingerprint, model_folder
 load_config(ModelOptions("{NAME}"))
 print(model_fingerprint("{NAME}"), len(list(model_folder("{NAME}").glob("*.safetensors"))))
 """

@@ -40,11 +40,11 @@ from unlearn_ds.engine.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.engine.profile import StepProfiler
 from unlearn_ds.layout import MODEL
 from unlearn_ds.measures.folder import stamp_model
-from unlearn_ds.model.load import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
 from unlearn_ds.run.build import Run, build_run
-from unlearn_ds.run.export import export_model, model_card
+from unlearn_ds.run.export import export_model, model_card, sample_logits
 from unlearn_ds.run.folder import clear_run_dir
 from unlearn_ds.run.guards import Guard
 from unlearn_ds.run.records import announce, describe, origin_of, write_run_json
@@ -102,7 +102,8 @@ def export_run(run: Run, evaluation: dict[str, Any] | None) -> None:
     config, target = run.config, run.run_dir / MODEL
     card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
     merge = config.lora_export == "merged"
-    export_model(run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge)
+    sample = sample_logits(run.engine.ask, run.model_config.vocab_size, run.device)
+    export_model(run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge, sample)
     if evaluation is not None and (target / "config.json").is_file():  # an adapter alone is no model
         distributed.on_main(lambda: stamp_model(run.run_dir, model_fingerprint(str(target))))
     distributed.say(f"model written to {target}")
@@ -239,7 +240,12 @@ def metrics_row(
 
 
 def achieved_flops(run: Run, step: Step, elapsed_s: float) -> dict[str, float]:
-    """Model TFLOP/s of a rank by the convention of `flops`, the reference's forward apart; MFU where the peak is known."""
+    """Model TFLOP/s of a rank by the convention of `flops`, the reference's forward apart; MFU where the peak is known.
+
+    Nothing where the model's FLOPs cannot be counted.
+    """
+    if run.flops is None:
+        return {}
     seconds = elapsed_s * distributed.world_size()
     rate = run.flops.training(step.length) / seconds
     forward = run.reference.hidden_cache is None  # with a cache none is made

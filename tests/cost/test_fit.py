@@ -10,7 +10,7 @@ from tests.support.cluster import make_tiny_run, metrics
 from unlearn_ds.config import RunConfig
 from unlearn_ds.cost import fit
 from unlearn_ds.cost.peak import CHECKPOINTING, Model, Setting, update_bytes
-from unlearn_ds.model.activations import LayerActivations, NotCounted
+from unlearn_ds.model.activations import LayerActivations
 from unlearn_ds.model.layers import wrap_layers
 from unlearn_ds.options import OptionError, parse
 
@@ -109,14 +109,14 @@ def test_layers_are_not_wrapped_before_it_is_settled():
 
 
 def test_a_model_that_cannot_be_counted_gets_the_smallest(monkeypatch, capsys):
-    def fails(*_):
-        raise NotCounted("no meta kernel")
+    def fails(*_, **__):
+        raise TypeError("no mask")
 
-    monkeypatch.setattr(fit, "with_activations", fails)
+    monkeypatch.setattr(fit, "layer_activations", fails)
     config = RunConfig("gradient_ascent", "o", target_model_name_or_path="m")
     settled = fit.settle_memory(config, MODEL, None, SETTING, None, torch.device("cpu"))
     assert settled.activation_checkpointing == "full"
-    assert "cannot be counted: no meta kernel" in capsys.readouterr().err
+    assert "cannot be counted: TypeError: no mask" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

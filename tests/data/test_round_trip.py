@@ -16,7 +16,7 @@ from tokenizers import (
 )
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from tests.test_readers import as_jsonl
+from tests.support.table_files import as_jsonl
 from unlearn_ds.data.corpus import CorpusError
 from unlearn_ds.data.prepare import PrepareConfig, prepare
 from unlearn_ds.data.round_trip import RoundTrip

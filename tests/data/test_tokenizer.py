@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from tests.test_readers import as_jsonl
+from tests.support.table_files import as_jsonl
 from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.prepare import PrepareConfig, main, prepare
 from unlearn_ds.data.tokenise import Encoder

@@ -1,11 +1,14 @@
-"""unlearn_ds.engine.checks: large logits are no reason to refuse a model, another function of them is."""
+"""unlearn_ds.engine.checks: which models are computed as they compute themselves, and what is said of the others."""
+
+import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 
 from unlearn_ds.engine.checks import check_model
 from unlearn_ds.model import attention
+from unlearn_ds.model.load import logit_shape
 from unlearn_ds.model.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
 from unlearn_ds.options import OptionError
 
@@ -24,7 +27,7 @@ def check(shape: LogitShape, dtype: torch.dtype) -> None:
         model.transformer.ln_f.bias[0] = -100
     attach(model.get_output_embeddings(), HeadOptions(shape))
     packed = PackedCausalLM(model.to(dtype))
-    check_model(torch.no_grad()(packed), VOCAB_SIZE, dtype, torch.device("cpu"), "gpt2")
+    check_model(packed, 64, VOCAB_SIZE, dtype, torch.device("cpu"), "gpt2")
 
 
 def test_logits_that_bf16_rounds_coarsely_are_no_reason_to_refuse() -> None:
@@ -38,3 +41,102 @@ def test_logits_that_the_head_scales_otherwise_are(dtype: torch.dtype) -> None:
         OptionError, match=r"gpt2: the loss head's log-probabilities differ .* Supported: bias, logit scale"
     ):
         check(LogitShape(scale=0.5), dtype)
+
+
+SMALL = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "head_dim": 8}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+INDEXED = EXPERTS | LATENT | {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+MIXES, OTHER_MASK = "depends on another sequence of its packed row", "PhimoeAttention masks in a way .* not told of"
+
+
+def check_architecture(kind, dtype, seq_len=48, spread=0.02, change=None, **fields):
+    """Check a fresh model of two layers; `spread` is that of its weights, 0.02 where nothing has been trained."""
+    torch.manual_seed(0)
+    attention.register()
+    config = CONFIG_MAPPING[kind](**SMALL | fields, initializer_range=spread)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.SDPA, dtype=dtype)
+    if change is not None:
+        change(model)
+    attach(model.get_output_embeddings(), HeadOptions(logit_shape(config)))
+    check_model(PackedCausalLM(model).train(), seq_len, 131, dtype, torch.device("cpu"), kind)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert config._attn_implementation == attention.SDPA
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 5}),
+        ("mistral", {"sliding_window": 100}),
+        ("mixtral", {"num_local_experts": 4, "router_jitter_noise": 0.1}),
+        ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.1, "input_jitter_noise": 0.1}),
+        ("gemma3_text", LAYERS),
+        ("gpt2", {"resid_pdrop": 0.1, "attn_pdrop": 0.1}),
+        ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 8}),
+    ],
+)
+def test_what_is_computed_as_it_is(kind, fields, dtype):
+    for spread in (0.02, 0.2):
+        check_architecture(kind, dtype, spread=spread, **fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("phimoe", {"num_local_experts": 4, "sliding_window": 5}, OTHER_MASK),
+        ("doge", {"keep_window_size": 8}, "DogeAttention adds numbers of its own to its scores"),
+        ("bert-generation", {}, "is not causal"),
+        ("gemma3_text", LAYERS | {"use_bidirectional_attention": True}, "is not causal"),
+        ("llama4_text", {"head_dim": 8, "num_local_experts": 4, "attention_chunk_size": 8}, "not told of"),
+        ("lfm2_moe", EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0}, MIXES),
+        ("minimax", {"num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]}, MIXES),
+        ("zaya", {}, MIXES),
+        ("deepseek_v32", INDEXED, "DeepseekV32ForCausalLM cannot be run on packed rows: TypeError"),
+    ],
+)
+def test_what_is_not_is_refused_by_name_with_fresh_weights_too(kind, fields, message, dtype):
+    with pytest.raises(OptionError, match=f"^{kind}: .*{message}"):
+        check_architecture(kind, dtype, **fields)
+
+
+def test_a_window_beyond_what_is_tried_is_seen_too():
+    wide = {"num_local_experts": 4, "max_position_embeddings": 4096, "sliding_window": 700}
+    check_architecture("phimoe", torch.float32, seq_len=700, **wide)
+    with pytest.raises(OptionError, match="cannot be shown to hold for 701 tokens"):
+        check_architecture("phimoe", torch.float32, seq_len=701, **wide)
+
+
+@pytest.mark.parametrize("source", [torch.rand_like, lambda x: torch.full_like(x, random.random())])
+def test_noise_that_no_mode_switches_off_is_refused(source):
+    def add_noise(model):
+        norm = model.model.norm
+        plain = norm.forward
+        norm.forward = lambda hidden: plain(hidden) + 1e-3 * source(hidden)
+
+    with pytest.raises(OptionError, match="two forwards of the same sequence differ: something in it is random"):
+        check_architecture("llama", torch.float32, change=add_noise)
+
+
+def test_a_leak_far_below_every_tolerance_is_seen():
+    def add_leak(model):
+        norm = model.model.norm
+        plain = norm.forward
+        norm.forward = lambda hidden: plain(hidden + 1e-30 * hidden.cumsum(1))
+
+    with pytest.raises(OptionError, match=MIXES):
+        check_architecture("llama", torch.bfloat16, change=add_leak)

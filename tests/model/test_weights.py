@@ -1,6 +1,7 @@
 """Reading safetensors into partitions: layout, names, verification. Sharded loads are in test_architectures."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.architectures import tiny_model
-from unlearn_ds.model.weights import match_parameters, stored_tensors, verify, why_not_direct
+from unlearn_ds.model.files import weight_files
+from unlearn_ds.model.weights import check_ties, match_parameters, stored_tensors, verify, why_not_direct
 from unlearn_ds.options import OptionError
 
 
@@ -26,7 +28,7 @@ def llama(tmp_path):
 
 def test_the_header_says_where_every_tensor_lies(llama):
     model, folder = llama
-    stored = stored_tensors(folder)
+    stored = stored_tensors(weight_files(folder))
     raw = bytearray((folder / "model.safetensors").read_bytes())
     for name, parameter in model.named_parameters():
         where = stored[name]
@@ -37,8 +39,9 @@ def test_the_header_says_where_every_tensor_lies(llama):
 def test_the_index_names_the_files(llama):
     model, folder = llama
     model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)  # which would be the one to count
     (folder / "consolidated.safetensors").write_bytes(b"not ours")
-    stored = stored_tensors(folder)
+    stored = stored_tensors(weight_files(folder))
     assert len({where.file for where in stored.values()}) > 1
     assert set(stored) == {name for name, _ in model.named_parameters()}
 
@@ -48,16 +51,16 @@ def test_a_file_cut_off_is_named(llama):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(OptionError, match=r"model.safetensors: .* it is cut off"):
-        stored_tensors(folder)
+        stored_tensors(weight_files(folder))
     path.write_bytes(b"\xff" * 100)
     with pytest.raises(OptionError, match="not a safetensors file, or cut off in its header"):
-        stored_tensors(folder)
+        stored_tensors(weight_files(folder))
 
 
 def test_names_without_the_base_models_prefix_are_found(tmp_path):
     model = tiny_model("gpt2")
     save_file({name: p.detach() for name, p in model.transformer.named_parameters()}, tmp_path / "model.safetensors")
-    found, problem = match_parameters(blank(model), stored_tensors(tmp_path))
+    found, problem = match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))
     assert problem is None
     assert found["transformer.wte.weight"].key == "wte.weight"
 
@@ -69,16 +72,56 @@ def test_a_missing_tensor_is_a_problem_unless_it_is_tied(tmp_path):
         state = load_file(tmp_path / "model.safetensors")
         state.pop("lm_head.weight", None)
         save_file(state, tmp_path / "model.safetensors")
-        assert match_parameters(blank(model), stored_tensors(tmp_path))[1] == expected
+        assert match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))[1] == expected
 
 
-def test_another_shape_is_a_problem(llama):
+def test_another_shape_in_a_file_of_torchs_own_is_refused(tmp_path):
+    model = tiny_model("llama")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    _, problem = match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))
+    assert "is stored in a form that transformers converts" in problem
+    torch.save(model.state_dict() | {"lm_head.weight": torch.ones(130, 32)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        OptionError, match=r"lm_head.weight has shape \(130, 32\) in the file and \(131, 32\) by config.json"
+    ):
+        match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no weights")
+    with pytest.raises(OptionError, match=r"pytorch_model.bin: not weights that torch reads safely"):
+        stored_tensors(weight_files(tmp_path))
+
+
+def test_two_tensors_for_one_place_are_refused(llama):
+    model, folder = llama
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"norm.weight": state["model.norm.weight"] + 1}, folder / "model.safetensors")
+    with pytest.raises(OptionError, match=r"are both there for model.norm.weight"):
+        match_parameters(blank(model), stored_tensors(weight_files(folder)))
+
+
+def test_tied_weights_with_different_values_are_refused(tmp_path):
+    model = tiny_model("llama-tied")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for own, refused in ((state["model.embed_tokens.weight"].clone(), False), (torch.ones(131, 32), True)):
+        save_file(state | {"lm_head.weight": own}, tmp_path / "model.safetensors")
+        again = blank(model)
+        again.tie_weights()
+        found, _ = match_parameters(again, stored_tensors(weight_files(tmp_path)))
+        with (
+            pytest.raises(OptionError, match=r"config.json ties .* different values: write")
+            if refused
+            else nullcontext()
+        ):
+            check_ties(again, found)
+
+
+def test_another_shape_is_refused(llama):
     model, folder = llama
     state = load_file(folder / "model.safetensors")
     state["model.norm.weight"] = torch.ones(7)
     save_file(state, folder / "model.safetensors")
-    _, problem = match_parameters(blank(model), stored_tensors(folder))
-    assert problem == "model.norm.weight has shape (7,) in the file and (32,) in the model"
+    with pytest.raises(OptionError, match=r"model.norm.weight has shape \(7,\) in the file and \(32,\) by config.json"):
+        match_parameters(blank(model), stored_tensors(weight_files(folder)))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +141,7 @@ def test_when_ranks_cannot_read_their_own_slices(zero, reason):
 @pytest.mark.parametrize("element", [0, -1])
 def test_a_weight_that_did_not_arrive_is_named(llama, element):
     model, folder = llama
-    found, _ = match_parameters(blank(model), stored_tensors(folder))
+    found, _ = match_parameters(blank(model), stored_tensors(weight_files(folder)))
     verify(model, found)
     verify(copy.deepcopy(model).bfloat16(), found)
     with torch.no_grad():
@@ -123,5 +166,5 @@ def test_tensors_that_transformers_converts_are_left_to_it(tmp_path):
         )
     )
     model.save_pretrained(tmp_path)
-    _, problem = match_parameters(blank(model), stored_tensors(tmp_path))
+    _, problem = match_parameters(blank(model), stored_tensors(weight_files(tmp_path)))
     assert "is converted on loading" in problem

@@ -9,12 +9,28 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PhiConfig,
+)
 
+from tests.support.architectures import tiny_model
 from tests.support.cluster import require
 from unlearn_ds.demo.data import write_tokenizer
+from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.gather import _groups
-from unlearn_ds.run.export import export_model
+from unlearn_ds.model.configs import ModelOptions, load_config
+from unlearn_ds.model.load import load_model
+from unlearn_ds.model.lora import LoraOptions, add_adapters, is_adapter
+from unlearn_ds.model.loss_head import HeadOptions, LogitShape
+from unlearn_ds.run import export
+from unlearn_ds.run.export import ExportError, Sample, export_model
 from unlearn_ds.run.transformers_4 import for_transformers_4
 
 SHAPE = {
@@ -129,6 +145,91 @@ def test_tokenizer_files_are_copied_as_they_are(tokenizer, tmp_path):
     exported("yi", tokenizer, tmp_path / "model")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert filecmp.cmp(f"{tokenizer.name_or_path}/{file}", tmp_path / "model" / file, shallow=False), file
+
+
+def sample_of(model):
+    ids = torch.arange(2, 18)
+    with torch.no_grad():
+        return Sample(ids, model.eval()(ids[None]).logits[0])
+
+
+def mixture():
+    """A model whose experts transformers stores one by one and holds fused."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, initializer_range=0.2)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("make", [mixture, lambda: tiny_model("gpt2"), lambda: tiny_model("llama-tied")])
+def test_merged_adapters_are_exported(tmp_path, make):
+    """Of experts, of matrices that are stored transposed, beside a head that is the input embedding."""
+    model = make()
+    adapter = add_adapters(model, LoraOptions(r=4, alpha=8.0, targets=()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(0, 0.1)
+    sample = sample_of(model)
+    export_model(model, None, tmp_path / "model", "card", adapter, sample=sample)
+    read, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        torch.testing.assert_close(read(sample.ids[None]).logits[0], sample.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_without_a_weight_is_none(tmp_path, monkeypatch):
+    model = mixture()
+    gathered = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    del gathered["model.layers.0.mlp.experts.gate_up_proj"]
+    monkeypatch.setattr(export, "gathered_state_dict", lambda _: gathered)
+    with pytest.raises(ExportError, match=r"it lacks model.layers.0.mlp.experts.gate_up_proj"):
+        export_model(model, None, tmp_path / "model", "card")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_that_computes_something_else_is_none(tmp_path):
+    model = mixture()
+    sample = sample_of(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.mul_(1.3)
+    with pytest.raises(
+        ExportError, match=r"model: not exported: .* compute other logits .* off by .* stays in .*partial"
+    ):
+        export_model(model, None, tmp_path / "model", "card", sample=sample)
+    assert not (tmp_path / "model").exists()
+    export_model(model, None, tmp_path / "model", "card", sample=sample_of(model))
+
+
+# What a run changes in the config of the model that it was given: the dtype it trains in, who wrote it, and what
+# transformers 4 reads.
+CHANGED = {"dtype", "torch_dtype", "architectures", "transformers_version", "rope_theta", "rope_scaling"}
+
+
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [
+        ("gpt2", {"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1}),
+        ("opt", {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.2}),
+        ("mixtral", {"num_key_value_heads": 2, "attention_dropout": 0.1, "router_jitter_noise": 0.1}),
+        ("seed_oss", {"num_key_value_heads": 2, "attention_dropout": 0.1, "residual_dropout": 0.1}),
+    ],
+)
+def test_the_config_is_the_start_models(tmp_path, name, noise):
+    """And yet nothing is drawn at random while it is trained."""
+    small = {"vocab_size": 131, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "pad_token_id": 1}
+    config = CONFIG_MAPPING[name](**small, **noise)
+    start = tmp_path / "start"
+    AutoModelForCausalLM.from_config(config).save_pretrained(start)
+    options = ModelOptions(str(start), bf16=False, loading="transformers")
+    ds_config = {"zero_optimization": {"stage": 2}}
+    model = load_model(options, load_config(options), ds_config, HeadOptions(LogitShape()), torch.device("cpu")).train()
+    rows = pack([torch.arange(2, 22)])
+    assert torch.equal(model(rows), model(rows)), "two forwards of a model in training, bit for bit"
+    export_model(model.model, None, tmp_path / "model", "card", sample=sample_of(model.model))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (start, tmp_path / "model"))
+    different = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert different <= CHANGED
+    assert all(after[key] == value for key, value in noise.items())
 
 
 @pytest.fixture(scope="module")

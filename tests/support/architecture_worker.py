@@ -18,8 +18,9 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.engine.checks import check_model, pack
 from unlearn_ds.engine.ds_config import load_ds_file, training_config
 from unlearn_ds.engine.engine import TrainingEngine
+from unlearn_ds.model.configs import ModelOptions, load_config
 from unlearn_ds.model.layers import decoder_layer_classes
-from unlearn_ds.model.load import ModelOptions, load_config, load_model, logit_shape
+from unlearn_ds.model.load import load_model, logit_shape
 from unlearn_ds.model.loss_head import HeadOptions, LogitShape, LossCall
 from unlearn_ds.model.size import model_size
 
@@ -64,7 +65,7 @@ def measure(folder: Path, model: torch.nn.Module) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     engine, config = build(folder)
-    check_model(engine.ask, config.vocab_size, torch.float32, engine.device, folder.name)
+    check_model(engine.engine, 64, config.vocab_size, torch.float32, engine.device, folder.name)
     own = sequences(distributed.rank())
     rows = torch.cat([torch.arange(len(s) - 1) for s in own])
     starts = torch.tensor([0, *(len(s) for s in own)]).cumsum(0)
@@ -109,7 +110,7 @@ def main(folder: Path) -> None:
             print("RESULT", json.dumps({"name": name, **result}), flush=True)
     try:
         engine, config = build(folder / "gemma2", LogitShape())
-        check_model(engine.ask, config.vocab_size, torch.float32, engine.device, "gemma2")
+        check_model(engine.engine, 64, config.vocab_size, torch.float32, engine.device, "gemma2")
     except ValueError as error:
         if distributed.is_main():
             print("RESULT", json.dumps({"name": "refused", "message": str(error)}), flush=True)

@@ -25,8 +25,9 @@ from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.ds_config import inference_config, load_ds_file, training_config
 from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.model import attention
+from unlearn_ds.model.configs import ModelOptions, load_config
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
-from unlearn_ds.model.load import ModelOptions, load_config, load_model, logit_shape
+from unlearn_ds.model.load import load_model, logit_shape
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size
 

@@ -29,7 +29,7 @@ from unlearn_ds.measures.folder import check_same_model, check_same_subject, sub
 from unlearn_ds.measures.measured import check_comparable
 from unlearn_ds.measures.summary import evaluate_tables
 from unlearn_ds.measures.table import write_table
-from unlearn_ds.model.load import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.model.weights import stored_tensors
 from unlearn_ds.original.cache_key import can_open
 from unlearn_ds.original.hidden_cache import HiddenCache, read_whole

@@ -23,6 +23,7 @@ from unlearn_ds.bench.tiny import VOCAB_SIZE, causal_architectures, documents, t
 from unlearn_ds.cluster.processes import rank_environment
 from unlearn_ds.options import OptionError, did_you_mean
 
+SEQ_LEN = 48  # tokens, longer than every document
 LOSS_TOLERANCE = 1e-4  # relative
 GRADIENT_TOLERANCE = 1e-3  # of the norm of the whole gradient
 LOGITS_TOLERANCE = 1e-3
@@ -183,7 +184,8 @@ def build_engine(folder: Path) -> tuple[Any, bool]:
     from unlearn_ds.engine.checks import settle_rows
     from unlearn_ds.engine.ds_config import load_ds_file, training_config
     from unlearn_ds.engine.engine import TrainingEngine
-    from unlearn_ds.model.load import ModelOptions, load_config, load_model, logit_shape, with_rows
+    from unlearn_ds.model.configs import ModelOptions, load_config, with_rows
+    from unlearn_ds.model.load import load_model, logit_shape
     from unlearn_ds.model.loss_head import HeadOptions
     from unlearn_ds.model.size import model_size
 
@@ -201,7 +203,7 @@ def build_engine(folder: Path) -> tuple[Any, bool]:
     model = load_model(options, config, ds_config, HeadOptions(logit_shape(config)), torch.device("cpu")).train()
     run = RunConfig("finetune", "-", target_model_name_or_path=str(folder), bf16=False)
     engine = TrainingEngine(model, run, ds_config, 10)
-    return engine, settle_rows(engine, options, VOCAB_SIZE).packing
+    return engine, settle_rows(engine, options, SEQ_LEN, VOCAB_SIZE).packing
 
 
 def one_update(engine: Any) -> float:

@@ -11,8 +11,8 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.model import attention
+from unlearn_ds.model.configs import parameter_dtype
 from unlearn_ds.model.layers import decoder_layer_classes
-from unlearn_ds.model.load import parameter_dtype
 from unlearn_ds.model.loss_head import LossCall
 
 

@@ -30,9 +30,10 @@ from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine, make_optimize
 from unlearn_ds.engine.profile import breakdown, longest
 from unlearn_ds.model import attention, weights
 from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.configs import parameter_dtype
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
-from unlearn_ds.model.load import ZeroInit, head_options, parameter_dtype
+from unlearn_ds.model.load import ZeroInit, head_options
 from unlearn_ds.model.loss_head import PackedCausalLM, attach
 from unlearn_ds.model.size import model_size, num_parameters
 from unlearn_ds.objectives import KL

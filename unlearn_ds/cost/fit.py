@@ -16,12 +16,12 @@ from unlearn_ds.cost.memory import available_bytes, require_memory
 from unlearn_ds.cost.peak import CHECKPOINTING, Model, Setting, checkpointing_share, state, update_bytes
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine.ds_config import sized
-from unlearn_ds.model.activations import LayerActivations, NotCounted, layer_activations
-from unlearn_ds.model.load import parameter_dtype
+from unlearn_ds.model.activations import LayerActivations, layer_activations
+from unlearn_ds.model.configs import parameter_dtype
 from unlearn_ds.model.lora import LoraOptions, add_adapters
 from unlearn_ds.model.size import ModelSize
 from unlearn_ds.objectives import KL, SEQUENCE
-from unlearn_ds.options import AUTO
+from unlearn_ds.options import AUTO, OptionError
 
 _AUTOMATIC = ("activation_checkpointing", "per_device_train_batch_size", "loss_workspace_mib")
 _WORKSPACE_MIB = 1024.0
@@ -34,6 +34,10 @@ _RECOMPUTATION = 1 / 3  # of a layer's forward and backward
 _OFFLOADING = 0.02  # of the same: inputs go to the host and back, mostly hidden
 _WORTH_IT = 0.01  # more rows must save this share of the time
 _SAMPLED_UPDATES = 4
+
+
+class Uncountable(OptionError):
+    """An estimate that cannot be made of this model."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,16 @@ def model_facts(model_config: PreTrainedConfig, size: ModelSize, parameters: int
 
 
 def with_activations(config: RunConfig, model: Model, model_config: PreTrainedConfig) -> Model:
-    """The same with what a token leaves for backward.
-
-    Raises `NotCounted` for a model that does not run on shapes alone.
-    """
+    """The same with what a token leaves for backward. Raises `Uncountable` for a model that does not run on shapes alone."""
     options = LoraOptions(config.lora_r or 0, config.lora_alpha, config.lora_target)
     adapt = partial(add_adapters, options=options) if config.lora_r else None
-    counted = layer_activations(model_config, parameter_dtype(config.bf16), adapt)
+    dtype, trusted = parameter_dtype(config.bf16), {"trust_remote_code": config.trust_remote_code}
+    try:
+        counted = layer_activations(model_config, dtype, adapt, **trusted)
+    except OptionError:
+        raise
+    except Exception as error:  # whatever a model's own code raises where there are no values
+        raise Uncountable(f"this model's activations cannot be counted: {type(error).__name__}: {error}") from error
     return dataclasses.replace(model, activations=counted)
 
 
@@ -117,9 +124,9 @@ def settle_memory(
     def decide() -> tuple[dict[str, Any], str]:
         try:
             counted = with_activations(config, model, model_config)
-        except NotCounted as error:
+        except Uncountable as error:
             smallest = zip(_AUTOMATIC, ("full", 1, _WORKSPACE_MIB))
-            why = f"the smallest, because this model's activations cannot be counted: {error}"
+            why = f"the smallest, because {error}"
             return {name: value for name, value in smallest if getattr(config, name) == AUTO}, why
         values, chosen = choose_values(config, counted, setting, update_rows(plan), free, device.type)
         return values, as_text(chosen, free)

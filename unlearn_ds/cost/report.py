@@ -87,11 +87,11 @@ class Estimator:
     """A run's model, data and options, ready to be costed at any number of nodes and with other options."""
 
     def __init__(self, config: PlanConfig, run: RunConfig) -> None:
-        from unlearn_ds.cost.fit import model_facts, with_activations
+        from unlearn_ds.cost.fit import Uncountable, model_facts, with_activations
         from unlearn_ds.cost.flops import model_flops
         from unlearn_ds.data.sources import make_sources, open_run_corpora
         from unlearn_ds.engine.ds_config import load_ds_file
-        from unlearn_ds.model.load import ModelOptions, load_config
+        from unlearn_ds.model.configs import ModelOptions, load_config
         from unlearn_ds.model.lora import lora_options, trainable_parameters
         from unlearn_ds.model.size import model_size, num_parameters
 
@@ -100,12 +100,15 @@ class Estimator:
         self.config, self.run = config, run
         options = ModelOptions(run.start_model, run.bf16, run.attn, run.random_init, run.trust_remote_code, run.loading)
         model_config = load_config(options)
-        parameters = num_parameters(model_config)
-        adapters = trainable_parameters(model_config, lora_options(run)) if run.lora_r else 0
-        self.size = model_size(model_config)
+        trusted = {"trust_remote_code": run.trust_remote_code}
+        parameters = num_parameters(model_config, **trusted)
+        adapters = trainable_parameters(model_config, lora_options(run), **trusted) if run.lora_r else 0
+        self.size = model_size(model_config, **trusted)
         facts = model_facts(model_config, self.size, parameters, adapters or parameters)
         self.model = with_activations(run, facts, model_config)
-        self.flops = model_flops(model_config, adapters)
+        self.flops = model_flops(model_config, adapters, **trusted)
+        if self.flops is None:
+            raise Uncountable(f"{run.start_model}: its matrix products cannot be counted, so no time can be estimated")
         corpora = open_run_corpora(run, model_config.vocab_size, None)
         self.sources = make_sources(run, corpora, model_config.vocab_size, ())
         self.ds_file = load_ds_file(run.deepspeed)

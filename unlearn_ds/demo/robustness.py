@@ -19,7 +19,7 @@ from unlearn_ds.measures.collect import open_sets
 from unlearn_ds.measures.folder import evaluated_tables, subject_statement
 from unlearn_ds.measures.measured import statement
 from unlearn_ds.measures.verdict import Comparison
-from unlearn_ds.model.load import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import WordOr
 
 RELEARN_UPDATES = 8

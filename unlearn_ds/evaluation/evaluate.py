@@ -25,7 +25,7 @@ from unlearn_ds.measures.folder import check_same_model, check_same_subject, eva
 from unlearn_ds.measures.measured import check_comparable, statement
 from unlearn_ds.measures.result import finish
 from unlearn_ds.measures.verdict import Comparison
-from unlearn_ds.model.load import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import OptionError, parse
 from unlearn_ds.ownership import OWNER_FILE
 

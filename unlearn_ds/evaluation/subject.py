@@ -14,7 +14,8 @@ from unlearn_ds.engine.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine.engine import FrozenEngine
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.measures.collect import open_sets
-from unlearn_ds.model.load import ModelOptions, head_options, load_model, load_tokenizer, open_config, with_rows
+from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
+from unlearn_ds.model.load import head_options, load_model
 from unlearn_ds.model.size import model_size
 
 
@@ -51,11 +52,11 @@ def load_subject(
     model_config = open_config(options, config.seq_len)
     options = with_rows(options, model_config)
     tokenizer = load_tokenizer(options.name_or_path, config.trust_remote_code)
-    size, node = model_size(model_config), distributed.ranks_per_node()
+    size, node = model_size(model_config, trust_remote_code=config.trust_remote_code), distributed.ranks_per_node()
     ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
     head = head_options(model_config, config.loss_impl, config.loss_workspace_mib)
     # What is wrong with the data is said before anything is loaded.
     examine(open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences))
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
-    options = settle_rows(engine, options, model_config.vocab_size)
+    options = settle_rows(engine, options, config.seq_len, model_config.vocab_size)
     return Subject(engine, model_config, tokenizer, device, options.packing)

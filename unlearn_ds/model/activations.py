@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlearn_ds.model.layers import decoder_layers
+from unlearn_ds.model.layers import backbone, decoder_layers
 
 _PROBE = "unlearn_ds_probe"
 _PROBE_TOKENS = 64
@@ -41,35 +41,31 @@ def _probe_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_:
     return _KeepAll.apply(query, key, value), None
 
 
-class NotCounted(ValueError):
-    """A model that does not run on shapes alone."""
-
-
-def layer_activations(config: Any, dtype: torch.dtype, adapt: Callable[[Any], Any] | None = None) -> LayerActivations:
+def layer_activations(
+    config: Any, dtype: torch.dtype, adapt: Callable[[Any], Any] | None = None, **options: Any
+) -> LayerActivations:
     """Count what autograd saves when the model that `config` describes runs forward; no memory is used.
 
-    adapt: what is done to the model first, such as putting adapters into it. Raises `NotCounted` for a model whose code does
-    not run on shapes, or not with another attention.
+    adapt: what is done to the model first, such as putting adapters into it. options: those of `from_config`. Raises whatever
+    the model's own code raises where it does not run on shapes alone.
     """
-    own_attention = config._attn_implementation
-    try:
-        sizes = _saved_bytes(config, dtype, adapt)
-    except Exception as error:  # of code that is not ours, under conditions that it was not written for
-        raise NotCounted(f"{type(error).__name__}: {error}") from error
-    finally:
-        config._attn_implementation = own_attention
-    if len(sizes) == 1:
-        raise NotCounted("none of its modules is known to be a layer")
-    return LayerActivations(max(sizes[1:]), config.hidden_size * dtype.itemsize, sizes[0])
-
-
-def _saved_bytes(config: Any, dtype: torch.dtype, adapt: Callable[[Any], Any] | None) -> list[int]:
-    """Bytes a token that autograd saves outside the layers, and in each of them."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
     AttentionInterface.register(_PROBE, _probe_attention)
+    own_attention = config._attn_implementation
+    try:
+        return _counted(config, dtype, adapt, options)
+    finally:
+        config._attn_implementation = own_attention
+
+
+def _counted(
+    config: Any, dtype: torch.dtype, adapt: Callable[[Any], Any] | None, options: dict[str, Any]
+) -> LayerActivations:
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_PROBE).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_PROBE, **options).eval()
         if adapt is not None:
             adapt(model)
         layers = decoder_layers(model)
@@ -93,5 +89,9 @@ def _saved_bytes(config: Any, dtype: torch.dtype, adapt: Callable[[Any], Any] | 
             layer.register_forward_hook(lambda *_: place.__setitem__(0, outside))
         ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
-    return [sum(storage.nbytes() for storage in one.values()) // _PROBE_TOKENS for one in saved]
+            backbone(model)(input_ids=ids, position_ids=ids, use_cache=False)
+    width = model.get_input_embeddings().weight.shape[-1]
+    sizes = [sum(storage.nbytes() for storage in one.values()) // _PROBE_TOKENS for one in saved]
+    if len(sizes) == 1:
+        raise ValueError("none of its modules is known to be a layer")
+    return LayerActivations(max(sizes[1:]), width * dtype.itemsize, sizes[0])

@@ -7,11 +7,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unlearn_ds.options import OptionError
+
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's decoder layers: the longest ModuleList."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    """The model's decoder layers: the ModuleList with the most parameters, of equal ones the outermost."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=num_elements, default=[]))
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that computes hidden states. Raises `OptionError` for a model that does not show it."""
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()
+    for part in model.children():  # Llama 4's prefix names no part of its text model
+        if part is not embedding and any(module is embedding for module in part.modules()):
+            return part
+    raise OptionError(
+        f"{type(model).__name__} does not say which part of it computes hidden states: it is not supported"
+    )
+
+
+def num_elements(module: nn.Module) -> int:
+    """Elements of a module's parameters, sharded ones counted whole and tied ones once."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def decoder_layer_classes(model: nn.Module) -> list[str]:
@@ -39,7 +59,7 @@ def _recomputed(forward: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # There is no dropout: no random state to restore, which would wait for the device.
+        # Nothing is drawn at random (`PackedCausalLM`): no random state to restore, which would wait for the device.
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run

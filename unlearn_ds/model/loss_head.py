@@ -24,6 +24,7 @@ from unlearn_ds.kernels import (
     linear_token_stats,
 )
 from unlearn_ds.marks import LOSS
+from unlearn_ds.model.layers import backbone
 from unlearn_ds.model.weights import Loading
 
 _LENGTH_MULTIPLE = 8  # of a padded row: few different shapes
@@ -189,7 +190,9 @@ class PackedCausalLM(nn.Module):
 
     One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants. packs: the backbone
     keeps the sequences of a packed row apart; without it each sequence is a row of its own, padded at its right end, under the
-    model's own attention and mask.
+    model's own attention and mask. The model in it is never in training mode: all that transformers draws at random (dropout,
+    jitter and sampling of routers, dropped layers) is off there, so that an update depends neither on how rows are packed nor
+    on the number of ranks.
     """
 
     def __init__(self, model: nn.Module, loading: Loading | None = None, packs: bool = True) -> None:
@@ -197,6 +200,12 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.loading = loading
         self.packs = packs
+
+    def train(self, mode: bool = True) -> "PackedCausalLM":
+        """As of any module, but for the model: it stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     @property
     def head(self) -> nn.Module:
@@ -214,22 +223,29 @@ class PackedCausalLM(nn.Module):
             inputs, places = padded_inputs(rows, getattr(self.model.config, "max_position_embeddings", None))
         if call is None and pick is None:
             return _in_place(self.model(**inputs).logits, places)
-        hidden = _in_place(self.model.base_model(**inputs).last_hidden_state, places)
+        hidden = _in_place(backbone(self.model)(**inputs).last_hidden_state, places)
         if call is None:
             return torch.index_select(hidden[0], 0, pick)
         return self.head(hidden, call)
 
 
 def packed_inputs(rows: Any) -> dict[str, Any]:
-    """What a backbone is called with that attends inside the boundaries of a `PackedRows`."""
-    return {
+    """What a backbone is called with that attends inside the boundaries of a `PackedRows`.
+
+    Without boundaries it is one sequence, for the model's own attention (`engine.checks`).
+    """
+    inputs = {
         "input_ids": rows.input_ids,
         "position_ids": rows.position_ids,
+        "use_cache": False,  # with a cache transformers builds no packed attention, silently
+    }
+    if rows.cu_seqlens is None:
+        return inputs
+    return inputs | {
         "cu_seq_lens_q": rows.cu_seqlens,
         "cu_seq_lens_k": rows.cu_seqlens,
         "max_length_q": rows.max_seqlen,
         "max_length_k": rows.max_seqlen,
-        "use_cache": False,  # with a cache transformers builds no packed attention, silently
     }
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from unlearn_ds.model.blank import blank_model
-from unlearn_ds.model.layers import decoder_layers
+from unlearn_ds.model.layers import decoder_layers, num_elements
+from unlearn_ds.options import OptionError
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,21 @@ class ModelSize:
     head: int  # the output projection
 
 
-def model_size(config: PreTrainedConfig) -> ModelSize:
-    """The largest decoder layer and the output projection, in parameters: they size ZeRO's buckets."""
-    layers = decoder_layers(blank_model(config))
-    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    return ModelSize(layer=largest, hidden=config.hidden_size, head=config.vocab_size * config.hidden_size)
+def model_size(config: PreTrainedConfig, **options: Any) -> ModelSize:
+    """The largest decoder layer and the output projection, in parameters: they size ZeRO's buckets.
+
+    options: those of `blank_model`. Raises `OptionError` for a model without an output projection.
+    """
+    model = blank_model(config, **options)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if head is None:
+        raise OptionError(
+            f"{type(model).__name__} has no output projection with a weight: it is no causal LM we can train"
+        )
+    largest = max(map(num_elements, decoder_layers(model)), default=0)
+    return ModelSize(layer=largest, hidden=head.shape[-1], head=head.numel())
 
 
-def num_parameters(config: Any) -> int:
-    """Parameters of the causal LM that `config` describes, tied ones once."""
-    return sum(parameter.numel() for parameter in blank_model(config).parameters())
+def num_parameters(config: Any, **options: Any) -> int:
+    """Parameters of the causal LM that `config` describes, tied ones once. options: those of `blank_model`."""
+    return num_elements(blank_model(config, **options))

@@ -18,9 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from unlearn_ds.cluster import distributed
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
 from unlearn_ds.options import OptionError
-from unlearn_ds.stored import Count, OpenRecord, Text, check, load, parse
+from unlearn_ds.stored import Count, OpenRecord, Text, check, parse
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _STAGING_BYTES = 32 << 20
@@ -80,16 +81,20 @@ def tensors_of(header: bytes, where: str) -> dict[str, TensorEntry]:
     return check(content, dict[str, TensorEntry], where)
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the safetensors files that a model folder's index names; empty when there are none."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(check(load(index, lenient=True), WeightIndex, str(index)).weight_map.values()))
-    else:
-        names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise OptionError(f"{index}: names {missing[0]!r}, which is not there")
-    return {stored.key: stored for name in names for stored in _file_header(folder / name)}
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Every tensor of a model's files; of one that is in several, the last. Raises `OptionError` for what cannot be read."""
+    found = [_file_header(file) if file.suffix == ".safetensors" else _torch_header(file) for file in files]
+    return {stored.key: stored for header in found for stored in header}
+
+
+def _torch_header(path: Path) -> list[Stored]:
+    """Names and shapes in a file of torch's own, which transformers reads for us."""
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+        return [Stored(path, key, 0, tuple(value.shape), None) for key, value in content.items()]
+    except Exception as error:  # of any kind: what it meets in a file that is none of its own
+        reason = str(error).strip().split("\n")[0]
+        raise OptionError(f"{path}: not weights that torch reads safely (weights_only): {reason}") from error
 
 
 def _file_header(path: Path) -> Iterator[Stored]:
@@ -113,7 +118,8 @@ def _file_header(path: Path) -> Iterator[Stored]:
 def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[str, Stored], str | None]:
     """Map the parameters and buffers of `model` (a blank one) to stored tensors, by transformers' own renaming rules.
 
-    Returns (the tensors that are stored as the model wants them, why the rest is not; None when there is no rest).
+    Returns (the tensors that are stored as the model wants them, why the rest is not; None when there is no rest). Raises
+    `OptionError` for a shape that the model does not have, and for two tensors in one place.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -131,10 +137,15 @@ def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[
             continue
         if converted is not None:
             problem = f"{key} is converted on loading"
-        elif where.dtype is None:
-            problem = f"{key} is stored in a dtype that needs conversion"
         elif where.shape != tuple(wanted[name].shape):
-            problem = f"{key} has shape {where.shape} in the file and {tuple(wanted[name].shape)} in the model"
+            raise OptionError(
+                f"{where.file}: {key} has shape {where.shape} in the file and {tuple(wanted[name].shape)} by config.json: "
+                "the two do not belong together"
+            )
+        elif name in found:
+            raise OptionError(f"{where.file.parent}: {key!r} and {found[name].key!r} are both there for {name}")
+        elif where.dtype is None:
+            problem = f"{key} is stored in a form that transformers converts"
         else:
             found[name] = where
     present = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in found}
@@ -142,6 +153,41 @@ def match_parameters(model: nn.Module, stored: dict[str, Stored]) -> tuple[dict[
     if missing and problem is None:
         problem = f"no tensor for {missing[0]} in the files"
     return found, problem
+
+
+def check_ties(model: nn.Module, found: dict[str, Stored]) -> None:
+    """Raise `OptionError` where the config of `model` (a blank one) ties weights that the files hold with different values.
+
+    transformers unties those when it loads. Every rank calls this; rank 0 reads the tensors.
+    """
+    first: dict[int, str] = {}
+    pairs = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in found and first.setdefault(id(parameter), name) != name:
+            pairs.append((first[id(parameter)], name))
+
+    def compare() -> None:
+        for one, other in pairs:
+            if not _equal_values(found[one], found[other]):
+                raise OptionError(
+                    f"{found[one].file.parent}: config.json ties {other} to {one}, and the files hold them with different "
+                    'values: write "tie_word_embeddings": false into config.json'
+                )
+
+    if pairs:
+        distributed.on_main(compare)
+
+
+def _equal_values(one: Stored, other: Stored) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
+        parts = first.get_slice(one.key), second.get_slice(other.key)
+        size = max(1, _STAGING_BYTES // (4 * max(1, one.shape[-1])))
+        return all(
+            torch.equal(parts[0][start : start + size], parts[1][start : start + size].to(one.dtype))
+            for start in range(0, one.shape[0], size)
+        )
 
 
 def why_not_direct(model: nn.Module, ds_config: dict[str, Any], problem: str | None) -> str | None:

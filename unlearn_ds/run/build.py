@@ -33,16 +33,10 @@ from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
 from unlearn_ds.engine.tf32 import EXACT, training_precision
+from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
+from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
-from unlearn_ds.model.load import (
-    ModelOptions,
-    head_options,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    open_config,
-    with_rows,
-)
+from unlearn_ds.model.load import head_options, load_model
 from unlearn_ds.model.lora import add_adapters, lora_options, trainable_parameters
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size, num_parameters
@@ -85,7 +79,7 @@ class Run:
     num_parameters: int  # of the whole model, without adapters
     num_trainable: int
     state: dict[str, tuple[int, str]]  # of a rank: component -> (bytes, where)
-    flops: ModelFlops
+    flops: ModelFlops | None  # None: they cannot be counted
     corpora: list[list[NamedCorpus]]  # per term of the objective
     plan: Plan
     plan_id: str  # what a checkpoint must agree with
@@ -142,7 +136,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     compared = facts_of(subject, plan, ds_file, corpora)
     beginning = begin(config, before, compared, plan, ds_config, device)
     engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
-    options = settle_rows(engine, subject.options, subject.config.vocab_size)
+    options = settle_rows(engine, subject.options, config.seq_len, subject.config.vocab_size)
     subject, config = replace(subject, options=options), replace(config, packing=options.packing)
     # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
     sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
@@ -159,7 +153,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         num_parameters=subject.num_parameters,
         num_trainable=subject.num_trainable,
         state=state(facts, setting),
-        flops=model_flops(subject.config, subject.num_trainable if config.lora_r else 0),
+        flops=count_flops(config, subject),
         corpora=corpora,
         plan=plan,
         plan_id=plan_id,
@@ -188,16 +182,29 @@ def open_subject(config: RunConfig) -> Subject:
         distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
     model_config = open_config(options, config.seq_len)
     options = with_rows(options, model_config)
-    parameters = num_parameters(model_config)
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    parameters = num_parameters(model_config, **trusted)
+    adapters = trainable_parameters(model_config, lora_options(config), **trusted) if config.lora_r else None
     return Subject(
         options=options,
         config=model_config,
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
-        size=model_size(model_config),
+        size=model_size(model_config, **trusted),
         num_parameters=parameters,
-        num_trainable=trainable_parameters(model_config, lora_options(config)) if config.lora_r else parameters,
+        num_trainable=parameters if adapters is None else adapters,
     )
+
+
+def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
+    """What an update's FLOPs follow from; None, and said so, for a model in which they cannot be counted."""
+    adapters = subject.num_trainable if config.lora_r else 0
+    counted = model_flops(subject.config, adapters, trust_remote_code=config.trust_remote_code)
+    if counted is None:
+        distributed.say(
+            "warning: this model's matrix products cannot be counted: TFLOP/s are not written to metrics.jsonl"
+        )
+    return counted
 
 
 def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]]) -> tuple[list[Source], Plan]:

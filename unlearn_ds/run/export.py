@@ -2,34 +2,70 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from unlearn_ds import __version__
 from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import discard, flush_tree, fresh_folder, naming, publish_folder
+from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.gather import gathered_state_dict
 from unlearn_ds.layout import TOKENIZER_FILES
 from unlearn_ds.markup import markdown, markdown_code
 from unlearn_ds.measures.card import evaluation_section
-from unlearn_ds.model.lora import adapter_state, merged_state
+from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.lora import adapter_state, merged_state, wrong_names
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.transformers_4 import for_transformers_4
 from unlearn_ds.stored import load
 
+_SAMPLE_TOKENS = 16
+_SHARE_OF_MEMORY = 0.7  # of what is free on the host, for the exported model read back
+# Median over tokens, relative to the size of a token's logits: another device, another order of sums, merged adapters.
+_SAMPLE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.2}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of what a trained model computes, to hold its export against."""
+
+    ids: Tensor  # (T,) int64
+    logits: Tensor  # (T, V), on rank 0 alone looked at
+
+
+class ExportError(ValueError):
+    """What was written is not the model that was trained."""
+
+
+def sample_logits(ask: Callable[..., Any], vocab_size: int, device: torch.device) -> Sample:
+    """The engine's own logits of a few tokens. Every rank calls this."""
+    ids = torch.randint(vocab_size, (_SAMPLE_TOKENS,), generator=torch.Generator().manual_seed(0))
+    return Sample(ids, ask(pack([ids.to(device)]))[0].float().cpu())
+
 
 def export_model(
-    model: nn.Module, tokenizer: Any, target: Path, card: str, adapter: Any | None = None, merge: bool = True
+    model: nn.Module,
+    tokenizer: Any,
+    target: Path,
+    card: str,
+    adapter: Any | None = None,
+    merge: bool = True,
+    sample: Sample | None = None,
 ) -> None:
     """Write `target` (complete or absent) with the causal LM `model`, its tokenizer and a README. Every rank calls this.
 
     adapter: peft's configuration of the adapters in the model, which are merged into its weights or, unless `merge`, written
-    alone, as peft reads them. Raises `OSError` on every rank if it cannot be written; what was there before stays.
+    alone, as peft reads them. sample: what the files must compute when transformers reads them. Raises `OSError` on every rank
+    if it cannot be written, and `ExportError` if the files are not the model; what was there before stays.
     """
     state = gathered_state_dict(model)
     partial = target.with_name(f".{target.name}.partial")
@@ -40,9 +76,16 @@ def export_model(
             save_file(adapter_state(state), partial / "adapter_model.safetensors")
             adapter.save_pretrained(str(partial))
         else:
-            whole = merged_state(state, adapter) if adapter is not None else state
+            blank = blank_model(model.config, type(model))
+            whole = merged_state(state, blank, adapter) if adapter is not None else state
+            if (wrong := wrong_names(whole, blank)) is not None:
+                raise ExportError(f"of what would be written {wrong}")
             model.save_pretrained(partial, state_dict=whole, max_shard_size="5GB")
+            state.clear()
+            whole.clear()
             add_keys_of_transformers_4(partial / "config.json")
+            if sample is not None:
+                check_files(partial, model, sample)  # raises what keeps the files from getting their name
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -53,11 +96,43 @@ def export_model(
         try:
             with naming(target):
                 write()
+        except ExportError as error:
+            raise ExportError(f"{target}: not exported: {error}. What was written stays in {partial}") from error
         except (OSError, SafetensorError) as error:
             discard(partial)
-            raise error if isinstance(error, OSError) else OSError(f"{target}: {error}") from error
+            if isinstance(error, SafetensorError):
+                raise OSError(f"{target}: {error}") from error
+            raise
 
     distributed.on_main(write_or_clean_up)
+
+
+def check_files(folder: Path, model: nn.Module, sample: Sample) -> None:
+    """Raise `ExportError` unless transformers finds every weight of `model` in `folder`, and computes what `sample` says.
+
+    The model is read whole into the memory of this process, on the CPU; where there is no room for it, that is said instead.
+    """
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    needed, free = count * model.dtype.itemsize, psutil.virtual_memory().available
+    if needed > _SHARE_OF_MEMORY * free:
+        distributed.say(
+            f"note: {folder.name} was not read back to be checked: that takes {needed / 2**30:.1f} GiB of this host's memory, "
+            f"of which {free / 2**30:.1f} are free"
+        )
+        return
+    read, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise ExportError(f"transformers reads {what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}")
+    with torch.no_grad():
+        logits = read.eval()(sample.ids[None], use_cache=False).logits[0].float()
+    size = (sample.logits - sample.logits.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-30)
+    off = ((logits - sample.logits).norm(dim=-1) / size).median().item()  # a token that meets other experts is no fault
+    if not off <= _SAMPLE_TOLERANCE[model.dtype]:
+        raise ExportError(
+            f"read by transformers, the written files compute other logits than the trained model, off by {off:.2g} "
+            f"of their size (allowed {_SAMPLE_TOLERANCE[model.dtype]:g})"
+        )
 
 
 def add_keys_of_transformers_4(path: Path) -> None:

@@ -17,7 +17,7 @@ from unlearn_ds.engine.manifest import Origin
 from unlearn_ds.engine.precision import name_of
 from unlearn_ds.layout import RUN_FILE
 from unlearn_ds.model.attention import caps_scores, choose_attention
-from unlearn_ds.model.load import parameter_dtype
+from unlearn_ds.model.configs import parameter_dtype
 from unlearn_ds.run.build import Run
 
 
