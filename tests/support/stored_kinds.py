@@ -29,7 +29,7 @@ from unlearn_ds.measures.folder import check_same_model, check_same_subject, sub
 from unlearn_ds.measures.measured import check_comparable
 from unlearn_ds.measures.summary import evaluate_tables
 from unlearn_ds.measures.table import write_table
-from unlearn_ds.model.files import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint, weight_files
 from unlearn_ds.model.weights import stored_tensors
 from unlearn_ds.original.cache_key import can_open
 from unlearn_ds.original.hidden_cache import HiddenCache, read_whole
@@ -168,10 +168,11 @@ def write_checkpoint(folder: Path) -> Path:
     for step in (2, 4):
         state = folder / "checkpoints" / f"step_{step}" / "state"
         state.mkdir(parents=True)
-        torch.save({"step": step}, state / "a.pt")
+        written = manifest.Manifest.of(manifest.Origin("r", "p", RUN), step)
+        torch.save({manifest.STAMP: written.stamp("state/a.pt")}, state / "a.pt")
         files = {"state/a.pt": manifest.checksum(state / "a.pt")}
-        content = {"step": step, "world_size": 1, "plan_fingerprint": "p", "files": files}
-        path = write_json(state.parent / manifest.MANIFEST, content)
+        path = state.parent / manifest.MANIFEST
+        path.write_text(written.text(files))
     return path
 
 
@@ -274,7 +275,6 @@ def read_rows(folder: Path) -> Any:
 
 
 def write_tensors(folder: Path) -> Path:
-    write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "model.safetensors"}})
     header = {"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
     return write_json(folder / "model.safetensors", header)
 
@@ -285,14 +285,14 @@ def framed(header: bytes) -> bytes:
 
 def write_index(folder: Path) -> Path:
     path = write_tensors(folder)
-    path.write_bytes(framed(path.read_bytes()))
-    return folder / "model.safetensors.index.json"
+    path.rename(folder / "a.safetensors").write_bytes(framed((folder / "a.safetensors").read_bytes()))
+    return write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "a.safetensors"}})
 
 
 def read_tensors(folder: Path) -> Any:
     write_json(folder / "config.json", {"model_type": "llama"})
     model_fingerprint(str(folder))
-    return [stored.offset + sum(stored.shape) for stored in stored_tensors(folder).values()]
+    return [stored.offset + sum(stored.shape) for stored in stored_tensors(weight_files(folder)).values()]
 
 
 EVALUATION = {"read": read_evaluated, "free": r"options\..*|verdict\.(?!sentence).*"}

@@ -73,7 +73,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _of_index(path: Path) -> list[Path]:
-    names = sorted(set(check(load(path, lenient=True), WeightIndex, str(path)).weight_map.values()))
+    try:
+        names = sorted(set(check(load(path, lenient=True), WeightIndex, str(path)).weight_map.values()))
+    except StoredError as error:
+        raise OptionError(f"not an index of weights: {error}") from error
     files = [path.parent / name for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
         raise OptionError(
