@@ -103,6 +103,7 @@ def export_run(run: Run, evaluation: dict[str, Any] | None) -> None:
     card = model_card(asdict(config), [describe(named) for term in run.corpora for named in term], evaluation)
     merge = config.lora_export == "merged"
     sample = sample_logits(run.engine.ask, run.model_config.vocab_size, run.device)
+    run.engine.at_rest()
     export_model(run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge, sample)
     if evaluation is not None and (target / "config.json").is_file():  # an adapter alone is no model
         distributed.on_main(lambda: stamp_model(run.run_dir, model_fingerprint(str(target))))

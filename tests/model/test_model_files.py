@@ -79,7 +79,7 @@ def test_the_whole_file_counts_and_not_an_index_that_an_earlier_save_left(tmp_pa
     ):
         weight_files(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
-    with pytest.raises(OptionError, match="not an index of weights: .*weight_map: is missing"):
+    with pytest.raises(OptionError, match=r"not an index of weights: .*weight_map: is missing"):
         weight_files(tmp_path)
 
 

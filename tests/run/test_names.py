@@ -19,7 +19,7 @@ SETS = ("forget", "retain", "approximate", "general_retain", "general_evaluation
 RUN = "--domain {name} --data_dir {name}-data --seq_len 48 --num_threads 1"
 TRAIN = (
     "train --unlearn_method ascent_plus_descent --target_model_name_or_path {name} " + RUN + " --global_batch_size 12 "
-    "--disable_tqdm --run_name {name} --deepspeed zero2"
+    "--disable_tqdm --run_name {name} --deepspeed zero3"
 )
 # What is typed in a folder that holds a model and documents of that name, in this order; {name} stands for it.
 COMMANDS = {
@@ -76,7 +76,7 @@ def make_inputs(folder, model, name):
     base = {key: value for key, value in run.items() if key != "domain"} | {
         "max_steps": 1,
         "do_eval": True,
-        "deepspeed": "zero2",
+        "deepspeed": "zero3",
     }
     grid = {"output_dir": f"{name}-sweep", "base": base, "grid": {"domain": [name], "run_name": [name]}}
     del base["output_dir"]

@@ -129,15 +129,22 @@ class TrainingEngine:
         if buffer is not None:
             buffer.zero_()
 
+    def at_rest(self) -> None:
+        """Give back what was fetched ahead for a forward that does not come; parameters can be gathered from then on.
+
+        DeepSpeed 0.19.8 refuses to gather or to partition a parameter that is still in flight.
+        """
+        if hasattr(self.engine.optimizer, "empty_partition_cache"):
+            self.engine.optimizer.empty_partition_cache()
+
     @torch.no_grad()
     def ask(self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None) -> Any:
         """Forward only, between steps: statistics, samples, the final hidden states at `pick`, or the model's own logits."""
         was_training = self.engine.module.training
         self.engine.eval()
         answer = self.engine(rows, call, pick)
-        if pick is not None and hasattr(self.engine.optimizer, "empty_partition_cache"):
-            # The head was fetched ahead and not used: still in flight, DeepSpeed 0.19.8 refuses to gather it again.
-            self.engine.optimizer.empty_partition_cache()
+        if pick is not None:  # the head was fetched ahead and not used
+            self.at_rest()
         self.engine.train(was_training)
         return answer
 
