@@ -38,6 +38,11 @@ def evaluation(tiny, output_dir):
     return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
 
+@pytest.mark.fault(
+    "a second run, or `evaluate`, in the folder of a run under way",
+    "`RUN is in use by COMMAND (process N of USER on HOST, since WHEN)`, code 2",
+    "the first ends as if nothing had been",
+)
 def test_while_a_run_has_its_folder_no_other_gets_it(tiny, tmp_path):
     """Each way to start a second one is refused with the name of the first, which ends as if nothing had been."""
     out = tmp_path / "run"
@@ -59,12 +64,22 @@ def test_while_a_run_has_its_folder_no_other_gets_it(tiny, tmp_path):
     assert not list(out.rglob(".*"))
 
 
+@pytest.mark.fault(
+    "two runs that start at once in one folder",
+    "the same, from one of them",
+    "one trains",
+)
 def test_of_two_that_start_at_once_one_trains(tiny, tmp_path):
     runs = [tiny.server.start(tiny.arguments(tmp_path / "run", auto_resume=True), num_ranks=1) for _ in range(2)]
     assert sorted(run.wait()[0] for run in runs) == [0, 2]
     assert_as_of_one_process(tiny, tmp_path / "run")
 
 
+@pytest.mark.fault(
+    "`kill -9` of what holds a folder",
+    "`RUN was left by COMMAND (process N of USER on HOST), which is dead: taken over`",
+    "the next start has it at once",
+)
 def test_what_a_killed_run_held_is_taken_over_at_once(tiny, tmp_path):
     out = tmp_path / "run"
     run = tiny.server.start(tiny.arguments(out, auto_resume=True))
@@ -92,6 +107,11 @@ def test_a_requeued_run_waits_for_a_host_that_may_be_dead(tiny, tmp_path):
     assert_as_of_one_process(tiny, out)
 
 
+@pytest.mark.fault(
+    "a run whose owner file is deleted or taken over",
+    "`RUN/.owner.json was removed, so another process may work there`, at the next update, code 2",
+    "resumes: same",
+)
 def test_a_run_whose_folder_is_taken_stops_and_writes_no_more(tiny, tmp_path):
     out = tmp_path / "run"
     run = tiny.server.start(tiny.arguments(out, save_steps=3), UNLEARN_DS_STALE_OWNER_S="1.2")

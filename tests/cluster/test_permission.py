@@ -88,6 +88,11 @@ def test_prepare(tiny, home, tmp_path):
     assert files(home / "data") != before
 
 
+@pytest.mark.fault(
+    "no right to write (not root): checkpoint, model, evaluation, report, corpus",
+    "`Permission denied: 'RUN/model': give this user the right to it, ...`, code 2; at a checkpoint training goes on",
+    "what is older stays; with the right given: same",
+)
 def test_checkpoint(tiny, home):
     """Training goes on without it; the older one stays, and a resume ends as an uninterrupted run."""
     out = home / "run"

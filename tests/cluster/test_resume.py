@@ -146,6 +146,11 @@ def test_a_run_of_an_older_version_goes_on(tiny, begun, tmp_path):
     assert "nor, without run.json, that model and options are the run's" in run.output()
 
 
+@pytest.mark.fault(
+    "`run.json` gone; then another model of the same shape",
+    "`run.json is gone: RUN/checkpoints/step_4 says what the run is`; `started from another model`",
+    "goes on; stops",
+)
 def test_another_model_of_the_same_shape_is_named_without_run_json(tiny, begun, tmp_path):
     other = save_tiny_model(tmp_path / "m1", seed=5)
     out = tmp_path / "run"
@@ -158,6 +163,11 @@ def test_another_model_of_the_same_shape_is_named_without_run_json(tiny, begun, 
     assert not (out / "run.json").exists()
 
 
+@pytest.mark.fault(
+    "every manifest unreadable",
+    "`every checkpoint in DIR is damaged or not this run's`",
+    "stops; nothing is overwritten",
+)
 def test_no_readable_manifest_is_no_new_start(tiny, begun, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(begun(), out)

@@ -86,6 +86,11 @@ def test_random_labels_are_tokens_that_the_tokenizer_knows(tmp_path: Path) -> No
     assert labels.max() == VOCAB_SIZE - 1
 
 
+@pytest.mark.fault(
+    "`run.json` damaged, or a corpus replaced between two starts",
+    "`RUN/run.json: plan.num_steps: is missing: delete it to go on ...`; `FILE (forget) was replaced since ...`, code 2",
+    "stops; nothing is overwritten",
+)
 def test_a_corpus_replaced_between_two_starts_is_named(tmp_path: Path) -> None:
     write_corpora(tmp_path)
     options = config(tmp_path)

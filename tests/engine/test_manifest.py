@@ -107,6 +107,11 @@ FOUND = {
 
 
 @pytest.mark.parametrize("exchange", FOUND, ids=lambda exchange: exchange.__name__)
+@pytest.mark.fault(
+    "a shard of another step, rank, save or run, a renamed folder, a manifest that was changed",
+    "`step_6 is damaged (FILE is of another checkpoint: it is FILE of step 4): passed over`",
+    "same, from the one before",
+)
 def test_what_was_exchanged_is_found_and_the_checkpoint_before_taken(exchange, tmp_path, capsys):
     """Then the one before is damaged too: no new start over what is there."""
     write(tmp_path, 2)
@@ -160,6 +165,11 @@ class Harm:
         return Path.write_text, (self.path, "harm")
 
 
+@pytest.mark.fault(
+    "a shard that runs code when it is unpickled",
+    "`FILE cannot be read as data: UnpicklingError`",
+    "nothing is run; from the one before",
+)
 def test_a_shard_is_data_and_runs_nothing(tmp_path, capsys):
     harm, path = tmp_path / "harm", write(tmp_path, 4)
     content = torch.load(path / SHARDS[0])
@@ -177,6 +187,11 @@ def test_a_shard_is_data_and_runs_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part", [".", MANIFEST, "state", SHARDS[1]])
+@pytest.mark.fault(
+    "a checkpoint of another user",
+    "`is refused: FILE belongs to user N, neither to you nor to root`",
+    "passed over",
+)
 def test_what_belongs_to_a_stranger_is_refused(part, tmp_path, capsys, monkeypatch):
     path = write(tmp_path, 4)
     if os.geteuid() == 0:

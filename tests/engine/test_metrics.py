@@ -31,6 +31,11 @@ def row(step, **more):
         (b'{"step": 2, "\xff": 1}\n', "is not UTF-8 (byte 13)"),
     ],
 )
+@pytest.mark.fault(
+    "a line of `metrics.jsonl` torn, of other types",
+    "`metrics.jsonl: line 7: is not valid JSON (...): this line is left out`, at resume",
+    "same but for that line",
+)
 def test_a_line_that_is_none_is_named_and_those_behind_it_stay(tmp_path, capsys, bad, message):
     write(tmp_path, row(1, loss=1.0), bad, row(3, loss=3.0), row(4))
     assert [one["step"] for one in read_metrics(tmp_path)] == [1, 3, 4]

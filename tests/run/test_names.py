@@ -139,6 +139,7 @@ def test_a_name_that_no_file_system_takes_is_refused_by_name(typed, what):
     assert answer["code"] == 2
     line = answer["stderr"].splitlines()[-1]
     assert "error: " in line
-    assert name in line
+    assert "n" * 20 in line
+    assert "bytes" in line or "File name too long" in line
     assert "Traceback" not in answer["stderr"]
     assert not list(folder.rglob(".*.partial"))

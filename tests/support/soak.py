@@ -142,7 +142,7 @@ EVENTS = {
     "folder read-only": Event(read_only),
     "newest checkpoint damaged": Event(newest_damaged),
     "strangers on the port": Event(strangers),
-    "a second run in the folder": Event(second_run, on=False),  # until a run holds its folder
+    "a second run in the folder": Event(second_run),
 }
 
 
