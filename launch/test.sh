@@ -12,5 +12,5 @@ cd "$ROOT"
 bash launch/test_packages.sh
 ruff check .
 ruff format --check .
-lint-imports --no-logo
+lint-imports
 exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

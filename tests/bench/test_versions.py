@@ -64,7 +64,7 @@ def test_the_tests_of_the_lowest_versions_exist():
     names = re.search(r"^TESTS=\((.*?)^\)", script, re.DOTALL | re.MULTILINE)[1]
     found = re.findall(r"\btest_\w+", names)
     assert len(found) > 20
-    assert [name for name in found if not (ROOT / "tests" / f"{name}.py").exists()] == []
+    assert [name for name in found if len(list(ROOT.glob(f"tests/*/{name}.py"))) != 1] == []
 
 
 @pytest.mark.parametrize("first", ["unlearn_ds.kernels", "triton"])
