@@ -5,13 +5,16 @@ import threading
 import time
 
 import pytest
+import torch
 from torch.utils.file_baton import FileBaton
 
 from unlearn_ds.cluster.extension_cache import (
     use_cache_of_this_environment,
+    use_compiled_code_of_this_processor,
     wait_for_dead_builders_too,
     wait_for_extension_locks,
 )
+from unlearn_ds.model.layers import wrap_layers
 
 
 @pytest.fixture
@@ -109,3 +112,23 @@ def test_each_environment_and_ninja_has_its_own_folder_and_an_explicit_one_wins(
     environ = {"TORCH_EXTENSIONS_DIR": "/scratch/operators"}
     use_cache_of_this_environment(environ, "/envs/one")
     assert environ == {"TORCH_EXTENSIONS_DIR": "/scratch/operators"}
+
+
+def test_compiled_layers_have_a_cache_for_each_kind_of_processor():
+    folders = set()
+    for capability in ("AVX2", "AVX512"):
+        environ = {}
+        use_compiled_code_of_this_processor(environ, capability)
+        folders.add(environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(folders) == 2
+    environ = {"TORCHINDUCTOR_CACHE_DIR": "/mine"}
+    use_compiled_code_of_this_processor(environ, "AVX2")
+    assert environ == {"TORCHINDUCTOR_CACHE_DIR": "/mine"}
+
+
+def test_who_compiles_layers_sets_it(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    wrap_layers(torch.nn.Module(), "none", False)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    wrap_layers(torch.nn.Module(), "none", True)
+    assert torch.backends.cpu.get_cpu_capability() in os.environ["TORCHINDUCTOR_CACHE_DIR"]

@@ -1,11 +1,13 @@
 """torch's cache of compiled operators: one for each environment, and no wait for the lock of a process that is dead."""
 
+import getpass
 import hashlib
 import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 from unlearn_ds.markup import tell
@@ -13,7 +15,7 @@ from unlearn_ds.markup import tell
 STALE_LOCK_S = 300.0  # building one of DeepSpeed's operators takes a minute or two
 
 
-def use_cache_of_this_environment(environ: dict[str, str], prefix: str = sys.prefix) -> None:
+def use_cache_of_this_environment(environ: MutableMapping[str, str], prefix: str = sys.prefix) -> None:
     """Set TORCH_EXTENSIONS_DIR to a folder of this Python environment's own; an explicit setting wins.
 
     torch keeps one folder a user, Python and CUDA version. The compiler's command line names the environment's include
@@ -28,6 +30,17 @@ def use_cache_of_this_environment(environ: dict[str, str], prefix: str = sys.pre
         mark = hashlib.sha256(f"{prefix} {ninja}".encode()).hexdigest()[:8]
         version = f"py{sys.version_info.major}{sys.version_info.minor}"
         environ["TORCH_EXTENSIONS_DIR"] = str(Path(get_default_build_root()) / f"unlearn_ds_{version}_{mark}")
+
+
+def use_compiled_code_of_this_processor(environ: MutableMapping[str, str], capability: str) -> None:
+    """Set TORCHINDUCTOR_CACHE_DIR to a folder for processors of this `capability` alone; an explicit setting wins.
+
+    torch 2.13 finds what it compiled by the graph, whatever the processor: code made for AVX512, run where torch itself computes
+    in AVX2 (another node with the same cache, ATEN_CPU_CAPABILITY), gave NaN in every forward.
+    """
+    if not environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"unlearn_ds_{capability}")
 
 
 def wait_for_extension_locks(stale_s: float | None = None) -> None:

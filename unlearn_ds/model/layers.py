@@ -1,5 +1,6 @@
 """What is done to a model's decoder layers: found, gathered whole, compiled, their activations recomputed."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unlearn_ds.cluster.extension_cache import use_compiled_code_of_this_processor
 from unlearn_ds.options import OptionError
 
 
@@ -46,6 +48,8 @@ def wrap_layers(model: nn.Module, checkpointing: str, compiled: bool) -> None:
     assert checkpointing != "auto", "which checkpointing fits is settled before (`fit.settle_memory`)"
     every = int(checkpointing) if checkpointing.isdigit() else 1
     recompute = _offloaded if checkpointing == "offloaded" else _recomputed
+    if compiled:
+        use_compiled_code_of_this_processor(os.environ, torch.backends.cpu.get_cpu_capability())
     for index, layer in enumerate(decoder_layers(model)):
         forward = layer.forward
         if compiled:
