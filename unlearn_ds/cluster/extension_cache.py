@@ -35,8 +35,8 @@ def use_cache_of_this_environment(environ: MutableMapping[str, str], prefix: str
 def use_compiled_code_of_this_processor(environ: MutableMapping[str, str], capability: str) -> None:
     """Set TORCHINDUCTOR_CACHE_DIR to a folder for processors of this `capability` alone; an explicit setting wins.
 
-    torch 2.13 finds what it compiled by the graph, whatever the processor: code made for AVX512, run where torch itself computes
-    in AVX2 (another node with the same cache, ATEN_CPU_CAPABILITY), gave NaN in every forward.
+    torch 2.13 finds what it compiled by the graph, whatever the processor: code made for AVX512, run where torch itself
+    computes in AVX2 (another node with the same cache, ATEN_CPU_CAPABILITY), gave NaN in every forward.
     """
     if not environ.get("TORCHINDUCTOR_CACHE_DIR"):
         folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
