@@ -32,3 +32,4 @@ install() {
 
 install "${EXTRAS:-wandb}"
 export PATH="$VENV/bin:$PATH"
+unset PYTHON # it made the environment; from here on `python` is the one in it

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from unlearn_ds.bench import architectures
-from unlearn_ds.bench.tiny import causal_architectures, documents, tiny_model
+from unlearn_ds.bench.tiny import causal_architectures, documents
 from unlearn_ds.cli import main
-from unlearn_ds.cluster import distributed
 
 # Packed; attention of their own (learned, rotary and ALiBi positions); a recurrent state.
 EXPECTED = {
@@ -33,13 +32,19 @@ def test_it_trains_exactly(rows, name):
 
 
 def test_a_difference_is_wrong(tmp_path):
-    distributed.init_distributed(1)
-    model = tiny_model("llama")
-    model.save_pretrained(tmp_path / "given")
-    loss, gradients = architectures.expected_outcome(model)
-    gradients["lm_head.weight"] = gradients["lm_head.weight"] * 1.01
-    row = architectures.compare(tmp_path, model, loss, gradients)
-    assert row["how"] == "wrong"
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        "from unlearn_ds.bench import architectures\n"
+        "measured = architectures.expected_outcome\n"
+        "def other(model):\n"
+        "    loss, gradients = measured(model)\n"
+        "    return loss, gradients | {'lm_head.weight': 1.01 * gradients['lm_head.weight']}\n"
+        "architectures.expected_outcome = other\n"
+        "architectures.worker(sys.argv[1:])\n"
+    )
+    (row,) = architectures.examine_apart(["llama"], 300, (sys.executable, str(script)))
+    assert row["how"] == "wrong", row
     assert row["reason"].startswith("gradient_error")
 
 

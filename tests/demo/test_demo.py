@@ -68,9 +68,12 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path):
 
 def test_an_earlier_demo_is_cleared(tmp_path):
     claim_folder(tmp_path / "demo")
-    (tmp_path / "demo" / "old").write_text("x")
+    (tmp_path / "demo" / "report.html").write_text("x")
     claim_folder(tmp_path / "demo")
-    assert not (tmp_path / "demo" / "old").exists()
+    assert not (tmp_path / "demo" / "report.html").exists()
+    (tmp_path / "demo" / "mine").write_text("x")
+    with pytest.raises(OptionError, match="mine is nothing that a demo writes"):
+        claim_folder(tmp_path / "demo")
 
 
 def test_options_are_checked():

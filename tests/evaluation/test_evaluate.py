@@ -122,7 +122,7 @@ def test_tables_hold_every_sequence_in_order(measured, naive):
 
 def left_in_memory(finished):
     """Buffers of DeepSpeed's CPU collectives that a run on several ranks did not give back."""
-    port = finished.args[finished.args.index("--master_port") + 1]
+    (port,) = (word.split("=")[1] for word in finished.args if word.startswith("--master_port="))
     return list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
 
 

@@ -110,7 +110,7 @@ def test_folders_are_named_after_themselves(tmp_path):
 
 @pytest.mark.parametrize("value", EVERY.values(), ids=EVERY)
 def test_a_card_shows_every_option_and_its_evaluation_replaces_none(tmp_path, value):
-    given = {"domain": value, "output_dir": value, "run_name": f"{value}\n## Evaluation\n"}
+    given = {"tokenizer_name_or_path": value, "output_dir": value, "run_name": f"{value}\n## Evaluation\n"}
     options = asdict(RunConfig(unlearn_method="gradient_ascent", target_model_name_or_path=value, **given))
     card = model_card(options, [{"role": value, "name": value, "documents": 1, "tokens": 2, "digest": "feed"}], None)
     folder = save_evaluation(tmp_path / "run", random_tables(count=6)) / "model"

@@ -21,13 +21,13 @@ def num_bytes(*tensors: Tensor) -> int:
 if __name__ == "__main__":
     with ExitStack() as held:
         run = build_run(parse(RunConfig, sys.argv[1:], "state_worker"), held)
-    run_steps(run, StopRequest())
+        run_steps(run, StopRequest())
     optimizer = run.engine.engine.optimizer
     states = [tensor for state in optimizer.optimizer.state.values() for tensor in state.values() if tensor.dim() > 0]
-    held = {
+    found = {
         "parameters": num_bytes(*optimizer.fp32_partitioned_groups_flat),
         "gradients": num_bytes(optimizer.grad_partitions_flat_buffer),
         "optimizer": num_bytes(*states),
     }
-    print(json.dumps(held))
+    print(json.dumps(found))
     distributed.shut_down()

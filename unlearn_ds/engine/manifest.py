@@ -206,8 +206,11 @@ def _flaw(checkpoint: Checkpoint, run: str | None) -> str | None:
 
 def _owner_of_new_files(path: Path) -> int:
     """Who owns what this process writes there: on a network's file system it may be another user than the process has."""
-    with tempfile.TemporaryFile(dir=path) as probe:
-        return os.fstat(probe.fileno()).st_uid
+    try:
+        with tempfile.TemporaryFile(dir=path) as probe:
+            return os.fstat(probe.fileno()).st_uid
+    except OSError:  # a folder that is read, and cannot be written to
+        return os.geteuid()
 
 
 def _damaged(checkpoint: Checkpoint) -> str | None:

@@ -130,13 +130,15 @@ def write_table(path: Path, table: Table) -> None:
 
 def write_parquet(path: Path, table: Table) -> None:
     """Write parquet where nobody looks for it yet."""
-    pq.write_table(pa.table({column: pa.array(values) for column, values in table.items()}), path)
+    with path.open("wb") as file:  # by a path arrow takes UTF-8 alone
+        pq.write_table(pa.table({column: pa.array(values) for column, values in table.items()}), file)
 
 
 def read_table(path: Path) -> Table:
     """Read what `write_table` wrote. Raises `TableError`."""
     try:
-        read = pq.read_table(path)
+        with path.open("rb") as file:
+            read = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         raise TableError(f"cannot read the table {path}: {error}. Make it again with `unlearn-ds evaluate`") from error
     needed = ("sequence", "document", "num_tokens", "log_prob", "accuracy", *(f"min_k_{k}" for k in K_PERCENT))

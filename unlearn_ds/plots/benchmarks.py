@@ -12,9 +12,14 @@ _OURS, _OTHERS = "tab:blue", "tab:gray"
 Rows = list[dict[str, Any]]
 
 
-def _bars(axis: Any, names: list[str], values: list[float], ours: list[bool], **errors: Any) -> None:
-    axis.barh(range(len(names)), values, color=[_OURS if mine else _OTHERS for mine in ours], **errors)
-    axis.set_yticks(range(len(names)), ["\n".join(map(plot_label, name.split("\n"))) for name in names])
+def _label(*lines: str) -> str:
+    """Texts under each other; a line end inside one is shown, not made."""
+    return "\n".join(map(plot_label, lines))
+
+
+def _bars(axis: Any, labels: list[str], values: list[float], ours: list[bool], **errors: Any) -> None:
+    axis.barh(range(len(labels)), values, color=[_OURS if mine else _OTHERS for mine in ours], **errors)
+    axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
 
@@ -24,15 +29,16 @@ def plot_kernels(results: Rows, path: Path) -> None:
     groups: dict[str, Rows] = {}
     for row in results:
         if "median_ms" in row and row["impl"] != "products":
-            groups.setdefault(f"{row['name']}\n{' '.join(f'{k}={v}' for k, v in row['shape'].items())}", []).append(row)
+            shape = " ".join(f"{name}={value}" for name, value in row["shape"].items())
+            groups.setdefault(_label(row["name"], shape), []).append(row)
     if not groups:
         return
     figure, axes = new_figure(8, 1.8 * len(groups) + 0.5, rows=len(groups))
     for axis, (title, rows) in zip(axes, groups.items()):
         times = [100 / row["percent_of_products"] for row in rows]
-        _bars(axis, [row["impl"] for row in rows], times, [row["impl"].startswith("ours") for row in rows])
+        _bars(axis, [_label(row["impl"]) for row in rows], times, [row["impl"].startswith("ours") for row in rows])
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title("\n".join(map(plot_label, title.split("\n"))), fontsize=8)
+        axis.set_title(title, fontsize=8)
         axis.set_xlabel("time / time of the bare matrix products", fontsize=7)
     save_png(figure, path)
 
@@ -65,7 +71,8 @@ def plot_scaling(results: Rows, path: Path) -> None:
 def plot_step(results: Rows, path: Path) -> None:
     """Two panels: real tokens per second with their spread, and peak memory, of every method each way."""
     names = [
-        f"{row['name']}\n{'' if row['reference'] is None else row['reference'] + ', '}{row['impl']}" for row in results
+        _label(row["name"], f"{'' if row['reference'] is None else row['reference'] + ', '}{row['impl']}")
+        for row in results
     ]
     ours = [row["impl"] == "ours" for row in results]
     rates = np.array([row["tokens_per_s"] for row in results])
