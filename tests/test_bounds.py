@@ -75,7 +75,7 @@ def test_deepspeed_files_and_splits_are_bounded_too(tmp_path):
     with pytest.raises(OptionError, match=r"ds\.json: has over 64 lists and objects in each other"):
         load_ds_file(str(tmp_path / "ds.json"))
     (tmp_path / "dataset_dict.json").write_text(f'{{"splits": {nested(5_000)}}}')
-    with pytest.raises(DocumentError, match=r"dataset_dict\.json: damaged"):
+    with pytest.raises(DocumentError, match=r"dataset_dict\.json: .*damaged"):
         find_sources([str(tmp_path)])
 
 

@@ -115,8 +115,11 @@ def _loss(model: Model, setting: Setting, rows: int) -> dict[str, float]:
     whole = setting.zero["stage"] == 3
     if setting.reference is not None:
         parts["reference, for the loss"] = states
-        # Its projection is gathered for the loss: of a sharded engine, or of a cache that is spread over the ranks.
-        if (setting.reference == "live" and whole) or (setting.reference == "cache" and setting.world_size > 1):
+        # Its projection is gathered for the loss: of a sharded engine, which has fetched its input embedding for the next
+        # forward by then, or of a cache that is spread over the ranks.
+        if setting.reference == "live" and whole:
+            parts["reference, for the loss"] += 2 * head
+        elif setting.reference == "cache" and setting.world_size > 1:
             parts["reference, for the loss"] += head
     return parts | _gathered(model, setting)
 
