@@ -17,6 +17,8 @@ EXPECTED = {
     "bloom": "row by row",
     "stablelm": "row by row",
     "mamba": "row by row",
+    "cpmant": "refused",  # its padding stands at the left
+    "emu3": "refused",  # its text part alone is no causal LM of transformers
 }
 
 
@@ -28,7 +30,7 @@ def rows():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_it_trains_exactly(rows, name):
     assert rows[name]["how"] == EXPECTED[name], rows[name]
-    assert rows[name]["gradient_error"] < 1e-5
+    assert rows[name]["how"] == "refused" or rows[name]["gradient_error"] < 1e-5
 
 
 def test_a_difference_is_wrong(tmp_path):

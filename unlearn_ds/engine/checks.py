@@ -21,7 +21,7 @@ from unlearn_ds.model.loss_head import LossCall, PackedCausalLM, StatsCall
 from unlearn_ds.model.masks import watched
 from unlearn_ds.options import OptionError
 
-_LENGTHS = (13, 24, 11)  # of the sequences of a packed row
+_LENGTHS = (24, 13, 17)  # of the sequences of a packed row; the middle one is padded where each is a row of its own
 _LEAST, _MOST = 48, 512  # tokens of the sequence that is held against the model's own attention
 _SIZES = (
     "window",
@@ -215,8 +215,8 @@ def _packed_row(module: PackedCausalLM, parts: list[Tensor], dtype: torch.dtype)
         by_itself,
         logits,
         dtype,
-        "log-probabilities of a sequence change by {} when others are packed beside it: this architecture mixes the sequences "
-        "of a row, and is not supported",
+        "log-probabilities of a sequence change by {} when others are beside it: this architecture mixes the sequences of a "
+        f"{'row' if module.packs else 'micro-batch, or depends on what a row is padded with'}, and is not supported",
         _OfPacking,
     )
 
