@@ -255,7 +255,7 @@ def own_gradient(module: PackedCausalLM) -> Iterator[list[Tensor]]:
 
     def follow(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         given.append(output.detach().requires_grad_())
-        return given[-1]
+        return given[-1].clone()  # some models change it in place
 
     handle = module.model.get_input_embeddings().register_forward_hook(follow)
     for parameter in trained:
