@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unlearn_ds.bounds import MAX_NESTING, check_nesting, parse_json, parse_yaml
+from unlearn_ds.bounds import MAX_NESTING, check_nesting, parse_yaml
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.documents import DocumentError, find_sources, read_documents
 from unlearn_ds.engine.ds_config import load_ds_file
@@ -39,15 +39,18 @@ def deep_stack():
 def test_deep_json_is_refused_before_it_is_parsed(depth, brackets):
     started = time.monotonic()
     with pytest.raises(ValueError, match=f"nested deeper than {MAX_NESTING} levels"):
-        parse_json(nested(depth, *brackets))
+        check_nesting(nested(depth, *brackets))
     assert time.monotonic() - started < 20
 
 
 def test_brackets_within_text_and_beside_each_other_are_no_nesting():
     for value in ("[" * 5000, '"[{' * 300 + "\\", [{"a": [1]}] * 5000, {"a" * 3 + "[" * 300: "\u2028"}):
         for ensure_ascii in (True, False):
-            assert parse_json(json.dumps(value, ensure_ascii=ensure_ascii)) == value
-    assert parse_json(nested(MAX_NESTING)) is not None
+            text = json.dumps(value, ensure_ascii=ensure_ascii)
+            check_nesting(text)
+            assert json.loads(text) == value
+    check_nesting(nested(MAX_NESTING))
+    assert json.loads(nested(MAX_NESTING)) is not None
     check_nesting('["' + "[" * 300)  # wrong, and that is for the parser to say
 
 

@@ -4,7 +4,6 @@ Parsers go down one call a bracket, and fail in ways of their own where the stac
 written. What exceeds a bound raises `ValueError` before a parser, or whoever uses what it made, meets it.
 """
 
-import json
 import re
 from json.decoder import scanstring
 from typing import Any
@@ -46,12 +45,6 @@ def check_nesting(text: str) -> None:
     """Raise `ValueError` for JSON that is nested too deep."""
     if nested_too_deep(text) is not None:
         raise ValueError(TOO_DEEP)
-
-
-def parse_json(text: str) -> Any:
-    """`json.loads` within the bound. Raises `ValueError`."""
-    check_nesting(text)
-    return json.loads(text)
 
 
 def parse_yaml(text: str) -> Any:

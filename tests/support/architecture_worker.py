@@ -13,38 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from unlearn_ds.bench.architectures import open_engine
 from unlearn_ds.cluster import distributed
-from unlearn_ds.config import RunConfig
 from unlearn_ds.engine.checks import check_model, pack
-from unlearn_ds.engine.ds_config import load_ds_file, training_config
-from unlearn_ds.engine.engine import TrainingEngine
-from unlearn_ds.model.configs import ModelOptions, load_config
-from unlearn_ds.model.layers import decoder_layer_classes
-from unlearn_ds.model.load import load_model, logit_shape
-from unlearn_ds.model.loss_head import HeadOptions, LogitShape, LossCall
-from unlearn_ds.model.size import model_size
+from unlearn_ds.model.loss_head import LogitShape, LossCall
 
 LENGTHS = ((9, 17, 9), (6, 12, 21))  # of the sequences of a rank
-
-
-def build(folder: Path, shape: LogitShape | None = None, **options: Any) -> tuple[TrainingEngine, Any]:
-    """(the engine on the model in `folder`, sharded, in fp32; its config)."""
-    model_options = ModelOptions(str(folder), bf16=False, **options)
-    config = load_config(model_options)
-    ds_config = training_config(
-        load_ds_file("zero3"),
-        bf16=False,
-        max_grad_norm=0.0,
-        micro_batch_size=1,
-        world_size=distributed.world_size(),
-        size=model_size(config),
-    )
-    head = HeadOptions(shape or logit_shape(config))
-    model = load_model(model_options, config, ds_config, head, torch.device("cpu"))
-    ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
-    model.train()
-    run = RunConfig("gradient_ascent", "-", target_model_name_or_path=str(folder), bf16=False)
-    return TrainingEngine(model, run, ds_config, 10), config
 
 
 def sequences(rank: int) -> list[torch.Tensor]:
@@ -64,7 +38,7 @@ def measure(folder: Path, model: torch.nn.Module) -> dict[str, Any]:
     """Loss and gradients of one packed micro-batch a rank against the model alone, unpacked and unsharded."""
     from deepspeed.utils import safe_get_full_grad
 
-    engine, config = build(folder)
+    engine, _, config = open_engine(folder)
     check_model(engine.engine, 64, config.vocab_size, torch.float32, engine.device, folder.name)
     own = sequences(distributed.rank())
     rows = torch.cat([torch.arange(len(s) - 1) for s in own])
@@ -109,7 +83,7 @@ def main(folder: Path) -> None:
         if distributed.is_main():
             print("RESULT", json.dumps({"name": name, **result}), flush=True)
     try:
-        engine, config = build(folder / "gemma2", LogitShape())
+        engine, _, config = open_engine(folder / "gemma2", LogitShape())
         check_model(engine.engine, 64, config.vocab_size, torch.float32, engine.device, "gemma2")
     except ValueError as error:
         if distributed.is_main():

@@ -141,9 +141,11 @@ def compare(folder: Path, model: Any, expected: float, gradients: dict[str, Any]
     from deepspeed.utils import safe_get_full_grad
     from transformers import AutoModelForCausalLM
 
+    from unlearn_ds.engine.checks import settle_rows
     from unlearn_ds.run.export import export_model
 
-    engine, packing = build_engine(folder / "given")
+    engine, options, _ = open_engine(folder / "given")
+    packing = settle_rows(engine, options, SEQ_LEN, VOCAB_SIZE).packing
     loss = one_update(engine)
     module = engine.engine.module.model
     error, norm = 0.0, 0.0
@@ -175,16 +177,19 @@ def compare(folder: Path, model: Any, expected: float, gradients: dict[str, Any]
     return {"how": how, "reason": ", ".join(beyond), **found}
 
 
-def build_engine(folder: Path) -> tuple[Any, bool]:
-    """(the engine on a model in fp32 under ZeRO-3, checked; whether it packs)."""
+def open_engine(folder: Path, shape: Any = None) -> tuple[Any, Any, Any]:
+    """(the engine on the model in `folder`, in fp32 under ZeRO-3, not yet checked; its `ModelOptions`; its config).
+
+    shape: the `LogitShape` that the loss head is told (default: what the config says).
+    """
     import torch
 
     from unlearn_ds.cluster import distributed
     from unlearn_ds.config import RunConfig
-    from unlearn_ds.engine.checks import settle_rows
     from unlearn_ds.engine.ds_config import load_ds_file, training_config
     from unlearn_ds.engine.engine import TrainingEngine
     from unlearn_ds.model.configs import ModelOptions, load_config, with_rows
+    from unlearn_ds.model.layers import decoder_layer_classes
     from unlearn_ds.model.load import load_model, logit_shape
     from unlearn_ds.model.loss_head import HeadOptions
     from unlearn_ds.model.size import model_size
@@ -200,10 +205,11 @@ def build_engine(folder: Path) -> tuple[Any, bool]:
         world_size=distributed.world_size(),
         size=model_size(config),
     )
-    model = load_model(options, config, ds_config, HeadOptions(logit_shape(config)), torch.device("cpu")).train()
+    head = HeadOptions(shape or logit_shape(config))
+    model = load_model(options, config, ds_config, head, torch.device("cpu")).train()
+    ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
     run = RunConfig("finetune", "-", target_model_name_or_path=str(folder), bf16=False)
-    engine = TrainingEngine(model, run, ds_config, 10)
-    return engine, settle_rows(engine, options, SEQ_LEN, VOCAB_SIZE).packing
+    return TrainingEngine(model, run, ds_config, 10), options, config
 
 
 def one_update(engine: Any) -> float:
