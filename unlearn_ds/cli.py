@@ -20,7 +20,7 @@ COMMANDS = {
     "sweep": ("unlearn_ds.sweep", "a grid of runs: under SLURM or on this machine, and their comparison"),
     "plan": ("unlearn_ds.cost.report", "memory, communication, time and GPU-hours of a run before it is started"),
     "demo": ("unlearn_ds.demo.demo", "the whole story on one machine, offline, in ten minutes"),
-    "bench": ("unlearn_ds.cli", "benchmarks: bench loss|kernels|loader|step|scaling|save|evaluation"),
+    "bench": ("unlearn_ds.cli", "benchmarks: `unlearn-ds bench` lists them"),
 }
 # bench WHAT -> module with add_arguments(parser) and main(args) -> exit code
 BENCHES = {

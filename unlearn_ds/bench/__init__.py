@@ -1,1 +1,1 @@
-"""Benchmarks: `unlearn-ds bench kernels|loss|loader|step|evaluation`."""
+"""Benchmarks: `unlearn-ds bench` lists them."""

@@ -1,1 +1,1 @@
-"""From per-token statistics to perplexity, accuracy, membership inference, a verdict and a report."""
+"""The commands that measure a model: `evaluate` with its attempts to bring things back, and `report`."""
