@@ -17,7 +17,7 @@ def test_six_random_events(tmp_path):
     tiny.num_steps = 7 * UPDATES_PER_EVENT
     try:
         with mounted(tmp_path / "disk", "16m") as disk:
-            struck = soak(tiny, disk, 6, seed=9)
+            struck = soak(tiny, disk, 6, seed=40)
     finally:
         tiny.server.stop()
     assert struck.total() == 6

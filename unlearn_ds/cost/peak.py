@@ -121,7 +121,8 @@ def _loss(model: Model, setting: Setting, rows: int) -> dict[str, float]:
             parts["reference, for the loss"] += 2 * head
         elif setting.reference == "cache" and setting.world_size > 1:
             parts["reference, for the loss"] += head
-    return parts | _gathered(model, setting)
+    # Those of the micro-batch before are still being reduced.
+    return parts | _gradients_on_their_way(model, setting) | _gathered(model, setting)
 
 
 def _last_layer(model: Model, setting: Setting, rows: int, checkpointing: str) -> dict[str, float]:
@@ -129,11 +130,13 @@ def _last_layer(model: Model, setting: Setting, rows: int, checkpointing: str) -
     tokens, layer = rows * setting.seq_len, model.activations
     recomputed = layer.all if checkpointing != "none" else 0
     parts = {"the layer that runs backward": (recomputed + layer.all // 2) * tokens}
-    trained = model.trainable / model.parameters
-    # The projection's gradient is reduced while the layer's is made.
-    pending = trained * (model.layer_parameters + model.head_parameters)
-    parts["gradients on their way"] = 2 * pending * setting.width
-    return parts | _gathered(model, setting)
+    return parts | _gradients_on_their_way(model, setting) | _gathered(model, setting)
+
+
+def _gradients_on_their_way(model: Model, setting: Setting) -> dict[str, float]:
+    """The projection's gradient is reduced while the layer's is made."""
+    pending = model.trainable / model.parameters * (model.layer_parameters + model.head_parameters)
+    return {"gradients on their way": 2 * pending * setting.width}
 
 
 def _gathered(model: Model, setting: Setting) -> dict[str, float]:

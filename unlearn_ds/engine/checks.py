@@ -52,14 +52,23 @@ class PackingError(OptionError):
     """A model that is computed otherwise on packed rows than it computes itself."""
 
 
+class NotFiniteError(OptionError):
+    """A model whose logits are no numbers, of which nothing can be said."""
+
+
 class _OfPacking(str):
     """A fault that one sequence a row, under the model's own attention and mask, does not have."""
+
+
+class _NotFinite(str):
+    """Logits that are no numbers."""
 
 
 def settle_rows(engine: Any, options: ModelOptions, seq_len: int, vocab_size: int) -> ModelOptions:
     """Check the model of an engine, and let it go row by row if packed rows change it: says so, and returns the options.
 
-    Every rank calls this. Raises `OptionError` for what cannot be trained exactly in either way.
+    Every rank calls this. Raises `OptionError` for what cannot be trained exactly in either way, `NotFiniteError` for a model
+    whose logits are no numbers.
     """
     module: PackedCausalLM = engine.engine.module
 
@@ -116,8 +125,13 @@ def check_model(
     found = next((fault for fault in faults if fault is not None), None)
     everywhere = distributed.gather_objects(found)
     if fault := next((one for one in everywhere if one is not None), None):
-        kind = PackingError if module.packs and isinstance(fault, _OfPacking) else OptionError
-        raise kind(f"{name}: {fault}")
+        raise _error_of(fault, module.packs)(f"{name}: {fault}")
+
+
+def _error_of(fault: str, packs: bool) -> type[OptionError]:
+    if isinstance(fault, _NotFinite):
+        return NotFiniteError
+    return PackingError if packs and isinstance(fault, _OfPacking) else OptionError
 
 
 def _reason(error: BaseException) -> str:
@@ -147,6 +161,9 @@ def _single_sequence(module: PackedCausalLM, ids: Tensor, seq_len: int, dtype: t
                 f"{problem}: attention over packed rows is causal, with a window of the last tokens at most, and cannot "
                 "compute this model as it is"
             )
+            return
+        if fault := _not_finite(logits):
+            yield fault
             return
         before = _random_state(ids.device)
         again = module(rows)[0].float()
@@ -189,6 +206,10 @@ def _packed_row(module: PackedCausalLM, parts: list[Tensor], dtype: torch.dtype)
     targets = parts[1].roll(-1)
     where = torch.arange(len(targets), device=targets.device)
     call = LossCall(where + start, targets, torch.ones(len(targets), device=targets.device))
+    with torch.no_grad():
+        if fault := _not_finite(module(rows)[0].float()):
+            yield fault
+            return
     with own_gradient(module) as embedded:
         module(rows, call)[0].backward()
     gradient = embedded[0].grad if embedded else None
@@ -219,6 +240,13 @@ def _packed_row(module: PackedCausalLM, parts: list[Tensor], dtype: torch.dtype)
         f"{'row' if module.packs else 'micro-batch, or depends on what a row is padded with'}, and is not supported",
         _OfPacking,
     )
+
+
+def _not_finite(logits: Tensor) -> str | None:
+    """What is wrong with logits that are no numbers; minus infinity is a token that the model never gives."""
+    if not (logits.isnan() | logits.isposinf()).any():
+        return None
+    return _NotFinite("its logits are not finite: a weight of it is not, or they overflow. Start from an intact model")
 
 
 def _unlike(

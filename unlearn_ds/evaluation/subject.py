@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.engine.checks import settle_rows
+from unlearn_ds.engine.checks import NotFiniteError, settle_rows
 from unlearn_ds.engine.ds_config import inference_config, load_ds_file
 from unlearn_ds.engine.engine import FrozenEngine
 from unlearn_ds.evaluation.options import EvaluateConfig
@@ -58,5 +58,8 @@ def load_subject(
     # What is wrong with the data is said before anything is loaded.
     examine(open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences))
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
-    options = settle_rows(engine, options, config.seq_len, model_config.vocab_size)
+    try:
+        options = settle_rows(engine, options, config.seq_len, model_config.vocab_size)
+    except NotFiniteError as error:  # a broken model has a verdict, too
+        distributed.say(f"warning: {error}")
     return Subject(engine, model_config, tokenizer, device, options.packing)
