@@ -15,15 +15,17 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
+from unlearn_ds.data.corpus_manifest import Manifest
+from unlearn_ds.data.loss_mask import FORMS, TEXT, WHOLE_FORMS
 from unlearn_ds.data.megatron import CorpusError, index_bytes, read_index, token_dtype
+from unlearn_ds.data.sidecars import SIDECARS, SidecarWriter, digest_of
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.durable import publish_files, replacing
-from unlearn_ds.stored import ABSENT, Count, Positive, Record, StoredError, Text, read_dict
+from unlearn_ds.stored import StoredError, read_dict
 
 __all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path"]
 
@@ -32,40 +34,6 @@ _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _SCAN_TOKENS = 1 << 20  # small enough for a processor's cache
 _ANOTHER_FILE = "start again with the file as it was, or in a new folder with the new one"
-
-
-class MadeWith(Record):
-    """The tokenizer of a corpus."""
-
-    name: Text
-    fingerprint: str
-
-
-class Overlap(Record):
-    """The copies of forget documents in another set."""
-
-    forget: str  # fingerprint of the forget corpus
-    near_copies: bool  # whether near ones were looked for
-    dropped: bool
-    exact: Count
-    near: Count
-    examples: list[Annotated[list[float], Field(min_length=3, max_length=3)]]  # document, forget document, similarity
-
-
-class Manifest(Record):
-    """The `.json` of a corpus."""
-
-    format: str = "megatron"
-    documents: Count
-    tokens: Count
-    dtype: str
-    vocab_size: Positive
-    max_token: Count
-    digest: str
-    tokenizer: MadeWith = ABSENT
-    source_digest: str = ABSENT
-    prepared_from: dict[Text, Any] | str = ABSENT
-    overlap: Overlap = ABSENT
 
 
 def corpus_path(data_dir: str | Path, domain: str, name: str) -> Path:
@@ -104,8 +72,34 @@ class Corpus:
         self.tokens = np.asarray(self._map)  # (num_tokens,); a plain array is sliced faster
         self._descriptor = os.open(bin_path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
-        self._identity = _identity(bin_path)
+        self._identities = {".bin": _identity(bin_path)}
         self.manifest = self._read_manifest()
+        self.form = (self.manifest or {}).get("form", TEXT)
+        self.mask = self._read_sidecar(".mask", self.num_tokens)  # (num_tokens,) uint8; None: all are targets
+        self.records = self._read_sidecar(".records", self.num_documents)  # (num_documents,) int64
+
+    def _read_sidecar(self, suffix: str, count: int) -> np.ndarray | None:
+        """The values of a file that the manifest names, mapped; None if it names none."""
+        path, dtype = with_suffix(self.path, suffix), SIDECARS[suffix]
+        if self.manifest is None and path.exists():
+            raise CorpusError(
+                f"{path}: beside a corpus without a manifest, which would say what it is: bring the manifest back, or take "
+                "the file away to read all tokens as plain text"
+            )
+        if suffix.removeprefix(".") not in (self.manifest or {}):
+            return None
+        size = path.stat().st_size if path.is_file() else 0
+        if size != count * dtype.itemsize:
+            raise CorpusError(
+                f"{path}: {size} bytes instead of {count * dtype.itemsize}: truncated, or of another corpus"
+            )
+        self._identities[suffix] = _identity(path)
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a document is one sequence, however long it is: an answer without its prompt is another thing."""
+        return self.form in WHOLE_FORMS
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = with_suffix(self.path, ".json")
@@ -143,18 +137,26 @@ class Corpus:
         return np.frombuffer(raw, dtype=self.tokens.dtype)
 
     def check_unchanged(self) -> None:
-        """Raise `CorpusError` if `.bin` is not the file that was opened, unless it holds what that one did."""
+        """Raise `CorpusError` if a mapped file is not the one that was opened, unless it holds what that one did."""
         try:
-            if (found := _identity(with_suffix(self.path, ".bin"))) == self._identity:
+            found = {suffix: _identity(with_suffix(self.path, suffix)) for suffix in self._identities}
+            if found == self._identities:
                 return
             now = Corpus(self.path)
             now.verify()
-            same = self.manifest is not None and now.manifest["digest"] == self.manifest["digest"]
+            same = self.manifest is not None and now.content == self.content
         except (CorpusError, OSError) as error:
             raise CorpusError(f"{self.path}.bin was changed while it was read ({error}): {_ANOTHER_FILE}") from error
         if not same:
             raise CorpusError(f"{self.path}.bin was replaced while it was read: {_ANOTHER_FILE}")
-        self._identity = found
+        self._identities = found
+
+    @property
+    def content(self) -> list[str]:
+        """The manifest's digests of the tokens and of what is said beside them; empty without a manifest."""
+        stated = self.manifest or {}
+        sidecars = [stated[name]["digest"] for name in ("mask", "records") if name in stated]
+        return [stated["digest"], *sidecars, *([self.form] if sidecars else [])] if stated else []
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, as a view."""
@@ -167,10 +169,10 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the corpus does: dtype, lengths, the manifest's digest and 64 samples of the tokens."""
+        """Changes when the corpus does: dtype, lengths, the manifest's digests and 64 samples of the tokens."""
         digest = hashlib.blake2b(self.tokens.dtype.name.encode(), digest_size=16)
         digest.update(np.ascontiguousarray(self._lengths))
-        digest.update((self.manifest["digest"] if self.manifest else "").encode())
+        digest.update("".join(self.content).encode())
         step = max(1, self.num_tokens // _NUM_SAMPLES)
         length = min(self.num_tokens, _SAMPLE_BYTES // self.tokens.dtype.itemsize)
         for start in range(0, self.num_tokens, step):
@@ -212,6 +214,9 @@ class Corpus:
             digest.update(part)
         if digest.hexdigest() != self.manifest["digest"]:
             raise CorpusError(f"{self.path}.bin: its tokens are not those that were written: damaged or replaced")
+        for suffix, values in zip(SIDECARS, (self.mask, self.records)):
+            if values is not None and digest_of(values) != self.manifest[suffix.removeprefix(".")]["digest"]:
+                raise CorpusError(f"{self.path}{suffix}: not what was written: damaged or replaced")
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -235,12 +240,18 @@ class CorpusWriter:
 
     vocab_size: ids must be below it; it chooses the dtype, u16 up to 65 536 and i32 beyond.
     description: further entries of the manifest, fields of `Manifest` such as `tokenizer` and `source_digest`.
+    form: one of `FORMS`; of another than plain text every document comes with its mask and the number of its record.
     """
 
-    partial_suffixes = SUFFIXES
+    partial_suffixes = (*SIDECARS, *SUFFIXES)
 
-    def __init__(self, path: str | Path, vocab_size: int, description: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, vocab_size: int, description: dict[str, Any] | None = None, form: str = TEXT
+    ) -> None:
+        assert form in FORMS, form
         self.path = Path(path)
+        self.form = form
+        self._sidecars = SidecarWriter({suffix: self._partial(suffix) for suffix in SIDECARS}) if form != TEXT else None
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self._description = description or {}
@@ -252,6 +263,8 @@ class CorpusWriter:
     def __enter__(self) -> "CorpusWriter":
         self.make_folder()
         self._file = self._partial(".bin").open("wb", buffering=1 << 20)
+        if self._sidecars is not None:
+            self._sidecars.open()
         return self
 
     def make_folder(self) -> None:
@@ -260,16 +273,20 @@ class CorpusWriter:
         self._made = [folder for folder in parents if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, tokens: Any) -> None:
-        """Append one document: a sequence or array of token ids."""
+    def add(self, tokens: Any, mask: Any = None, record: int | None = None) -> None:
+        """Append one document: a sequence or array of token ids; its mask and the number of its record as the form asks."""
         ids = np.asarray(tokens)
-        self.add_documents(ids, [len(ids)])
+        self.add_documents(ids, [len(ids)], mask, None if record is None else [record])
 
-    def add_documents(self, tokens: np.ndarray, lengths: Any) -> None:
-        """Append documents that lie end to end in `tokens`.
+    def add_documents(self, tokens: np.ndarray, lengths: Any, mask: Any = None, records: Any = None) -> None:
+        """Append documents that lie end to end in `tokens`; mask (tokens,) and records (documents,) as the form asks.
 
         Raises `CorpusError` for an id outside the vocabulary.
         """
+        if self._sidecars is not None:
+            mask, records = np.asarray(mask), np.asarray(records)
+            assert (mask.shape, records.shape) == ((len(tokens),), (len(lengths),))
+            self._sidecars.add(mask, records)
         if len(tokens):
             smallest, largest = int(tokens.min()), int(tokens.max())
             if smallest < 0 or largest >= self.vocab_size:
@@ -294,6 +311,8 @@ class CorpusWriter:
         finally:
             with contextlib.suppress(OSError):  # of a full disk, once more: what was published was flushed before
                 self._file.close()
+                if self._sidecars is not None:
+                    self._sidecars.close()
             self.remove_partial_files()
 
     def remove_partial_files(self) -> None:
@@ -317,6 +336,11 @@ class CorpusWriter:
             "digest": self._digest.hexdigest(),
             **self._description,
         }
+        suffixes = SUFFIXES
+        if self._sidecars is not None:
+            manifest |= {"form": self.form, **self._sidecars.stated()}
+            suffixes = (*SIDECARS, *SUFFIXES)
+            self._sidecars.flush()
         flush_file(self._file)
         with self._partial(".json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
@@ -325,7 +349,10 @@ class CorpusWriter:
             file.write(index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self.dtype))
             flush_file(file)
         # An index without its own tokens would lie; tokens without an index are no corpus.
-        publish_files([(self._partial(suffix), with_suffix(self.path, suffix)) for suffix in SUFFIXES])
+        publish_files([(self._partial(suffix), with_suffix(self.path, suffix)) for suffix in suffixes])
+        for suffix in SIDECARS:
+            if suffix not in suffixes:  # of an earlier corpus of another form; the manifest does not name it
+                with_suffix(self.path, suffix).unlink(missing_ok=True)
 
     def _partial(self, suffix: str) -> Path:
         return self.path.parent / f".{self.path.name}{suffix}.partial"

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from unlearn_ds.data.corpus import SUFFIXES, CorpusWriter, Overlap, flush_file
+from unlearn_ds.data.corpus import CorpusError, CorpusWriter, flush_file
+from unlearn_ds.data.corpus_manifest import Overlap
+from unlearn_ds.data.loss_mask import TEXT
 from unlearn_ds.stored import ABSENT, Count, Record, StoredError, read_dict
 
 _READ_BYTES = 1 << 24
@@ -42,10 +44,10 @@ class ResumableWriter(CorpusWriter):
     `state` is the caller's: a dict as of `State`, kept with the documents that are safe, and given back when going on.
     """
 
-    partial_suffixes = (*SUFFIXES, ".lengths", ".progress", ".progress.new")
+    partial_suffixes = (*CorpusWriter.partial_suffixes, ".lengths", ".progress", ".progress.new")
 
-    def __init__(self, path: str | Path, vocab_size: int, key: str, restart: bool = False) -> None:
-        super().__init__(path, vocab_size)
+    def __init__(self, path: str | Path, vocab_size: int, key: str, restart: bool = False, form: str = TEXT) -> None:
+        super().__init__(path, vocab_size, form=form)
         self._key = key
         self._restart = restart
         self._num_saved = 0  # documents whose lengths are in the lengths file
@@ -80,8 +82,13 @@ class ResumableWriter(CorpusWriter):
         progress = None
         try:
             progress = None if self._restart else self._read_progress()
-        except StoredError as error:
+            if self._sidecars is not None:
+                self._sidecars.open(*((progress["tokens"], progress["documents"]) if progress is not None else ()))
+        except (StoredError, CorpusError) as error:
             print(f"note: {error}: starting over", file=sys.stderr)
+            progress = None
+            if self._sidecars is not None:
+                self._sidecars.open()
         binary, lengths = self._partial(".bin"), self._partial(".lengths")
         if progress is None:
             self._file = binary.open("wb", buffering=1 << 20)
@@ -123,6 +130,8 @@ class ResumableWriter(CorpusWriter):
     def save_progress(self) -> None:
         """Make all documents added so far safe."""
         flush_file(self._file)
+        if self._sidecars is not None:
+            self._sidecars.flush()
         with self._partial(".lengths").open("ab") as file:
             file.write(np.frombuffer(self._lengths, dtype=np.int32)[self._num_saved :].tobytes())
             flush_file(file)
@@ -146,6 +155,8 @@ class ResumableWriter(CorpusWriter):
         not_of_the_data = kind is not None and not issubclass(kind, ValueError)
         if not_of_the_data and self.has_progress():  # worth going on later
             self._file.close()
+            if self._sidecars is not None:
+                self._sidecars.close()
             return
         super().__exit__(kind, error, trace)
 
