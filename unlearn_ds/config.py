@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from unlearn_ds.conditions import parse_condition, parse_share
+from unlearn_ds.mixture import parse_mixture
 from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss
 from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
 
@@ -49,6 +50,10 @@ class RunConfig:
     """retain sequences per forget sequence, for the methods that use both"""
     retain_weight: float = 1.0
     """weight of a retain sequence relative to a forget sequence"""
+    retain_sets: tuple[str, ...] = ()
+    """sets that retain sequences come from, with their shares, such as `retain:2 general:1` (default: retain alone)"""
+    average: Literal["sequence", "token"] = "sequence"
+    """what the loss of an update is averaged over: its sequences, or the target tokens of each set, as most trainers do"""
     completely_random: bool = False
     """random_label: draw labels uniformly from the vocabulary"""
     top_k: int | None = None
@@ -214,6 +219,11 @@ class RunConfig:
         return OBJECTIVES[self.objective_name]
 
     @property
+    def retain_mixture(self) -> dict[str, float]:
+        """Set -> share of the retain sequences; empty where `--retain_sets` is not given."""
+        return parse_mixture("retain_sets", self.retain_sets)
+
+    @property
     def sequence_loss(self) -> SequenceLoss | None:
         """The objective's term of whole sequences with the run's beta and gamma."""
         form = self.objective.sequence_loss
@@ -300,6 +310,12 @@ def _check_method(config: RunConfig) -> None:
         )
     if config.general and config.train_on:
         raise OptionError("--general True and --train_on both choose the data; give one")
+    if config.retain_mixture and config.general:
+        raise OptionError("--general True and --retain_sets both choose retain data; give one")
+    if config.retain_mixture and "forget" in config.retain_mixture:
+        raise OptionError("--retain_sets forget: what is to be forgotten cannot be kept")
+    if config.retain_mixture and OBJECTIVES[method].roles != ("forget", "retain"):
+        raise OptionError(f"--retain_sets is for methods that pair forget with retain, not for {method}")
 
 
 def _check_numbers(config: RunConfig) -> None:

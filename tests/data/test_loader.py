@@ -56,9 +56,9 @@ def context(rows: PackedRows, position: int) -> tuple[int, ...]:
 def terms(batch: MicroBatch) -> list[tuple]:
     """Every term of the loss with a weight: (kind, what the model sees, target, weight)."""
     found = []
-    for row, target, weight, forget in zip(batch.ce_rows, batch.ce_targets, batch.ce_weights, batch.ce_is_forget):
+    for row, target, weight, part in zip(batch.ce_rows, batch.ce_targets, batch.ce_weights, batch.ce_part):
         if weight != 0:
-            found.append(("forget" if forget else "retain", context(batch.rows, int(row)), int(target), weight.item()))
+            found.append((("forget", "retain")[part], context(batch.rows, int(row)), int(target), weight.item()))
     if batch.kl_rows is not None:
         assert len(batch.kl_rows) == len(batch.ref_rows) == len(batch.kl_weights) > 0
         for row, ref_row, weight in zip(batch.kl_rows, batch.ref_rows, batch.kl_weights):
@@ -109,7 +109,7 @@ def test_the_loss_is_that_of_the_formula(
         batches = all_batches(plan, index, fixed_shapes)
         assert order([term for batch in batches for term in terms(batch)]) == order(expected_terms(plan, index))
         for batch in batches:
-            assert len(batch.ce_rows) == len(batch.ce_targets) == len(batch.ce_weights) == len(batch.ce_is_forget) > 0
+            assert len(batch.ce_rows) == len(batch.ce_targets) == len(batch.ce_weights) == len(batch.ce_part) > 0
             for rows in (batch.rows, batch.reference) if retain_loss == "kl" else (batch.rows,):
                 gaps = rows.cu_seqlens.diff()
                 assert rows.cu_seqlens[0] == 0
@@ -138,7 +138,7 @@ def test_dtypes_and_shapes(sets: dict) -> None:
     assert isinstance(batch.rows.max_seqlen, int)
     assert batch.ce_rows.dtype == batch.ce_targets.dtype == batch.kl_rows.dtype == batch.ref_rows.dtype == torch.int64
     assert batch.ce_weights.dtype == batch.kl_weights.dtype == torch.float32
-    assert batch.ce_is_forget.dtype == torch.bool
+    assert batch.ce_part.dtype == batch.kl_part.dtype == torch.int8
 
 
 def test_packed_rows_are_rounded_up_on_cpu_and_filled_on_cuda(sets: dict) -> None:

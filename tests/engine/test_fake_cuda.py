@@ -23,7 +23,7 @@ def test_a_step_stays_on_the_device(results, case):
     assert "error" not in row, row["error"]
     assert row["places"] == ["cuda:0"], "of the tensors of a micro-batch"
     assert row["traffic"] == {}
-    assert row["sums"] == [[3], "cuda:0"]
+    assert row["sums"] == [[4], "cuda:0"]
     assert row["nodes"] > 100
     assert row["without_gradient"] == 0
     assert row["gradients"] == ["cuda:0"]

@@ -157,7 +157,7 @@ def step(host: MicroBatch, bounds: list[list[int]], name: str, attn: str, keep: 
                     hidden = reference(batch.reference, None, batch.ref_rows)
             call = _call(batch, hidden, reference.head.weight, getattr(reference.head, "bias", None))
             answer = model(batch.rows, call)
-        sums = micro_sums(batch, tuple(tensor.detach() for tensor in answer))
+        sums = micro_sums(batch, tuple(tensor.detach() for tensor in answer), num_parts=3)
         nodes = backward(answer[0])
     gradients = [parameter.grad for parameter in model.parameters()]
     return {

@@ -1,7 +1,8 @@
 """A micro-batch: sequences laid end to end as tensors, with the rows, targets and weights of the loss.
 
 Legend: T tokens of a micro-batch, S segments (sequences, and padding where there is some), M positions with cross-entropy,
-K positions with KL. The target of position t of a sequence is its token t + 1; the last position has none.
+K positions with KL. The target of position t of a sequence is its token t + 1; the last position has none, and none has a
+position whose next token is no target (`loss_mask`).
 """
 
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unlearn_ds.data.labels import TrueTargets
+from unlearn_ds.data.loss_mask import KEPT
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE
@@ -50,6 +52,7 @@ class SequenceRows:
     nll_scale: Tensor  # (S,) fp64
     shift: Tensor  # (S,) fp64
     beta: float
+    part: int = 0  # which of the plan's sources they belong to
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,11 @@ class MicroBatch:
     ce_rows: Tensor  # (M,) int64, positions in `rows`
     ce_targets: Tensor  # (M,) int64
     ce_weights: Tensor  # (M,) fp32: factor / (B * targets of the sequence)
-    ce_is_forget: Tensor  # (M,) bool
+    ce_part: Tensor  # (M,) int8: which of the plan's sources each belongs to, and one number more for kept tokens
     sequences: SequenceRows | None = None  # None without a term of whole sequences
     kl_rows: Tensor | None = None  # (K,) int64, positions in `rows`; None without a KL term
     kl_weights: Tensor | None = None  # (K,) fp32
+    kl_part: Tensor | None = None  # (K,) int8
     reference: PackedRows | None = None  # the KL sequences alone
     ref_rows: Tensor | None = None  # (K,) int64, positions in `reference`
     ref_hidden: Tensor | None = None  # (K, D): in the place of these two, where hidden states are cached
@@ -181,21 +185,26 @@ class Layout:
             starts,
         )
 
-    def target_rows(self, starts: list[int], lengths: list[int]) -> np.ndarray:  # (sum of lengths - number,) int64
-        """Positions that have a target: all but the last of each sequence."""
-        rows = self.empty(sum(lengths) - len(lengths), np.int64)
-        counter = self.count(starts[-1] + lengths[-1] if starts else 0)
+    def target_rows(
+        self, starts: list[int], counts: list[int], positions: list[np.ndarray | None]
+    ) -> np.ndarray:  # (sum of counts,) int64
+        """Positions with a target in the batch: of each sequence those given, or, for None, its first so many."""
+        rows = self.empty(sum(counts), np.int64)
+        counter = self.count(starts[-1] + counts[-1] if starts else 0)
         at = 0
-        for start, length in zip(starts, lengths):
-            rows[at : at + length - 1] = counter[start : start + length - 1]
-            at += length - 1
+        for start, count, given in zip(starts, counts, positions):
+            if given is None:
+                rows[at : at + count] = counter[start : start + count]
+            else:
+                np.add(given, start, out=rows[at : at + count])
+            at += count
         return rows
 
 
 class StepBuilder:
     """Builds the micro-batches of one step on the CPU.
 
-    hidden_cache: has the reference's hidden states: `read(starts, lengths)` returns them by token offset.
+    hidden_cache: has the reference's hidden states: `read(starts, counts)` returns them by token offset.
     """
 
     def __init__(self, plan: Plan, step: StepPlan, layout: Layout, hidden_cache: Any | None = None) -> None:
@@ -206,14 +215,20 @@ class StepBuilder:
         self._length = step.length.tolist()
         self._start = step.start.tolist()
         self._source = step.source.tolist()
-        factors = np.array([source.factor for source in plan.sources])
         # fp64 until here, as the weights of a step must sum to what the objective says
-        self._weight = (factors[step.source] / (step.num_sequences * (step.length - 1.0))).astype(np.float32).tolist()
+        weights = [part.astype(np.float32).tolist() for part in plan.token_weights(step)]
+        self._weight, self._kept_weight = weights
+        self._count = step.num_targets.tolist()
+        self._num_kept = step.num_kept.tolist()
+        self._any_kept = bool(step.num_kept.any())
         self._loss = [source.loss for source in plan.sources]
-        self._is_forget = [source.role == "forget" for source in plan.sources]
         self._whole = next((source for source in plan.sources if source.loss == SEQUENCE), None)
         self._is_true = [isinstance(source.targets, TrueTargets) for source in plan.sources]
         self._view = [source.sequences.view for source in plan.sources]
+        self._sequences_of = [source.sequences for source in plan.sources]
+        sizes = [sum(c.num_tokens for c in s.sequences.corpora) * (s.loss == KL) for s in plan.sources]
+        self._kl_offset = np.cumsum([0, *sizes]).tolist()  # the cache counts tokens over all sets with KL
+        self._has_mask = [source.sequences.has_mask for source in plan.sources]
 
     def build(self, rank: int, micro_step: int) -> MicroBatch:
         """The micro-batch of one rank; of weight-0 filler if the plan has nothing for it."""
@@ -223,8 +238,9 @@ class StepBuilder:
         chosen.sort(key=length.__getitem__, reverse=True)
         views = [(self._view[source[i]](self._start[i], length[i]), length[i]) for i in chosen]
         rows, tokens, starts = self._layout.pack(views or _FILLER)
+        kept = [(start, i) for start, i in zip(starts, chosen) if self._num_kept[i]] if self._any_kept else []
         if self._loss.count(CROSS_ENTROPY) == len(self._loss):
-            return MicroBatch(rows, *self._cross_entropy(tokens, starts, chosen))
+            return MicroBatch(rows, *self._cross_entropy(tokens, starts, chosen, kept))
         of_loss: dict[str, list[int]] = {CROSS_ENTROPY: [], KL: [], SEQUENCE: []}  # positions in `chosen`
         for k, i in enumerate(chosen):
             of_loss[self._loss[source[i]]].append(k)
@@ -232,49 +248,75 @@ class StepBuilder:
         def part(loss: str) -> tuple[list[int], list[int]]:
             return [starts[k] for k in of_loss[loss]], [chosen[k] for k in of_loss[loss]]
 
-        batch = MicroBatch(rows, *self._cross_entropy(tokens, *part(CROSS_ENTROPY)))
+        batch = MicroBatch(rows, *self._cross_entropy(tokens, *part(CROSS_ENTROPY), kept))
         if self._whole is not None:
             batch = replace(batch, sequences=self._sequences(tokens, *part(SEQUENCE)))
         if KL not in self._loss:
             return batch
         kl_starts, kl = part(KL)
-        kl_rows, kl_weights = self._kl_rows(kl_starts, kl)
-        batch = replace(batch, kl_rows=kl_rows, kl_weights=kl_weights)
+        kl_rows, kl_weights, kl_part = self._kl_rows(kl_starts, kl)
+        batch = replace(batch, kl_rows=kl_rows, kl_weights=kl_weights, kl_part=kl_part)
         if self._hidden_cache is not None:
-            hidden = self._hidden_cache.read([self._start[i] for i in kl], [length[i] for i in kl])
-            return replace(batch, ref_hidden=hidden)
+            first = [0 if given is None else int(given[0]) for given in map(self._positions, kl)]
+            at = [self._kl_offset[source[i]] + self._start[i] + position for i, position in zip(kl, first)]
+            return replace(batch, ref_hidden=self._hidden_cache.read(at, [self._count[i] for i in kl]))
         # Not filled: the reference would compute on padding where the student computes on forget sequences.
         reference, _, ref_starts = self._layout.pack([views[k] for k in of_loss[KL]] or _FILLER, fill=False)
         return replace(batch, reference=reference, ref_rows=self._kl_rows(ref_starts, kl)[0])
 
-    def _cross_entropy(self, tokens: np.ndarray, starts: list[int], chosen: list[int]) -> tuple[Tensor, ...]:
-        """Rows, targets, weights and is-forget of the sequences `chosen` that start at `starts`; filler if there are none."""
-        size = sum(self._length[i] for i in chosen) - len(chosen) or 1
-        make = self._layout.empty if chosen else np.zeros
-        weights, is_forget = make(size, np.float32), make(size, np.bool_)
+    def _positions(self, i: int, what: int | None = None) -> np.ndarray | None:
+        """Positions of a sequence whose next token is a target, or `what`; None for all."""
+        k = self._source[i]
+        return self._sequences_of[k].positions(self._start[i], self._length[i], what) if self._has_mask[k] else None
+
+    def _cross_entropy(
+        self, tokens: np.ndarray, starts: list[int], chosen: list[int], kept: list[tuple[int, int]]
+    ) -> tuple[Tensor, ...]:
+        """Rows, targets, weights and part of the sequences `chosen` that start at `starts`; filler if there are none.
+
+        kept: start and number of sequences some of whose tokens are kept, whatever loss the others take.
+        """
+        size = sum(self._count[i] for i in chosen) + sum(self._num_kept[i] for _, i in kept) or 1
+        make = self._layout.empty if chosen or kept else np.zeros
+        weights, part = make(size, np.float32), make(size, np.int8)
         counter = self._layout.count(len(tokens))
-        if len(chosen) == 1 and self._is_true[self._source[chosen[0]]]:  # nothing to put together: views will do
+        if len(chosen) == 1 and not kept and self._is_whole(chosen[0]):  # nothing to put together: views will do
             start = starts[0]
             weights.fill(self._weight[chosen[0]])
-            is_forget.fill(self._is_forget[self._source[chosen[0]]])
-            arrays = (counter[start : start + size], tokens[start + 1 : start + 1 + size], weights, is_forget)
+            part.fill(self._source[chosen[0]])
+            arrays = (counter[start : start + size], tokens[start + 1 : start + 1 + size], weights, part)
             return tuple(torch.from_numpy(array) for array in arrays)
         rows, targets = make(size, np.int64), make(size, np.int64)
         at = 0
         for i, start in zip(chosen, starts):
-            stop = start + self._length[i] - 1  # the last position has no target
-            end = at + stop - start
-            rows[at:end] = counter[start:stop]
-            labels = tokens[start + 1 : stop + 1]
-            targets[at:end] = labels if self._is_true[self._source[i]] else self._labels(i, labels)
+            end = at + self._count[i]
+            given = self._positions(i)
+            if given is None:
+                rows[at:end] = counter[start : start + end - at]
+                labels = tokens[start + 1 : start + 1 + end - at]
+            else:
+                np.add(given, start, out=rows[at:end])
+                labels = tokens[rows[at:end] + 1]
+            targets[at:end] = labels if self._is_true[self._source[i]] else self._labels(i, labels, given)
             weights[at:end] = self._weight[i]
-            is_forget[at:end] = self._is_forget[self._source[i]]
+            part[at:end] = self._source[i]
             at = end
-        return tuple(torch.from_numpy(array) for array in (rows, targets, weights, is_forget))
+        for start, i in kept:
+            end = at + self._num_kept[i]
+            np.add(self._positions(i, KEPT), start, out=rows[at:end])
+            targets[at:end] = tokens[rows[at:end] + 1]
+            weights[at:end] = self._kept_weight[i]
+            part[at:end] = len(self._loss)
+            at = end
+        return tuple(torch.from_numpy(array) for array in (rows, targets, weights, part))
 
-    def _labels(self, i: int, true: np.ndarray) -> np.ndarray:
+    def _is_whole(self, i: int) -> bool:
+        """Whether all tokens of a sequence are targets, and themselves."""
+        return self._is_true[self._source[i]] and self._positions(i) is None
+
+    def _labels(self, i: int, true: np.ndarray, given: np.ndarray | None) -> np.ndarray:
         """What cross-entropy is taken against where it is not the next token."""
-        positions = np.arange(1, len(true) + 1)
+        positions = np.arange(1, len(true) + 1) if given is None else given + 1
         sequence = np.full(len(true), self._step.sequence[i])
         return self._plan.sources[self._source[i]].targets(true, sequence, positions, positions + self._start[i])
 
@@ -284,9 +326,8 @@ class StepBuilder:
         if not chosen:
             zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
             return SequenceRows(zero, zero, (0, 1), torch.zeros(1), nothing, nothing, form.beta)
-        lengths = [self._length[i] for i in chosen]
-        counts = np.array(lengths) - 1
-        rows = self._layout.target_rows(starts, lengths)
+        counts = np.array([self._count[i] for i in chosen])
+        rows = self._layout.target_rows(starts, counts.tolist(), list(map(self._positions, chosen)))
         if form.per_token:
             scale, shift = 1.0 / counts, np.full(len(chosen), form.gamma / form.beta)
         else:
@@ -295,15 +336,18 @@ class StepBuilder:
         factors = np.array([self._plan.sources[self._source[i]].factor for i in chosen])
         arrays = (rows, tokens[rows + 1], (factors / self._step.num_sequences).astype(np.float32), scale, shift)
         rows, targets, weights, scale, shift = map(torch.from_numpy, arrays)
-        return SequenceRows(rows, targets, (0, *np.cumsum(counts).tolist()), weights, scale, shift, form.beta)
+        bounds = (0, *np.cumsum(counts).tolist())
+        return SequenceRows(rows, targets, bounds, weights, scale, shift, form.beta, self._source[chosen[0]])
 
-    def _kl_rows(self, starts: list[int], chosen: list[int]) -> tuple[Tensor, Tensor]:
-        """Rows and weights of KL; filler of weight 0 if there are none."""
+    def _kl_rows(self, starts: list[int], chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, weights and part of KL; filler of weight 0 if there are none."""
         if not chosen:
-            return torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-        lengths = [self._length[i] for i in chosen]
-        weights = np.repeat(np.array([self._weight[i] for i in chosen], dtype=np.float32), np.array(lengths) - 1)
-        return torch.from_numpy(self._layout.target_rows(starts, lengths)), torch.from_numpy(weights)
+            return torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.int8)
+        counts = [self._count[i] for i in chosen]
+        rows = self._layout.target_rows(starts, counts, list(map(self._positions, chosen)))
+        weights = np.repeat(np.array([self._weight[i] for i in chosen], dtype=np.float32), counts)
+        part = np.repeat(np.array([self._source[i] for i in chosen], dtype=np.int8), counts)
+        return torch.from_numpy(rows), torch.from_numpy(weights), torch.from_numpy(part)
 
 
 def plan_layout(plan: Plan, fixed_shapes: bool) -> Layout:
@@ -319,7 +363,12 @@ def evaluation_batch(sequences: SequenceIndex, ids: np.ndarray, layout: Layout) 
     offsets, lengths = sequences.spans(ids)
     views = [(sequences.view(at, length), length) for at, length in zip(offsets.tolist(), lengths.tolist())]
     rows, tokens, starts = layout.pack(views)
-    ce_rows = layout.target_rows(starts, lengths.tolist())
-    token_offsets = ce_rows + 1 + np.repeat(offsets - starts, lengths - 1)
-    arrays = (ce_rows, tokens[ce_rows + 1], token_offsets, np.repeat(np.asarray(ids, dtype=np.int64), lengths - 1))
+    counts = sequences.num_targets(ids)
+    positions = [
+        sequences.positions(at, length) if sequences.has_mask else None
+        for at, length in zip(offsets.tolist(), lengths.tolist())
+    ]
+    ce_rows = layout.target_rows(starts, counts.tolist(), positions)
+    token_offsets = ce_rows + 1 + np.repeat(offsets - starts, counts)
+    arrays = (ce_rows, tokens[ce_rows + 1], token_offsets, np.repeat(np.asarray(ids, dtype=np.int64), counts))
     return EvaluationBatch(rows, *map(torch.from_numpy, arrays))

@@ -50,6 +50,7 @@ class Step:
         self.num_tokens = planned.num_tokens
         self.num_sequences = planned.num_sequences
         self.num_sequences_by_source = planned.num_sequences_by_source
+        self.num_with_kept = int(np.count_nonzero(planned.num_kept))
         self.num_micro_steps = planned.num_micro_steps
         self.wait_s = wait_s
         self._take = take

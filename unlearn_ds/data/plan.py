@@ -19,6 +19,8 @@ from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.objectives import SequenceLoss
 from unlearn_ds.options import OptionError
 
+SEQUENCES, TOKENS = "sequence", "token"  # what the tokens of an update are averaged over
+
 
 @dataclass(frozen=True)
 class Source:
@@ -30,6 +32,8 @@ class Source:
     sequences: SequenceIndex
     targets: Any  # of data.labels
     ratio: float = 1.0  # sequences per sequence of the first source
+    name: str = ""  # of its set
+    kept_factor: float = 1.0  # of what is kept beside targets in its sequences: descended on
     sequence_loss: SequenceLoss | None = None  # with objectives.SEQUENCE
     reference_nll: np.ndarray | None = (
         None  # (sequences,) fp64, for a sequence_loss that compares with the original model
@@ -51,6 +55,8 @@ class StepPlan:
     sequence: np.ndarray  # (B,) int64, number within that source
     start: np.ndarray  # (B,) int64, token offset in that source's corpora
     length: np.ndarray  # (B,) int64, tokens
+    num_targets: np.ndarray  # (B,) int64
+    num_kept: np.ndarray  # (B,) int64, tokens that are kept beside them
     rows: list[list[int]]  # positions in the arrays above
     dealt: list[list[list[int]]]  # [rank][micro-step] -> rows; a rank without rows gets filler
     seq_len: int
@@ -108,8 +114,10 @@ class Plan:
         num_epochs: float,
         max_steps: int = -1,
         packing: bool = True,
+        average: str = SEQUENCES,
     ) -> None:
         self.sources = list(sources)
+        self.average = average
         self.global_batch_size = global_batch_size
         self.seq_len = seq_len
         self.micro_batch_size = micro_batch_size
@@ -151,6 +159,8 @@ class Plan:
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
+        if self.average != SEQUENCES:
+            content["average"] = self.average
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
 
     def step(self, index: int) -> StepPlan:
@@ -163,8 +173,11 @@ class Plan:
         ]
         source = np.repeat(np.arange(len(chosen)), [len(ids) for ids in chosen])
         sequence = np.concatenate(chosen)
-        spans = [s.sequences.spans(ids) for s, ids in zip(self.sources, chosen)]
-        start, length = (np.concatenate(parts) for parts in zip(*spans))
+        found = [
+            (*s.sequences.spans(ids), s.sequences.num_targets(ids), s.sequences.num_kept(ids))
+            for s, ids in zip(self.sources, chosen)
+        ]
+        start, length, targets, kept = (np.concatenate(parts) for parts in zip(*found))
         if self.packing:
             rows = pack_rows(length, self.seq_len)
             dealt = deal_rows(row_costs(length, rows, self.seq_len), self.world_size, self.micro_batch_size)
@@ -172,7 +185,29 @@ class Plan:
             rows = [[i] for i in range(len(length))]
             dealt = deal_alike(length, self.world_size, self.micro_batch_size * self.seq_len)
         by_source = [len(ids) for ids in chosen]
-        return StepPlan(index, source, sequence, start, length, rows, dealt, self.seq_len, by_source, self.packing)
+        return StepPlan(
+            index, source, sequence, start, length, targets, kept, rows, dealt, self.seq_len, by_source, self.packing
+        )
+
+    def token_weights(self, step: StepPlan) -> tuple[np.ndarray, np.ndarray]:  # (B,) fp64 each
+        """What a target of each sequence weighs, and what a kept token does; those of an update sum to its terms' factors.
+
+        Averaged over sequences a target weighs factor / (B * targets of its sequence); over tokens, the same for all of a
+        source: factor * (its sequences / B) / (its targets). Kept tokens are averaged alike, by themselves.
+        """
+        weights = []
+        for factors, counts in (
+            ([source.factor for source in self.sources], step.num_targets),
+            ([source.kept_factor for source in self.sources], step.num_kept),
+        ):
+            of_sequence = np.array(factors)[step.source]
+            if self.average == TOKENS:
+                sizes = len(self.sources)
+                sequences = np.bincount(step.source[counts > 0], minlength=sizes)
+                tokens = np.bincount(step.source, counts, minlength=sizes)
+                counts = (tokens / np.maximum(sequences, 1))[step.source]
+            weights.append(of_sequence / (step.num_sequences * np.maximum(counts, 1)))
+        return weights[0], weights[1]
 
     def lengths_with(self, loss: str, step: Any) -> np.ndarray:  # (n,) tokens
         """Lengths of those sequences of a step whose term takes this loss. `step`: what has `length` and `source` of each."""

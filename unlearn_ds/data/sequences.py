@@ -1,7 +1,8 @@
 """Sequences: documents cut into pieces of `seq_len` tokens, found by arithmetic instead of by a table of all of them.
 
 A sequence is a number. Sequence i of document d starts at `start(d) + (i - first(d)) * seq_len`, so that opening a million
-documents takes one cumulative sum and looking up a batch takes one binary search.
+documents takes one cumulative sum and looking up a batch takes one binary search. Where a corpus says which tokens are targets
+(`loss_mask`) they are counted once, and a sequence without any is left out.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unlearn_ds.data.corpus import Corpus, CorpusError
+from unlearn_ds.data.loss_mask import KEPT, TARGET, count_tokens
 
 MIN_TOKENS = 5  # shorter pieces are dropped, as in the published code
 MIN_FORGET_TOKENS = 2  # of a whole document to forget: one token to predict from, one to predict
@@ -29,15 +31,20 @@ class SequenceIndex:
     Token offsets count over all corpora, in the order given.
     shortest: whole documents from this many tokens on are sequences, even below `MIN_TOKENS`; the rest of a longer document is
     dropped below `MIN_TOKENS` all the same: as a sequence of its own it would weigh as much as a whole document.
+    target: the value of a loss mask that is meant; a corpus without a mask has nothing but targets.
+    num_without_targets: sequences that are left out because they have none.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], seq_len: int, shortest: int = MIN_TOKENS) -> None:
-        """Raises `CorpusError` if no document has `shortest` tokens."""
+    def __init__(
+        self, corpora: Sequence[Corpus], seq_len: int, shortest: int = MIN_TOKENS, target: int = TARGET
+    ) -> None:
+        """Raises `CorpusError` if no document has `shortest` tokens, or no sequence has a target."""
         if seq_len < MIN_TOKENS:
             raise ValueError(f"seq_len {seq_len}: sequences under {MIN_TOKENS} tokens are dropped, so at least that")
         self.corpora = tuple(corpora)
         self.seq_len = seq_len
         self.shortest = shortest
+        self.target = target
         self._bases = np.cumsum([0, *(c.num_tokens for c in corpora)])  # token offset at which each corpus starts
         if len(corpora) == 1:
             self._starts = corpora[0].document_starts
@@ -49,6 +56,8 @@ class SequenceIndex:
         )
         counts = (lengths + (seq_len - MIN_TOKENS)) // seq_len
         counts[(lengths >= shortest) & (lengths < MIN_TOKENS)] = 1
+        whole = np.repeat([corpus.is_whole for corpus in corpora], [corpus.num_documents for corpus in corpora])
+        counts[whole] = np.minimum(counts[whole], 1)
         self._first = np.zeros(len(counts) + 1, dtype=np.int64)  # (documents + 1,) number of each document's first
         np.cumsum(counts, out=self._first[1:])
         self._ids: np.ndarray | None = None
@@ -56,6 +65,35 @@ class SequenceIndex:
         if not self._size:
             names = ", ".join(str(c.path) for c in corpora)
             raise CorpusError(f"{names}: a corpus without sequences: no document has {shortest} tokens")
+        self._counts: dict[int, np.ndarray] = {}  # value of the mask -> (sequences,) tokens, if there is a mask
+        self.num_without_targets = 0
+        if self.has_mask:
+            self._leave_out_what_has_no_target()
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether some tokens may be no targets."""
+        return any(corpus.mask is not None for corpus in self.corpora)
+
+    def _leave_out_what_has_no_target(self) -> None:
+        starts, lengths = self.spans(np.arange(self._size))
+        corpus_of = np.searchsorted(self._bases, starts, side="right") - 1
+        for value in {self.target, KEPT}:
+            counts = lengths - 1 if value == TARGET else np.zeros_like(lengths)  # without a mask
+            for number, corpus in enumerate(self.corpora):
+                if corpus.mask is not None:
+                    of_it = corpus_of == number
+                    counts[of_it] = count_tokens(
+                        corpus.mask, starts[of_it] - self._bases[number], lengths[of_it], value
+                    )
+            self._counts[value] = counts
+        chosen = np.flatnonzero(self._counts[self.target])
+        self.num_without_targets = self._size - len(chosen)
+        if not len(chosen):
+            names = ", ".join(str(c.path) for c in self.corpora)
+            raise CorpusError(f"{names}: a corpus without sequences: no token of {self._size} documents is a target")
+        if self.num_without_targets:
+            self._ids, self._size = chosen, len(chosen)
 
     def __len__(self) -> int:
         return self._size
@@ -88,13 +126,41 @@ class SequenceIndex:
         """Tokens per sequence."""
         return self.spans(ids)[1]
 
+    def num_targets(self, ids: np.ndarray) -> np.ndarray:  # (n,) int64 -> (n,) int64
+        """Targets per sequence: tokens that are predicted and count."""
+        return self._counts[self.target][self._resolve(ids)] if self._counts else self.lengths(ids) - 1
+
+    def num_kept(self, ids: np.ndarray) -> np.ndarray:  # (n,) int64 -> (n,) int64
+        """Tokens per sequence that are kept while others of it are forgotten."""
+        return self._counts[KEPT][self._resolve(ids)] if self._counts else np.zeros(len(ids), dtype=np.int64)
+
     def view(self, start: int, length: int) -> np.ndarray:
         """`length` tokens from the token offset `start`; they must lie in one corpus."""
+        corpus, start = self._at(start)
+        return corpus.tokens[start : start + length]
+
+    def mask(self, start: int, length: int) -> np.ndarray | None:
+        """What the same tokens are to the loss, (length,) uint8; None if all are targets."""
+        corpus, start = self._at(start)
+        return corpus.mask[start : start + length] if corpus.mask is not None else None
+
+    def positions(self, start: int, length: int, what: int | None = None) -> np.ndarray | None:
+        """Positions of a sequence whose next token is `what` (default: a target), (n,) int64; None for all but the last."""
+        mask = self.mask(start, length)
+        return None if mask is None else np.flatnonzero(mask[1:] == (self.target if what is None else what))
+
+    def _at(self, start: int) -> tuple[Corpus, int]:
+        """The corpus that a token offset lies in, and the offset there."""
         if len(self.corpora) == 1:
-            return self.corpora[0].tokens[start : start + length]
+            return self.corpora[0], start
         which = int(np.searchsorted(self._bases, start, side="right")) - 1
-        start -= int(self._bases[which])
-        return self.corpora[which].tokens[start : start + length]
+        return self.corpora[which], start - int(self._bases[which])
+
+    def target_tokens(self, sequence: int) -> np.ndarray:
+        """The tokens of one sequence that are targets, and its first one where all are."""
+        tokens, (starts, lengths) = self.tokens(sequence), self.spans(np.array([sequence]))
+        positions = self.positions(int(starts[0]), int(lengths[0]))
+        return tokens if positions is None else tokens[positions + 1]
 
     def document_tokens(self, number: int) -> np.ndarray:
         """The tokens of a whole document, counted over all corpora, as a view."""

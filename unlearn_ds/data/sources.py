@@ -14,7 +14,7 @@ from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
 from unlearn_ds.objectives import RANDOM_TARGETS, SAMPLED_TARGETS, SEQUENCE, Term
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import OptionError, check_name
 from unlearn_ds.stored import ABSENT, Count, OpenRecord, Positive, Record, check, load
 
 # What `--train_on` and evaluation call a corpus -> (folder below data_dir, corpus name); None stands for the domain.
@@ -46,10 +46,9 @@ class NamedCorpus:
 
 
 def set_path(data_dir: str, domain: str, name: str) -> Path:
-    """Prefix of the corpus files of a set named as in `SETS`."""
-    if name not in SETS:
-        raise OptionError(f"unknown corpus {name!r}: choose from {', '.join(SETS)}")
-    folder, corpus = SETS[name]
+    """Prefix of the corpus files of a set: one of `SETS`, or any other of the domain. Raises `OptionError`."""
+    folder, corpus = SETS.get(name, (None, name))
+    check_name("set", corpus)
     return corpus_path(data_dir, folder or domain, corpus)
 
 
@@ -61,9 +60,9 @@ def open_set(data_dir: str, domain: str, name: str, vocab_size: int, tokenizer: 
     """
     path = set_path(data_dir, domain, name)
     if not path.with_suffix(".idx").exists():
-        folder = SETS[name][0] or domain
-        flag = f"--general_{SETS[name][1]}" if folder == "general" else f"--{name}"
-        raise OptionError(f"no corpus {path}: make it with `unlearn-ds prepare --domain {domain} {flag} FILE ...`")
+        folder, corpus = SETS.get(name, (None, None))
+        flag = f"--general_{corpus} FILE ..." if folder else f"--{corpus} FILE ..." if corpus else f"--set {name}=FILE"
+        raise OptionError(f"no corpus {path}: make it with `unlearn-ds prepare --domain {domain} {flag}`")
     corpus = Corpus(path)
     corpus.check_vocabulary(vocab_size)
     if tokenizer is not None:
@@ -77,7 +76,7 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
     def names(term: Term) -> tuple[str, ...]:
         if term.role == "forget":
             return ("forget",)
-        return config.train_on or (("general",) if config.general else ("retain",))
+        return config.train_on or tuple(config.retain_mixture) or (("general",) if config.general else ("retain",))
 
     return [
         [
@@ -210,33 +209,43 @@ def make_sources(
 
     Random labels are what the tokenizer knows: a model's vocabulary may be padded beyond it.
     """
-    sources = []
+    sources: list[Source] = []
     for term, named in zip(config.objective.terms, corpora):
         is_first = not sources
         targets = TrueTargets()
         if term.targets == RANDOM_TARGETS:
             known = [c.corpus.manifest["vocab_size"] for c in named if c.corpus.manifest]
             targets = RandomTargets(config.seed, min([vocab_size, *known]), special_ids)
-        sources.append(
-            Source(
-                role=term.role,
-                loss=term.loss,
-                factor=term.factor * (1.0 if is_first else config.retain_weight),
-                sequences=SequenceIndex([c.corpus for c in named], config.seq_len, shortest_document(term.role)),
-                targets=targets,
-                ratio=1.0 if is_first else config.retain_ratio,
-                sequence_loss=config.sequence_loss if term.loss == SEQUENCE else None,
+        for parts, share in _shares(config, term, named):
+            sources.append(
+                Source(
+                    role=term.role,
+                    loss=term.loss,
+                    factor=term.factor * (1.0 if is_first else config.retain_weight),
+                    sequences=SequenceIndex([c.corpus for c in parts], config.seq_len, shortest_document(term.role)),
+                    targets=targets,
+                    ratio=1.0 if is_first else config.retain_ratio * share,
+                    name="+".join(c.name for c in parts),
+                    kept_factor=config.retain_weight,
+                    sequence_loss=config.sequence_loss if term.loss == SEQUENCE else None,
+                )
             )
-        )
     return sources
+
+
+def _shares(config: RunConfig, term: Term, named: list[NamedCorpus]) -> list[tuple[list[NamedCorpus], float]]:
+    """The corpora of a term, those that are drawn from together, with their share of its sequences."""
+    mixture = config.retain_mixture
+    if term.role != "retain" or not mixture:
+        return [(named, 1.0)]
+    total = sum(mixture.values())
+    return [([corpus], mixture[corpus.name] / total) for corpus in named]
 
 
 def with_targets(config: RunConfig, sources: list[Source], targets: Any) -> list[Source]:
     """Put `targets` in the place of every source whose term asks for sampled labels."""
-    return [
-        dataclasses.replace(source, targets=targets) if term.targets == SAMPLED_TARGETS else source
-        for term, source in zip(config.objective.terms, sources)
-    ]
+    asking = {term.role for term in config.objective.terms if term.targets == SAMPLED_TARGETS}
+    return [dataclasses.replace(source, targets=targets) if source.role in asking else source for source in sources]
 
 
 def with_reference_nll(
@@ -261,4 +270,5 @@ def make_plan(config: RunConfig, sources: list[Source], world_size: int) -> Plan
         num_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         packing=config.packing,
+        average=config.average,
     )

@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.data.corpus import CorpusError
 from unlearn_ds.data.loader import evaluation_batches
+from unlearn_ds.data.loss_mask import CONTEXT, KEPT
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
 from unlearn_ds.data.sources import EVALUATION_SETS, open_set, set_path
 from unlearn_ds.engine.engine import Ask
@@ -52,6 +54,8 @@ def open_sets(
             chosen = np.random.default_rng(options.seed).choice(len(sequences), max_sequences, replace=False)
             sequences = sequences.subset(np.sort(chosen))
         sets[name] = sequences
+        if name == "forget" and corpus.form == "spans" and (rest := _rest(sequences)) is not None:
+            sets["forget_rest"] = rest
     if not sets:
         raise OptionError(f"no corpus of {options.domain!r} in {options.data_dir}: make them with `unlearn-ds prepare`")
     if "forget" in digests and digests["forget"] == digests.get("approximate"):
@@ -60,6 +64,16 @@ def open_sets(
             "be documents of the domain that the model never saw, or membership inference measures nothing"
         )
     return sets
+
+
+def _rest(forget: SequenceIndex) -> SequenceIndex | None:
+    """What stands around the spans that are forgotten, as a set of its own; None if nothing does."""
+    (corpus,) = forget.corpora
+    kept = corpus.manifest["mask"]["kept"] > 0
+    try:
+        return SequenceIndex([corpus], forget.seq_len, forget.shortest, KEPT if kept else CONTEXT)
+    except CorpusError:
+        return None
 
 
 def collect_tables(
@@ -132,7 +146,9 @@ def collect_table(
                 correct[order],
                 sum_p_logp[order],
                 sum_p_logp2[order],
-                None if tokenizer is None else np.array([zlib_bytes(tokenizer, sequences.tokens(int(i))) for i in ids]),
+                None
+                if tokenizer is None
+                else np.array([zlib_bytes(tokenizer, sequences.target_tokens(int(i))) for i in ids]),
                 content_digests(sequences, ids, known_documents),
             )
         )

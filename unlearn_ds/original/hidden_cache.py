@@ -102,13 +102,13 @@ class HiddenCache:
         if (folder / "bias.bin").exists():
             self.bias = torch.from_numpy(np.fromfile(folder / "bias.bin", dtype=storage)).view(self.dtype).to(device)
 
-    def read(self, starts: list[int], lengths: list[int]) -> Tensor:  # (K, D) in the model's dtype, on the CPU
-        """Hidden states of the positions that have a target: all but the last of each sequence, given by token offset."""
+    def read(self, starts: list[int], counts: list[int]) -> Tensor:  # (K, D) in the model's dtype, on the CPU
+        """Hidden states of the positions that have a target: of each sequence the first such, by token offset, and how many."""
         pieces = []
-        for start, length in zip(starts, lengths):
+        for start, count in zip(starts, counts):
             part, row = divmod(int(self._index[start]), _PART)
             assert part >= 0, f"no hidden states for the sequence at token {start}"
-            pieces.append(self._parts[part][row : row + length - 1])
+            pieces.append(self._parts[part][row : row + count])
         rows = np.concatenate(pieces) if pieces else np.zeros((1, self._size), dtype=self._parts[0].dtype)
         return torch.from_numpy(rows).view(self.dtype)
 

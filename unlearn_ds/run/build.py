@@ -16,6 +16,7 @@ from unlearn_ds.cost.fit import check_memory, model_facts, setting_of, settle_me
 from unlearn_ds.cost.flops import ModelFlops, model_flops
 from unlearn_ds.cost.peak import state
 from unlearn_ds.data.plan import Plan, Source
+from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import (
     NamedCorpus,
     RunRecord,
@@ -303,7 +304,10 @@ def make_reference(
 ) -> Reference:
     """The frozen original model as the objective needs it: not at all, from a cache, as adapters off, or as an engine."""
     if config.reference == "cache":
-        sequences = next(source.sequences for source in sources if source.loss == KL)
+        asked = [source.sequences for source in sources if source.loss == KL]
+        sequences = asked[0]
+        if len(asked) > 1:
+            sequences = SequenceIndex([corpus for some in asked for corpus in some.corpora], config.seq_len)
         return CachedReference(
             open_or_fill(
                 sequences,

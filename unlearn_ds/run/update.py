@@ -13,35 +13,53 @@ from unlearn_ds.run.build import Run
 
 
 def accumulate(run: Run, step: Step) -> Tensor:
-    """Forward and backward over this rank's micro-batches; returns (3,): loss, forget part, retain part, before reduction."""
-    sums = torch.zeros(3, dtype=torch.float64, device=run.engine.device)
+    """Forward and backward over this rank's micro-batches; returns (1 + P,): the loss and its parts, before reduction.
+
+    The parts are those of the plan's sources, and the last that of the tokens that are kept beside targets.
+    """
+    num_parts = len(run.plan.sources) + 1
+    sums = torch.zeros(1 + num_parts, dtype=torch.float64, device=run.engine.device)
     for batch in step.micro_batches:
         with run.reference.loss_call(batch) as call:
-            sums += micro_sums(batch, run.engine.micro_step(batch.rows, call))
+            sums += micro_sums(batch, run.engine.micro_step(batch.rows, call), num_parts)
     return sums
 
 
-def micro_sums(batch: Any, answer: tuple[Tensor, ...]) -> Tensor:
-    """(3,) fp64: the micro-batch's share of the loss, of its forget part and of its retain part; no device sync."""
+def micro_sums(batch: Any, answer: tuple[Tensor, ...], num_parts: int) -> Tensor:
+    """(1 + P,) fp64: the micro-batch's share of the loss and of each part; no device sync."""
     loss, nll, kl, whole = answer
-    weighted = batch.ce_weights * nll
-    forget = torch.where(batch.ce_is_forget, weighted, 0).sum(dtype=torch.float64)
-    retain = torch.where(batch.ce_is_forget, 0, weighted).sum(dtype=torch.float64)
+    terms = [(batch.ce_weights * nll, batch.ce_part)]
     if kl.numel():
-        retain = retain + (batch.kl_weights * kl).sum(dtype=torch.float64)
-    if whole.numel():  # a term of whole sequences is the forget set's
-        forget = forget + (batch.sequences.weights * whole).sum(dtype=torch.float64)
-    return torch.stack([loss.double(), forget, retain])
+        terms.append((batch.kl_weights * kl, batch.kl_part))
+    parts = [
+        sum(torch.where(of == number, weighted, 0).sum(dtype=torch.float64) for weighted, of in terms)
+        for number in range(num_parts)
+    ]
+    if whole.numel():
+        part = batch.sequences.part
+        parts[part] = parts[part] + (batch.sequences.weights * whole).sum(dtype=torch.float64)
+    return torch.stack([loss.double(), *parts])
 
 
 def reduce_losses(plan: Plan, step: Step, sums: Tensor) -> dict[str, float | None]:
-    """Add the ranks' shares; forget_loss and retain_loss are means over their own sequences, without sign and weight."""
+    """Add the ranks' shares. forget_loss and retain_loss are means over their own sequences, without sign and weight.
+
+    Of several sets of one role each has its own beside the mean, as `retain_loss/general`; what is kept beside targets is
+    `kept_loss`.
+    """
     if distributed.world_size() > 1:
         dist.all_reduce(sums)
-    loss, forget, retain = sums.tolist()
+    loss, *totals = sums.tolist()
     parts: dict[str, float | None] = {"forget_loss": None, "retain_loss": None}
-    for source, count in zip(plan.sources, step.num_sequences_by_source):
-        total = forget if source.role == "forget" else retain
+    found: dict[str, list[tuple[str, float, int]]] = {}
+    for source, total, count in zip(plan.sources, totals, step.num_sequences_by_source):
         if source.factor and count:
-            parts[f"{source.role}_loss"] = total / source.factor * step.num_sequences / count
+            found.setdefault(source.role, []).append((source.name, total / source.factor * step.num_sequences, count))
+    for role, means in found.items():
+        parts[f"{role}_loss"] = sum(total for _, total, _ in means) / sum(count for _, _, count in means)
+        if len(means) > 1:
+            parts |= {f"{role}_loss/{name}": total / count for name, total, count in means}
+    kept_factor = plan.sources[0].kept_factor
+    if step.num_with_kept and kept_factor:
+        parts["kept_loss"] = totals[-1] / kept_factor * step.num_sequences / step.num_with_kept
     return {"loss": loss, **parts}
