@@ -36,7 +36,7 @@ def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:
         run = build_run(parse(RunConfig, arguments, "record_runs"), held)
     result = {}
     losses = []
-    with Loader(run.plan, distributed.rank(), run.device, 0) as loader:
+    with Loader(run.plan, distributed.rank(), run.device, 0, run.reference.hidden_cache) as loader:
         for step in loader:
             k = step.index
             if k in DETAILED:
