@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from unlearn_ds.data.corpus import Corpus
+from unlearn_ds.data.loss_mask import KEPT, TARGET
 from unlearn_ds.data.packing import pack_rows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex, shortest_document
@@ -22,6 +23,9 @@ _NUM_UPDATES = 100
 _DRAWN_ROWS = 120
 _NAMED_DOCUMENTS = 1000  # in summary.json
 _SHOWN_DOCUMENTS = 20
+_COLOURS = ("#e15759", "#4e79a7", "#f28e2b", "#b07aa1", "#76b7b2")  # of sources
+_KEPT_COLOUR = "#59a14f"
+_PALE = 0.3
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
 
@@ -90,8 +94,10 @@ def _left_out(name: str, found: Mapping[str, Any]) -> str:
 
 
 def save_step_picture(path: Path, plan: Plan, step: StepPlan) -> None:
-    """The rows of an update, rank by rank and micro-step by micro-step: each bar a sequence, coloured by its source."""
-    colours = ("#e15759", "#4e79a7", "#59a14f")
+    """The rows of an update, rank by rank and micro-step by micro-step: each bar a sequence, coloured by its source.
+
+    Tokens that are no targets are pale, those that are kept beside what is forgotten green.
+    """
     placed = [
         (f"rank {rank}, micro-step {m + 1}" if slot == 0 else "", row)
         for rank, micro_steps in enumerate(step.dealt)
@@ -103,13 +109,16 @@ def save_step_picture(path: Path, plan: Plan, step: StepPlan) -> None:
     for y, (_, row) in enumerate(placed):
         left = 0
         for i in step.rows[row] if row is not None else ():
-            colour = colours[step.source[i] % len(colours)]
-            panel.barh(y, step.length[i], left=left, height=0.9, color=colour, edgecolor="white", linewidth=0.5)
+            _draw_sequence(panel, y, left, plan, step, i)
             left += int(step.length[i])
     for k, source in enumerate(plan.sources):
-        panel.barh(
-            0, 0, color=colours[k % len(colours)], label=f"{source.role} ({source.loss}, factor {source.factor:+g})"
-        )
+        name = plot_label(f"{source.role}, {source.name}" if source.name not in ("", source.role) else source.role)
+        colour = _COLOURS[k % len(_COLOURS)]
+        panel.barh(0, 0, color=colour, label=f"{name} ({source.loss}, factor {source.factor:+g})")
+    if step.num_kept.any():
+        panel.barh(0, 0, color=_KEPT_COLOUR, label=f"kept (cross_entropy, factor {plan.sources[0].kept_factor:+g})")
+    if any(source.sequences.has_mask for source in plan.sources):
+        panel.barh(0, 0, color="grey", alpha=_PALE, label="no targets")
     panel.set_yticks(range(len(placed)), [label for label, _ in placed], fontsize=6)
     panel.set_xlim(0, step.seq_len)
     panel.invert_yaxis()
@@ -120,8 +129,23 @@ def save_step_picture(path: Path, plan: Plan, step: StepPlan) -> None:
         fontsize=9,
         loc="left",
     )
-    figure.legend(loc="outside lower center", ncols=len(plan.sources), fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(3, len(plan.sources)), fontsize=8, frameon=False)
     _save(figure, path)
+
+
+def _draw_sequence(panel: Any, y: int, left: int, plan: Plan, step: StepPlan, i: int) -> None:
+    """A bar of a sequence's length; with a mask, pale but for its runs of targets and of kept tokens."""
+    colour = _COLOURS[step.source[i] % len(_COLOURS)]
+    length = int(step.length[i])
+    mask = plan.sources[step.source[i]].sequences.mask(int(step.start[i]), length)
+    outline = {"edgecolor": "white", "linewidth": 0.5}
+    panel.barh(y, length, left=left, height=0.9, color=colour, alpha=None if mask is None else _PALE, **outline)
+    for value, of_value in ((TARGET, colour), (KEPT, _KEPT_COLOUR)):
+        if mask is None:
+            continue
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask[1:] == value, [0]])))
+        for start, stop in edges.reshape(-1, 2) + 1:
+            panel.barh(y, stop - start, left=left + start, height=0.9, color=of_value, linewidth=0)
 
 
 def _save(figure: Figure, path: Path) -> None:
