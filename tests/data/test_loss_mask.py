@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unlearn_ds.data.corpus import Corpus, CorpusError, CorpusWriter
-from unlearn_ds.data.loss_mask import CONTEXT, KEPT, TARGET, count_tokens
+from unlearn_ds.data.loss_mask import CONTEXT, KEPT, SCATTERED, TARGET, find_tokens
 from unlearn_ds.data.resumable import ResumableWriter
 
 DOCUMENTS = [([5, 6, 7, 8, 9], [0, 0, 1, 1, 1], 0), ([1, 2, 3], [0, 2, 1], 0), ([4, 4, 4, 4], [0, 1, 1, 0], 2)]
@@ -116,9 +116,12 @@ def test_targets_are_counted_without_a_sequences_first_token():
     starts = np.concatenate([[0], lengths.cumsum()[:-1]])
     chosen = np.sort(rng.permutation(500)[:300])
     for what in (TARGET, KEPT):
-        expected = [(mask[start + 1 : start + n] == what).sum() for start, n in zip(starts[chosen], lengths[chosen])]
-        assert count_tokens(mask, starts[chosen], lengths[chosen], what).tolist() == expected
-    assert not len(count_tokens(mask, starts[:0], lengths[:0]))
+        counts, runs = find_tokens(mask, starts[chosen], lengths[chosen], what)
+        for start, length, count, run in zip(starts[chosen], lengths[chosen], counts, runs):
+            at = np.flatnonzero(mask[start + 1 : start + length] == what)
+            assert count == len(at)
+            assert not count or run == (at[0] if at[-1] - at[0] + 1 == count else SCATTERED)
+    assert not len(find_tokens(mask, starts[:0], lengths[:0])[0])
 
 
 def test_the_manifest_is_still_that_of_earlier_versions_for_plain_text(tmp_path):

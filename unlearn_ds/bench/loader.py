@@ -23,44 +23,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from unlearn_ds.bench.loader_data import (
+    DISTRIBUTIONS,
+    train_tokenizer,
+    write_random_corpus,
+    write_sparse_corpus,
+    write_text,
+)
 from unlearn_ds.bench.loader_peers import PEERS, Rows
 from unlearn_ds.bench.record import positive_int, quantiles, version, write_json
 from unlearn_ds.cluster.lifetime import end_worker_with_parent, run_tied
 from unlearn_ds.data.batch import StepBuilder, plan_layout
-from unlearn_ds.data.corpus import Corpus, CorpusWriter
+from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.labels import TrueTargets
 from unlearn_ds.data.loader import Loader
-from unlearn_ds.data.megatron import index_bytes
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex
 
 SEQ_LEN = 4096
-_VOCAB_SIZE = 64_000
-_BYTES_PER_TOKEN = 3
-_SIGMA = 1.0  # of the logarithm of a document's length: the longest of 2 000 is some 20 times the mean
-DISTRIBUTIONS = {"github": 7_000, "arxiv": 44_000}  # mean bytes of a document in the published sets
+TARGETS = "ours_targets"  # ours, of a corpus that says which tokens are targets
 PARTS = ("rows", "open", "prepare")
 
 
-def document_lengths(name: str, num_tokens: int, seed: int = 0) -> np.ndarray:
-    """Long-tailed lengths with the published mean, of `num_tokens` together."""
-    mean = DISTRIBUTIONS[name] / _BYTES_PER_TOKEN
-    rng = np.random.default_rng(seed)
-    lengths = rng.lognormal(np.log(mean) - _SIGMA**2 / 2, _SIGMA, max(8, int(num_tokens / mean))).astype(np.int64)
-    return np.maximum(lengths, 5)
-
-
-def write_random_corpus(path: Path, name: str, num_tokens: int) -> Corpus:
-    """Random tokens in documents of these lengths."""
-    rng = np.random.default_rng(1)
-    with CorpusWriter(path, _VOCAB_SIZE) as writer:
-        for length in document_lengths(name, num_tokens).tolist():
-            writer.add(rng.integers(0, _VOCAB_SIZE, length))
-    return Corpus(path)
-
-
-def make_plan(corpus: Corpus, world_size: int = 1, rows: int = 1) -> Plan:
-    """Ascent plus descent with the published 480 sequences an update, without end."""
+def make_plan(corpus: Corpus, world_size: int = 1, rows: int = 1, batch: int = 480) -> Plan:
+    """Ascent plus descent with, as published, 480 sequences an update, without end."""
     sequences = SequenceIndex([corpus], SEQ_LEN)
     sources = [
         Source("forget", "cross_entropy", -1.0, sequences, TrueTargets()),
@@ -68,7 +54,7 @@ def make_plan(corpus: Corpus, world_size: int = 1, rows: int = 1) -> Plan:
     ]
     return Plan(
         sources,
-        global_batch_size=480,
+        global_batch_size=batch,
         seq_len=SEQ_LEN,
         micro_batch_size=rows,
         world_size=world_size,
@@ -94,11 +80,16 @@ def our_rows_inline(plan: Plan) -> Rows:
             yield builder.build(0, micro_step).rows.input_ids.shape[1]
 
 
+def _with_targets(path: Path) -> Path:
+    """The same tokens beside the corpus at `path`, with a mask."""
+    return path.with_name("targets")
+
+
 def _serve(connection: Connection, name: str, path: Path, num_rows: int) -> None:
     """A competitor in a process of its own: some libraries leave threads running, which would slow the others down."""
     end_worker_with_parent()
     torch.set_num_threads(1)
-    corpus = Corpus(path)
+    corpus = Corpus(_with_targets(path) if name == TARGETS else path)
     if name in PEERS:
         rows = PEERS[name][0](corpus, path.parent, SEQ_LEN)
     elif name == "ours_inline":
@@ -117,13 +108,19 @@ def _serve(connection: Connection, name: str, path: Path, num_rows: int) -> None
 def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> list[dict[str, Any]]:
     """Rows of steady state: every competitor gives `num_rows` in turn."""
     results = []
-    names = ["ours", "ours_inline", *(n for n, (_, packages, _) in PEERS.items() if all(map(version, packages)))]
+    names = [
+        "ours",
+        "ours_inline",
+        TARGETS,
+        *(n for n, (_, packages, _) in PEERS.items() if all(map(version, packages))),
+    ]
     for left_out in sorted({*PEERS} - {*names}):
         print(f"{left_out}: not installed, left out", file=sys.stderr)
     context = multiprocessing.get_context("spawn")
     for name in DISTRIBUTIONS:
         path = folder / name / "corpus"
         first = make_plan(write_random_corpus(path, name, num_tokens)).step(0)
+        write_random_corpus(_with_targets(path), name, num_tokens, targets=True)
         connections = {}
         fill, rounds = {}, {}
         for peer in names:
@@ -131,7 +128,7 @@ def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> li
             context.Process(target=_serve, args=(theirs, peer, path, num_rows), daemon=True).start()
             fill[peer] = connections[peer].recv() / SEQ_LEN
             rounds[peer] = []
-        fill["ours"] = fill["ours_inline"] = first.num_tokens / (first.num_rows * SEQ_LEN)
+        fill["ours"] = fill["ours_inline"] = fill[TARGETS] = first.num_tokens / (first.num_rows * SEQ_LEN)
         for _ in range(repeats):
             for peer, connection in connections.items():
                 connection.send(True)
@@ -156,15 +153,6 @@ def bench_rows(folder: Path, num_tokens: int, num_rows: int, repeats: int) -> li
                 }
             )
     return results
-
-
-def write_sparse_corpus(path: Path, lengths: np.ndarray) -> None:  # (documents,) tokens
-    """A real index over a file of zeros that takes no room on disk."""
-    lengths = lengths.astype(np.int32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".idx").write_bytes(index_bytes(lengths, np.dtype(np.uint16)))
-    with path.with_suffix(".bin").open("wb") as file:
-        file.truncate(2 * int(lengths.sum(dtype=np.int64)))
 
 
 _OPEN = """
@@ -226,28 +214,6 @@ def bench_open(folder: Path, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_text(path: Path, megabytes: int) -> int:
-    """A jsonl of the standard library's sources, each copy with other identifiers; returns the characters of text."""
-    import sysconfig
-
-    root = Path(sysconfig.get_paths()["stdlib"])
-    sources = [
-        p for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts and 500 < p.stat().st_size < 1 << 20
-    ]
-    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sources]
-    written, copy = 0, 0
-    with path.open("w", encoding="utf-8") as file:
-        while written < megabytes << 20:
-            for text in texts:
-                varied = text.replace("self", f"self_{copy}").replace("return", f"return {copy} or")
-                file.write(json.dumps({"text": varied}) + "\n")
-                written += len(varied)
-                if written >= megabytes << 20:
-                    break
-            copy += 1
-    return written
-
-
 _BARE = """
 import json, sys, time
 from tokenizers import Tokenizer
@@ -280,16 +246,6 @@ if __name__ == "__main__":
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of the process that reads and writes
     print(json.dumps({"whole_s": whole, "tokens": corpus.num_tokens, "peak_mib": peak_mib}))
 """
-
-
-def train_tokenizer(folder: Path, text: Path) -> None:
-    """A byte-level BPE of 32 000 tokens, trained on the first 2 000 documents."""
-    from unlearn_ds.demo.data import write_tokenizer
-
-    head = folder / "head.jsonl"
-    with text.open(encoding="utf-8") as file:
-        head.write_text("".join(islice(file, 2000)), encoding="utf-8")
-    write_tokenizer(folder / "tokenizer", [head], 32_000)
 
 
 def bench_prepare(folder: Path, sizes_mb: list[int], cores: int) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unlearn_ds.data.labels import TrueTargets
-from unlearn_ds.data.loss_mask import KEPT
+from unlearn_ds.data.loss_mask import KEPT, SCATTERED
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE
@@ -186,15 +186,15 @@ class Layout:
         )
 
     def target_rows(
-        self, starts: list[int], counts: list[int], positions: list[np.ndarray | None]
+        self, starts: list[int], counts: list[int], where: list[int | np.ndarray]
     ) -> np.ndarray:  # (sum of counts,) int64
-        """Positions with a target in the batch: of each sequence those given, or, for None, its first so many."""
+        """Positions with a target in the batch: of each sequence those given, or so many from a position on."""
         rows = self.empty(sum(counts), np.int64)
-        counter = self.count(starts[-1] + counts[-1] if starts else 0)
+        counter = self.count(starts[-1] + self._seq_len if starts else 0)
         at = 0
-        for start, count, given in zip(starts, counts, positions):
-            if given is None:
-                rows[at : at + count] = counter[start : start + count]
+        for start, count, given in zip(starts, counts, where):
+            if isinstance(given, int):
+                rows[at : at + count] = counter[start + given : start + given + count]
             else:
                 np.add(given, start, out=rows[at : at + count])
             at += count
@@ -219,6 +219,7 @@ class StepBuilder:
         weights = [part.astype(np.float32).tolist() for part in plan.token_weights(step)]
         self._weight, self._kept_weight = weights
         self._count = step.num_targets.tolist()
+        self._run = step.run.tolist()
         self._num_kept = step.num_kept.tolist()
         self._any_kept = bool(step.num_kept.any())
         self._loss = [source.loss for source in plan.sources]
@@ -228,7 +229,6 @@ class StepBuilder:
         self._sequences_of = [source.sequences for source in plan.sources]
         sizes = [sum(c.num_tokens for c in s.sequences.corpora) * (s.loss == KL) for s in plan.sources]
         self._kl_offset = np.cumsum([0, *sizes]).tolist()  # the cache counts tokens over all sets with KL
-        self._has_mask = [source.sequences.has_mask for source in plan.sources]
 
     def build(self, rank: int, micro_step: int) -> MicroBatch:
         """The micro-batch of one rank; of weight-0 filler if the plan has nothing for it."""
@@ -257,17 +257,19 @@ class StepBuilder:
         kl_rows, kl_weights, kl_part = self._kl_rows(kl_starts, kl)
         batch = replace(batch, kl_rows=kl_rows, kl_weights=kl_weights, kl_part=kl_part)
         if self._hidden_cache is not None:
-            first = [0 if given is None else int(given[0]) for given in map(self._positions, kl)]
+            first = [given if isinstance(given, int) else int(given[0]) for given in map(self._where, kl)]
             at = [self._kl_offset[source[i]] + self._start[i] + position for i, position in zip(kl, first)]
             return replace(batch, ref_hidden=self._hidden_cache.read(at, [self._count[i] for i in kl]))
         # Not filled: the reference would compute on padding where the student computes on forget sequences.
         reference, _, ref_starts = self._layout.pack([views[k] for k in of_loss[KL]] or _FILLER, fill=False)
         return replace(batch, reference=reference, ref_rows=self._kl_rows(ref_starts, kl)[0])
 
-    def _positions(self, i: int, what: int | None = None) -> np.ndarray | None:
-        """Positions of a sequence whose next token is a target, or `what`; None for all."""
-        k = self._source[i]
-        return self._sequences_of[k].positions(self._start[i], self._length[i], what) if self._has_mask[k] else None
+    def _where(self, i: int) -> int | np.ndarray:
+        """The position that predicts the first target of a sequence, if they stand in one run, else all that predict one."""
+        return self._run[i] if self._run[i] != SCATTERED else self._positions(i)
+
+    def _positions(self, i: int, what: int | None = None) -> np.ndarray:
+        return self._sequences_of[self._source[i]].positions(self._start[i], self._length[i], what)
 
     def _cross_entropy(
         self, tokens: np.ndarray, starts: list[int], chosen: list[int], kept: list[tuple[int, int]]
@@ -280,8 +282,8 @@ class StepBuilder:
         make = self._layout.empty if chosen or kept else np.zeros
         weights, part = make(size, np.float32), make(size, np.int8)
         counter = self._layout.count(len(tokens))
-        if len(chosen) == 1 and not kept and self._is_whole(chosen[0]):  # nothing to put together: views will do
-            start = starts[0]
+        if len(chosen) == 1 and not kept and self._is_view(chosen[0]):  # nothing to put together: views will do
+            start = starts[0] + self._run[chosen[0]]
             weights.fill(self._weight[chosen[0]])
             part.fill(self._source[chosen[0]])
             arrays = (counter[start : start + size], tokens[start + 1 : start + 1 + size], weights, part)
@@ -290,10 +292,11 @@ class StepBuilder:
         at = 0
         for i, start in zip(chosen, starts):
             end = at + self._count[i]
-            given = self._positions(i)
-            if given is None:
-                rows[at:end] = counter[start : start + end - at]
-                labels = tokens[start + 1 : start + 1 + end - at]
+            given = self._where(i)
+            if isinstance(given, int):
+                first = start + given
+                rows[at:end] = counter[first : first + end - at]
+                labels = tokens[first + 1 : first + 1 + end - at]
             else:
                 np.add(given, start, out=rows[at:end])
                 labels = tokens[rows[at:end] + 1]
@@ -310,13 +313,13 @@ class StepBuilder:
             at = end
         return tuple(torch.from_numpy(array) for array in (rows, targets, weights, part))
 
-    def _is_whole(self, i: int) -> bool:
-        """Whether all tokens of a sequence are targets, and themselves."""
-        return self._is_true[self._source[i]] and self._positions(i) is None
+    def _is_view(self, i: int) -> bool:
+        """Whether the targets of a sequence are a run of its own tokens."""
+        return self._is_true[self._source[i]] and self._run[i] != SCATTERED
 
-    def _labels(self, i: int, true: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+    def _labels(self, i: int, true: np.ndarray, given: int | np.ndarray) -> np.ndarray:
         """What cross-entropy is taken against where it is not the next token."""
-        positions = np.arange(1, len(true) + 1) if given is None else given + 1
+        positions = (np.arange(given, given + len(true)) if isinstance(given, int) else given) + 1
         sequence = np.full(len(true), self._step.sequence[i])
         return self._plan.sources[self._source[i]].targets(true, sequence, positions, positions + self._start[i])
 
@@ -327,7 +330,7 @@ class StepBuilder:
             zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
             return SequenceRows(zero, zero, (0, 1), torch.zeros(1), nothing, nothing, form.beta)
         counts = np.array([self._count[i] for i in chosen])
-        rows = self._layout.target_rows(starts, counts.tolist(), list(map(self._positions, chosen)))
+        rows = self._layout.target_rows(starts, counts.tolist(), list(map(self._where, chosen)))
         if form.per_token:
             scale, shift = 1.0 / counts, np.full(len(chosen), form.gamma / form.beta)
         else:
@@ -344,7 +347,7 @@ class StepBuilder:
         if not chosen:
             return torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.int8)
         counts = [self._count[i] for i in chosen]
-        rows = self._layout.target_rows(starts, counts, list(map(self._positions, chosen)))
+        rows = self._layout.target_rows(starts, counts, list(map(self._where, chosen)))
         weights = np.repeat(np.array([self._weight[i] for i in chosen], dtype=np.float32), counts)
         part = np.repeat(np.array([self._source[i] for i in chosen], dtype=np.int8), counts)
         return torch.from_numpy(rows), torch.from_numpy(weights), torch.from_numpy(part)
@@ -363,12 +366,12 @@ def evaluation_batch(sequences: SequenceIndex, ids: np.ndarray, layout: Layout) 
     offsets, lengths = sequences.spans(ids)
     views = [(sequences.view(at, length), length) for at, length in zip(offsets.tolist(), lengths.tolist())]
     rows, tokens, starts = layout.pack(views)
-    counts = sequences.num_targets(ids)
-    positions = [
-        sequences.positions(at, length) if sequences.has_mask else None
-        for at, length in zip(offsets.tolist(), lengths.tolist())
+    counts, runs = sequences.num_targets(ids), sequences.runs(ids).tolist()
+    where = [
+        run if run != SCATTERED else sequences.positions(at, length)
+        for run, at, length in zip(runs, offsets.tolist(), lengths.tolist())
     ]
-    ce_rows = layout.target_rows(starts, counts.tolist(), positions)
+    ce_rows = layout.target_rows(starts, counts.tolist(), where)
     token_offsets = ce_rows + 1 + np.repeat(offsets - starts, counts)
     arrays = (ce_rows, tokens[ce_rows + 1], token_offsets, np.repeat(np.asarray(ids, dtype=np.int64), counts))
     return EvaluationBatch(rows, *map(torch.from_numpy, arrays))

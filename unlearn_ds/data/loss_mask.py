@@ -36,25 +36,30 @@ class RecordsRecord(Record):
     records: Count  # that gave a document
 
 
-_COUNTED_TOGETHER = 1 << 16  # sequences
+_COUNTED_TOGETHER = 1 << 12  # sequences
+SCATTERED = -1
 
 
-def count_tokens(
+def find_tokens(
     mask: np.ndarray,  # (tokens,) uint8
     starts: np.ndarray,  # (n,) int64, token offsets of sequences, ascending
     lengths: np.ndarray,  # (n,) int64, tokens, at least one each
     what: int = TARGET,
-) -> np.ndarray:  # (n,) int64
-    """How many tokens of each sequence are `what`; its first token, which nothing predicts, is none."""
-    counts = np.zeros(len(starts), dtype=np.int64)
-    for first in range(0, len(starts), _COUNTED_TOGETHER):
-        some = slice(first, first + _COUNTED_TOGETHER)
-        counted = np.flatnonzero(lengths[some] > 1)
-        if not len(counted):
-            continue
-        begin, end = starts[some][counted] + 1, (starts[some] + lengths[some])[counted]
-        is_what = mask[begin[0] : end[-1]] == what
-        # Every other sum is that of the tokens between two sequences.
-        bounds = np.stack([begin, end], axis=1).ravel()[:-1] - begin[0]
-        counts[first + counted] = np.add.reduceat(is_what, bounds, dtype=np.int64)[::2]
-    return counts
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) int64 each
+    """How many tokens of each sequence are `what`, and the position that predicts the first if they stand in one run.
+
+    A sequence's first token, which nothing predicts, is none. `SCATTERED` where they stand in several runs.
+    """
+    counts, first = np.zeros((2, len(starts)), dtype=np.int64)
+    for begin in range(0, len(starts), _COUNTED_TOGETHER):
+        some = slice(begin, begin + _COUNTED_TOGETHER)
+        low, high = starts[some] + 1, starts[some] + lengths[some]
+        found = np.flatnonzero(mask[low[0] : high[-1]] == what) + low[0]
+        at = np.searchsorted(found, low)
+        counts[some] = np.searchsorted(found, high) - at
+        has = np.flatnonzero(counts[some])
+        of_has = begin + has
+        head = found[at[has]]
+        last = found[at[has] + counts[of_has] - 1]
+        first[of_has] = np.where(last - head + 1 == counts[of_has], head - low[has], SCATTERED)
+    return counts, first

@@ -56,6 +56,7 @@ class StepPlan:
     start: np.ndarray  # (B,) int64, token offset in that source's corpora
     length: np.ndarray  # (B,) int64, tokens
     num_targets: np.ndarray  # (B,) int64
+    run: np.ndarray  # (B,) int64, where their run begins (`SequenceIndex.runs`)
     num_kept: np.ndarray  # (B,) int64, tokens that are kept beside them
     rows: list[list[int]]  # positions in the arrays above
     dealt: list[list[list[int]]]  # [rank][micro-step] -> rows; a rank without rows gets filler
@@ -174,10 +175,11 @@ class Plan:
         source = np.repeat(np.arange(len(chosen)), [len(ids) for ids in chosen])
         sequence = np.concatenate(chosen)
         found = [
-            (*s.sequences.spans(ids), s.sequences.num_targets(ids), s.sequences.num_kept(ids))
-            for s, ids in zip(self.sources, chosen)
+            (*s.spans(ids), s.num_targets(ids), s.runs(ids), s.num_kept(ids))
+            for s, ids in zip((source.sequences for source in self.sources), chosen)
         ]
-        start, length, targets, kept = (np.concatenate(parts) for parts in zip(*found))
+        columns = [np.concatenate(parts) for parts in zip(*found)]
+        length = columns[1]
         if self.packing:
             rows = pack_rows(length, self.seq_len)
             dealt = deal_rows(row_costs(length, rows, self.seq_len), self.world_size, self.micro_batch_size)
@@ -185,9 +187,7 @@ class Plan:
             rows = [[i] for i in range(len(length))]
             dealt = deal_alike(length, self.world_size, self.micro_batch_size * self.seq_len)
         by_source = [len(ids) for ids in chosen]
-        return StepPlan(
-            index, source, sequence, start, length, targets, kept, rows, dealt, self.seq_len, by_source, self.packing
-        )
+        return StepPlan(index, source, sequence, *columns, rows, dealt, self.seq_len, by_source, self.packing)
 
     def token_weights(self, step: StepPlan) -> tuple[np.ndarray, np.ndarray]:  # (B,) fp64 each
         """What a target of each sequence weighs, and what a kept token does; those of an update sum to its terms' factors.

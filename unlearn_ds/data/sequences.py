@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unlearn_ds.data.corpus import Corpus, CorpusError
-from unlearn_ds.data.loss_mask import KEPT, TARGET, count_tokens
+from unlearn_ds.data.loss_mask import KEPT, TARGET, find_tokens
 
 MIN_TOKENS = 5  # shorter pieces are dropped, as in the published code
 MIN_FORGET_TOKENS = 2  # of a whole document to forget: one token to predict from, one to predict
@@ -65,7 +65,9 @@ class SequenceIndex:
         if not self._size:
             names = ", ".join(str(c.path) for c in corpora)
             raise CorpusError(f"{names}: a corpus without sequences: no document has {shortest} tokens")
-        self._counts: dict[int, np.ndarray] = {}  # value of the mask -> (sequences,) tokens, if there is a mask
+        # Value of the mask -> (sequences,) tokens, and where their run begins; empty without a mask.
+        self._counts: dict[int, np.ndarray] = {}
+        self._runs: dict[int, np.ndarray] = {}
         self.num_without_targets = 0
         if self.has_mask:
             self._leave_out_what_has_no_target()
@@ -79,14 +81,15 @@ class SequenceIndex:
         starts, lengths = self.spans(np.arange(self._size))
         corpus_of = np.searchsorted(self._bases, starts, side="right") - 1
         for value in {self.target, KEPT}:
-            counts = lengths - 1 if value == TARGET else np.zeros_like(lengths)  # without a mask
+            # Without a mask all are targets.
+            counts, run = lengths - 1 if value == TARGET else np.zeros_like(lengths), np.zeros_like(lengths)
             for number, corpus in enumerate(self.corpora):
                 if corpus.mask is not None:
-                    of_it = corpus_of == number
-                    counts[of_it] = count_tokens(
-                        corpus.mask, starts[of_it] - self._bases[number], lengths[of_it], value
+                    own = corpus_of == number
+                    counts[own], run[own] = find_tokens(
+                        corpus.mask, starts[own] - self._bases[number], lengths[own], value
                     )
-            self._counts[value] = counts
+            self._counts[value], self._runs[value] = counts.astype(np.int32), run.astype(np.int32)
         chosen = np.flatnonzero(self._counts[self.target])
         self.num_without_targets = self._size - len(chosen)
         if not len(chosen):
@@ -128,11 +131,18 @@ class SequenceIndex:
 
     def num_targets(self, ids: np.ndarray) -> np.ndarray:  # (n,) int64 -> (n,) int64
         """Targets per sequence: tokens that are predicted and count."""
-        return self._counts[self.target][self._resolve(ids)] if self._counts else self.lengths(ids) - 1
+        return self._of(self._counts, self.target, ids) if self._counts else self.lengths(ids) - 1
 
     def num_kept(self, ids: np.ndarray) -> np.ndarray:  # (n,) int64 -> (n,) int64
         """Tokens per sequence that are kept while others of it are forgotten."""
-        return self._counts[KEPT][self._resolve(ids)] if self._counts else np.zeros(len(ids), dtype=np.int64)
+        return self._of(self._counts, KEPT, ids)
+
+    def runs(self, ids: np.ndarray) -> np.ndarray:  # (n,) int64 -> (n,) int64
+        """The position that predicts the first target of each sequence if they stand in one run, else `SCATTERED`."""
+        return self._of(self._runs, self.target, ids)
+
+    def _of(self, table: dict[int, np.ndarray], value: int, ids: np.ndarray) -> np.ndarray:
+        return table[value][self._resolve(ids)].astype(np.int64) if table else np.zeros(len(ids), dtype=np.int64)
 
     def view(self, start: int, length: int) -> np.ndarray:
         """`length` tokens from the token offset `start`; they must lie in one corpus."""
@@ -144,10 +154,12 @@ class SequenceIndex:
         corpus, start = self._at(start)
         return corpus.mask[start : start + length] if corpus.mask is not None else None
 
-    def positions(self, start: int, length: int, what: int | None = None) -> np.ndarray | None:
-        """Positions of a sequence whose next token is `what` (default: a target), (n,) int64; None for all but the last."""
+    def positions(self, start: int, length: int, what: int | None = None) -> np.ndarray:  # (n,) int64
+        """Positions of a sequence whose next token is `what` (default: a target)."""
         mask = self.mask(start, length)
-        return None if mask is None else np.flatnonzero(mask[1:] == (self.target if what is None else what))
+        if mask is None:
+            return np.arange(length - 1)
+        return np.flatnonzero(mask[1:] == (self.target if what is None else what))
 
     def _at(self, start: int) -> tuple[Corpus, int]:
         """The corpus that a token offset lies in, and the offset there."""
@@ -157,10 +169,10 @@ class SequenceIndex:
         return self.corpora[which], start - int(self._bases[which])
 
     def target_tokens(self, sequence: int) -> np.ndarray:
-        """The tokens of one sequence that are targets, and its first one where all are."""
-        tokens, (starts, lengths) = self.tokens(sequence), self.spans(np.array([sequence]))
-        positions = self.positions(int(starts[0]), int(lengths[0]))
-        return tokens if positions is None else tokens[positions + 1]
+        """The tokens of one sequence that are targets; without a mask all of it."""
+        (start,), (length,) = (part.tolist() for part in self.spans(np.array([sequence])))
+        tokens = self.view(start, length)
+        return tokens if self.mask(start, length) is None else tokens[self.positions(start, length) + 1]
 
     def document_tokens(self, number: int) -> np.ndarray:
         """The tokens of a whole document, counted over all corpora, as a view."""
