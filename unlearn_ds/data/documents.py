@@ -1,11 +1,11 @@
-"""Where documents come from: files, folders, folders saved by `datasets`, and hub names, read as a stream."""
+"""Where documents and rows come from: files, folders, folders saved by `datasets`, and hub names, read as a stream."""
 
 import lzma
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from unlearn_ds.caches import cache_of
-from unlearn_ds.data.readers import FORMS, READERS, TextColumn, check_arrow_end, no_text, texts_of_batches
+from unlearn_ds.data.columns import Columns, TextColumn
+from unlearn_ds.data.readers import FORMS, READERS, check_arrow_end
 from unlearn_ds.data.text_files import COMPRESSIONS, DocumentError, split_compression
 from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, did_you_mean
 from unlearn_ds.stored import OpenRecord, StoredError, read
 
-__all__ = ["DocumentError", "DocumentSource", "find_sources", "read_documents"]
+__all__ = ["DocumentError", "DocumentSource", "find_sources", "read_documents", "read_rows"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 _BATCH_ROWS = 256
@@ -183,41 +184,46 @@ def read_documents(sources: Sequence[DocumentSource], text_column: str | None) -
     Raises `DocumentError` naming the file, and the line or row in it, for what cannot be read, `OptionError` for a column that
     is not there.
     """
+    return read_rows(sources, lambda: TextColumn(text_column))
+
+
+def read_rows(sources: Sequence[DocumentSource], wanted: Callable[[], Columns]) -> Iterator[Any]:
+    """The same for whatever the columns make of a row. wanted: columns for a source, which choose by its first row."""
     for source in sources:
         is_empty = True
-        for text in _read_source(source, TextColumn(text_column)):
+        for row in _read_source(source, wanted()):
             is_empty = False
-            yield text
+            yield row
         if is_empty:
             raise DocumentError(f"{source.name}: no documents in it")
 
 
-def _read_source(source: DocumentSource, column: TextColumn) -> Iterator[str]:
+def _read_source(source: DocumentSource, columns: Columns) -> Iterator[Any]:
     if source.format == "disk":
-        yield from _named(source.name, source.format, _read_saved(source, column))
+        yield from _named(source.name, source.format, _read_saved(source, columns))
     elif source.format == "hub":
-        yield from _named(source.name, source.format, _read_hub(source, column))
+        yield from _named(source.name, source.format, _read_hub(source, columns))
     else:
         num_empty = 0
         for file in source.files:
             is_empty = True
-            for text in _named(str(file), source.format, READERS[source.format](file, column)):
+            for row in _named(str(file), source.format, READERS[source.format](file, columns)):
                 is_empty = False
-                yield text
+                yield row
             num_empty += is_empty
         if 0 < num_empty < len(source.files):
             _note(f"{source.name}: {num_empty} file(s) without a document, of {len(source.files)}")
 
 
-def _named(name: str, form: str, texts: Iterator[str]) -> Iterator[str]:
-    """The texts; whatever a reader raises becomes an error that says which file, and after which document in it."""
+def _named(name: str, form: str, rows: Iterator[Any]) -> Iterator[Any]:
+    """The texts or rows; whatever a reader raises becomes an error that says which file, and after which document in it."""
     number = 0
     while True:
         with _as_document_error(name, form, number):
-            text = next(texts, None)
-        if text is None:
+            row = next(rows, None)
+        if row is None:
             return
-        yield text
+        yield row
         number += 1
 
 
@@ -247,7 +253,7 @@ def _as_document_error(name: str, form: str, number: int) -> Iterator[None]:
         raise DocumentError(f"{name}: cannot be read as {form} after document {number}: {early}{text}") from error
 
 
-def _read_saved(source: DocumentSource, column: TextColumn) -> Iterator[str]:
+def _read_saved(source: DocumentSource, columns: Columns) -> Iterator[Any]:
     """A folder that `datasets` saved."""
     import datasets  # takes a second, and only these two need it
 
@@ -257,13 +263,13 @@ def _read_saved(source: DocumentSource, column: TextColumn) -> Iterator[str]:
     if not read(source.folder / "state.json", SavedState).data_files:
         return  # without rows, which `datasets` saves and does not load
     table = datasets.load_from_disk(str(source.folder))
-    name = column.among(table.column_names, source.name)
-    tables = table.select_columns([name]).with_format("arrow").iter(_BATCH_ROWS)
+    names = columns.choose(table.column_names, source.name)
+    tables = table.select_columns(names).with_format("arrow").iter(_BATCH_ROWS)
     batches = (batch for rows in tables for batch in rows.to_batches())
-    yield from texts_of_batches(source.name, name, table.features.arrow_schema.field(name).type, batches)
+    yield from columns.of_batches(source.name, table.features.arrow_schema, names, batches)
 
 
-def _read_hub(source: DocumentSource, column: TextColumn) -> Iterator[str]:
+def _read_hub(source: DocumentSource, columns: Columns) -> Iterator[Any]:
     import datasets
 
     name, *rest = source.hub
@@ -273,7 +279,5 @@ def _read_hub(source: DocumentSource, column: TextColumn) -> Iterator[str]:
         raise OptionError(f"{source.name}: name one of its splits: {', '.join(found)}, as {name}:{config}:SPLIT")
     for number, row in enumerate(found, 1):
         where = f"{source.name}: row {number}"
-        text = row[column.among(list(row), where)]
-        if not isinstance(text, str):
-            raise no_text(where, column.name, text)
-        yield text
+        columns.choose(list(row), where)
+        yield columns.take(where, row)
