@@ -5,6 +5,7 @@ Exact copies are found by a digest of the tokens. Near copies are found by MinHa
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from tqdm import tqdm
 
 from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.hashing import mix
-from unlearn_ds.data.tokenise import Encoder
 
 NEAR = 0.8  # Jaccard index from which two documents count as near copies
 _CANDIDATE = 0.5  # where the sketches' search starts to miss; candidates are measured, so it may be far below NEAR
@@ -82,16 +82,17 @@ def similarity(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class SketchingEncoder:
-    """An `Encoder` that also sketches: the work is done where the tokens are, in the tokenizing processes."""
+    """An encoder that also sketches: the work is done where the tokens are, in the tokenizing processes."""
 
-    def __init__(self, encoder: Encoder, near: bool) -> None:
+    def __init__(self, encoder: Callable[[list[Any]], tuple[Any, ...]], near: bool) -> None:
         self._encoder = encoder
         self._near = near
 
-    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, list[Sketch]]:
-        tokens, lengths = self._encoder(texts)
+    def __call__(self, texts: list[Any]) -> tuple[Any, ...]:
+        """What the encoder makes of the texts (tokens, lengths, ...), and a list of `Sketch` behind it."""
+        tokens, lengths, *more = self._encoder(texts)
         documents = np.split(tokens, np.cumsum(lengths)[:-1])
-        return tokens, lengths, [sketch(document, self._near) for document in documents]
+        return tokens, lengths, *more, [sketch(document, self._near) for document in documents]
 
 
 class ForgetIndex:
@@ -149,6 +150,7 @@ class CopyFilter:
 
     def __init__(self, index: ForgetIndex, drop: bool, found: dict[str, Any] | None) -> None:
         self._index = index
+        self.near = index.near
         self.found = found or {
             "forget": index.forget.fingerprint,
             "near_copies": index.near,
@@ -162,6 +164,11 @@ class CopyFilter:
         self, first: int, tokens: np.ndarray, lengths: np.ndarray, sketches: list[Sketch]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The documents of a batch that stay; `first` is the number of its first."""
+        stays = self.staying(first, tokens, lengths, sketches)
+        return (tokens, lengths) if stays.all() else (tokens[np.repeat(stays, lengths)], lengths[stays])
+
+    def staying(self, first: int, tokens: np.ndarray, lengths: np.ndarray, sketches: list[Sketch]) -> np.ndarray:
+        """Which of them stay: (documents,) bool."""
         is_copy = np.zeros(len(lengths), dtype=bool)
         for i, (document, made) in enumerate(zip(np.split(tokens, np.cumsum(lengths)[:-1]), sketches)):
             match = self._index.find(document, made)
@@ -170,9 +177,7 @@ class CopyFilter:
                 self.found["exact" if made.digest in self._index.exact_digests else "near"] += 1
                 if len(self.found["examples"]) < _NUM_EXAMPLES:
                     self.found["examples"].append([first + i, match[0], round(match[1], 4)])
-        if not (self.found["dropped"] and is_copy.any()):
-            return tokens, lengths
-        return tokens[np.repeat(~is_copy, lengths)], lengths[~is_copy]
+        return ~is_copy if self.found["dropped"] else np.ones_like(is_copy)
 
 
 def count_copies(corpus: Corpus, index: ForgetIndex) -> dict[str, Any]:

@@ -3,14 +3,18 @@
 import hashlib
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 from tqdm import tqdm
 
 from unlearn_ds.caches import explained
 from unlearn_ds.data.corpus import CorpusError
-from unlearn_ds.data.documents import DocumentError, DocumentSource, read_documents
+from unlearn_ds.data.documents import DocumentError, DocumentSource
+from unlearn_ds.data.forms.encode import ItemEncoder, Marked
+from unlearn_ds.data.forms.item import Item
+from unlearn_ds.data.forms.make import ItemMaker
 from unlearn_ds.data.overlap import CopyFilter, ForgetIndex, SketchingEncoder
 from unlearn_ds.data.resumable import ResumableWriter
 from unlearn_ds.data.round_trip import RoundTrip
@@ -22,17 +26,17 @@ _WORTH_PROCESSES_BYTES = 32 << 20
 
 
 class _Digested:
-    """Passes texts on, a few of them to the sample as well, and keeps the digest of all up to each one until asked for it."""
+    """Passes texts or items on, a few to the sample as well, and keeps the digest of all up to each until asked for it."""
 
-    def __init__(self, texts: Iterable[str], sample: RoundTrip) -> None:
+    def __init__(self, texts: Iterable[str | Item], sample: RoundTrip) -> None:
         self._texts = texts
-        self._sample = sample
+        self.sample = sample
         self._running = hashlib.blake2b(digest_size=16)
         self._pending: deque[str] = deque()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str | Item]:
         for number, text in enumerate(self._texts):
-            self._sample.keep(number, text)
+            self.sample.keep(number, str(text))
             raw = text.encode("utf-8", "surrogatepass")
             self._running.update(len(raw).to_bytes(8, "little"))
             self._running.update(raw)
@@ -57,11 +61,11 @@ def default_processes(sources: list[DocumentSource]) -> int:
 
 def write_corpus(
     writer: ResumableWriter,
-    sources: list[DocumentSource],
-    encoder: Encoder,
+    texts: Iterable[str | Item],
+    encoder: Encoder | ItemEncoder,
     sample: RoundTrip,
     *,
-    text_column: str | None,
+    maker: ItemMaker | None = None,
     num_proc: int,
     index: ForgetIndex | None,
     drop_copies: bool,
@@ -70,7 +74,8 @@ def write_corpus(
 ) -> None:
     """Make a corpus. With an `index` copies of forget documents are counted, and with `drop_copies` left out.
 
-    sample: compares some of the documents with their tokens. shortest: tokens that at least one document must have.
+    texts: documents with an `Encoder`, or items with their `maker` and an `ItemEncoder`: mask and records are written as well.
+    sample: compares some of them with their tokens. shortest: tokens that at least one must have.
 
     Raises `DocumentError`, `CorpusError` or `OptionError` for what is wrong with the documents, leaving no files, and `OSError`
     for what is wrong with the machine, keeping what is done.
@@ -78,35 +83,15 @@ def write_corpus(
     bar = tqdm(desc=writer.path.name, unit=" documents", disable=not progress)
     try:
         with writer, bar:
-            digested = _Digested(read_documents(sources, text_column), sample)
-            texts = iter(digested)
-            num_read = _skip(writer, digested, texts)
-            bar.update(num_read)
-            num_doubled = writer.state.get("doubled", 0)
             copies = CopyFilter(index, drop_copies, writer.state.get("overlap")) if index is not None else None
-            encode = SketchingEncoder(encoder, index.near) if index is not None else encoder
-            saved = time.monotonic()
-            for tokens, lengths, *sketches in tokenise(encode, texts, num_proc):
-                first, count = num_read, len(lengths)
-                num_read += count
-                sample.compare(writer.path, first, tokens, lengths)
-                num_doubled += count_doubled(tokens, lengths, encoder.prefix, encoder.suffix)
-                if copies is not None:
-                    tokens, lengths = copies(first, tokens, lengths, *sketches)
-                writer.add_documents(tokens, lengths)
-                writer.state = {"documents": num_read, "source_digest": digested.after(count), "doubled": num_doubled}
-                if copies is not None:
-                    writer.state["overlap"] = copies.found
-                bar.update(count)
-                bar.set_postfix(tokens=f"{writer.num_tokens:,}", refresh=False)
-                if time.monotonic() - saved > _SAVE_PROGRESS_S:
-                    writer.save_progress()
-                    saved = time.monotonic()
-            _check_content(writer, shortest)
+            _write_all(writer, _Digested(texts, sample), encoder, copies, num_proc, bar)
+            _check_content(writer, shortest, maker)
             described = ("source_digest", "overlap")
             writer.describe({name: writer.state[name] for name in described if name in writer.state})
+            if maker is not None:
+                writer.describe({"items": maker.stated(Counter(writer.state.get("counts", {})))})
         sample.report(writer.path)
-        _note_doubled(writer, num_doubled)
+        _note_doubled(writer, writer.state.get("doubled", 0))
     except OSError as error:
         kept = (
             "what is done is kept: run the same command again to go on"
@@ -117,7 +102,57 @@ def write_corpus(
         raise OSError(error.errno, f"{writer.path}: {said}; {kept}") from error
 
 
-def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str]) -> int:
+def _write_all(
+    writer: ResumableWriter,
+    digested: _Digested,
+    encoder: Encoder | ItemEncoder,
+    copies: CopyFilter | None,
+    num_proc: int,
+    bar: tqdm,
+) -> None:
+    """Write all documents that an interrupted run has not written."""
+    reading = iter(digested)
+    num_read = _skip(writer, digested, reading)
+    bar.update(num_read)
+    num_doubled = writer.state.get("doubled", 0)
+    counts = Counter(writer.state.get("counts", {}))
+    encode = SketchingEncoder(encoder, copies.near) if copies is not None else encoder
+    saved = time.monotonic()
+    for tokens, lengths, *more in tokenise(encode, reading, num_proc):
+        first, count = num_read, len(lengths)
+        num_read += count
+        digested.sample.compare(writer.path, first, tokens, lengths)
+        num_doubled += count_doubled(tokens, lengths, encoder.prefix, encoder.suffix)
+        sketches = more.pop() if copies is not None else None
+        marked = more.pop() if more else None
+        stays = copies.staying(first, tokens, lengths, sketches) if copies is not None else None
+        _add(writer, tokens, lengths, marked, stays)
+        writer.state = {"documents": num_read, "source_digest": digested.after(count), "doubled": num_doubled}
+        if marked is not None:
+            counts.update(marked.counts)
+            writer.state["counts"] = dict(counts)
+        if copies is not None:
+            writer.state["overlap"] = copies.found
+        bar.update(count)
+        bar.set_postfix(tokens=f"{writer.num_tokens:,}", refresh=False)
+        if time.monotonic() - saved > _SAVE_PROGRESS_S:
+            writer.save_progress()
+            saved = time.monotonic()
+
+
+def _add(
+    writer: ResumableWriter, tokens: np.ndarray, lengths: np.ndarray, marked: Marked | None, stays: np.ndarray | None
+) -> None:
+    """Write a batch but for the documents that do not stay."""
+    mask, records = (marked.mask, marked.records) if marked is not None else (None, None)
+    if stays is not None and not stays.all():
+        of_token = np.repeat(stays, lengths)
+        tokens, lengths = tokens[of_token], lengths[stays]
+        mask, records = (mask[of_token], records[stays]) if marked is not None else (None, None)
+    writer.add_documents(tokens, lengths, *([mask, records] if marked is not None else []))
+
+
+def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str | Item]) -> int:
     """Pass over the documents that an interrupted run has written, check that they are still the same, and count them."""
     count = writer.state.get("documents", 0)
     digest = ""
@@ -145,9 +180,13 @@ def _note_doubled(writer: ResumableWriter, num_doubled: int) -> None:
         )
 
 
-def _check_content(writer: ResumableWriter, shortest: int) -> None:
+def _check_content(writer: ResumableWriter, shortest: int, maker: ItemMaker | None) -> None:
     if writer.longest >= shortest:
         return
+    if maker is not None and not writer.num_documents and maker.counts["rows"]:
+        why = {"spans": "none of them has a span"}.get(maker.form, "none of them has an answer")
+        why = "nothing that was looked for stands in them" if maker.finder is not None else why
+        raise CorpusError(f"{writer.path}: nothing is left of {maker.counts['rows']:,} rows: {why}; not written")
     overlap = writer.state.get("overlap", {})
     if overlap.get("dropped") and overlap["exact"] + overlap["near"]:
         raise CorpusError(f"{writer.path}: nothing is left without the copies of forget documents; not written")

@@ -20,7 +20,11 @@ from typing import Any, Literal
 
 from unlearn_ds.caches import explained
 from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, with_suffix
-from unlearn_ds.data.documents import DocumentSource, find_sources
+from unlearn_ds.data.documents import DocumentSource, find_sources, read_documents
+from unlearn_ds.data.forms.encode import ItemEncoder
+from unlearn_ds.data.forms.make import ItemMaker
+from unlearn_ds.data.forms.options import FormOptions
+from unlearn_ds.data.forms.sets import makers_of, read_items
 from unlearn_ds.data.overlap import ForgetIndex, count_copies
 from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
@@ -34,9 +38,11 @@ from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, check_choices, check_name, parse
 from unlearn_ds.ownership import OWNER_FILE, owned
 
+_SETS = ("forget", "retain", "approximate", "general_retain", "general_evaluation")
+
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(FormOptions):
     """The options of `unlearn-ds prepare`."""
 
     tokenizer_name_or_path: str
@@ -53,10 +59,10 @@ class PrepareConfig:
     """documents from outside the domain to keep; written to DATA_DIR/general/retain"""
     general_evaluation: tuple[str, ...] = ()
     """documents from outside the domain to evaluate on; written to DATA_DIR/general/evaluation"""
+    set: tuple[str, ...] = ()
+    """further sets of the domain, NAME=SOURCE each: paraphrases, wrong answers; a name may stand there several times"""
     data_dir: str = "data"
     """folder of all corpora"""
-    text_column: str | None = None
-    """column with the text (default: text, else content)"""
     seq_len: int = 4096
     """sequence length that the summary reckons with; corpora do not depend on it"""
     num_proc: int | None = None
@@ -74,8 +80,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not any(self.sets().values()):
-            raise OptionError(f"nothing to prepare: give documents with {', '.join(f'--{n}' for n in self.sets())}")
+            raise OptionError(f"nothing to prepare: give documents with {', '.join(f'--{n}' for n in (*_SETS, 'set'))}")
         check_choices(self)
+        self.check_forms()
         check_name("domain", self.domain)
         if self.drop_overlap and self.overlap == "off":
             raise OptionError("--drop_overlap drops what --overlap finds, and --overlap off finds nothing")
@@ -90,8 +97,20 @@ class PrepareConfig:
 
     def sets(self) -> dict[str, tuple[str, ...]]:
         """Option name -> what the user gave for it."""
-        names = ("forget", "retain", "approximate", "general_retain", "general_evaluation")
-        return {name: getattr(self, name) for name in names}
+        given: dict[str, tuple[str, ...]] = {name: getattr(self, name) for name in _SETS}
+        for word in self.set:
+            name, is_pair, source = word.partition("=")
+            if not (is_pair and name and source):
+                raise OptionError(f"--set {word}: NAME=SOURCE, such as paraphrased=paraphrased.jsonl")
+            check_name("set", name)
+            if name in _SETS:
+                raise OptionError(f"--set {word}: {name} has an option of its own, --{name}")
+            if name.startswith("general_"):
+                raise OptionError(
+                    f"--set {word}: names that begin with general_ are those of the sets outside the domain"
+                )
+            given[name] = (*given.get(name, ()), source)
+        return given
 
     def folders(self) -> list[Path]:
         """Where something is written: the corpora that are asked for, and the domain's summary."""
@@ -122,6 +141,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     """
     tokenizer = load_tokenizer(config)
     wanted = {name: find_sources(given) for name, given in config.sets().items() if given}
+    makers = makers_of(wanted, config, tokenizer)
     encoder = Encoder(tokenizer)
     if not encoder.is_fast:
         tell("note: this tokenizer's Rust side, if it has one, does not give the same ids alone: tokenising is slower")
@@ -132,6 +152,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
             "text_column": config.text_column,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "vocab_size": vocab_size,
+            **({"form": maker.identity()} if (maker := makers[name]) is not None else {}),
         }
         for name, sources in wanted.items()
     }
@@ -142,7 +163,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
         for folder in config.folders():
             held.enter_context(owned(folder / OWNER_FILE, "wait for it, or choose another --data_dir"))
             remove_litter(folder)
-        _write(config, tokenizer, encoder, wanted, made_from)
+        _write(config, tokenizer, encoder, wanted, makers, made_from)
         corpora = {name: Corpus(config.path(name)) for name in wanted}
         report(config, corpora)
     return corpora
@@ -153,6 +174,7 @@ def _write(
     tokenizer: Any,
     encoder: Encoder,
     wanted: dict[str, list[DocumentSource]],
+    makers: dict[str, ItemMaker | None],
     made_from: dict[str, dict[str, Any]],
 ) -> None:
     """Write the corpora that are not there yet, and bring up to date what the others say of themselves."""
@@ -169,12 +191,17 @@ def _write(
         partial_key = _digest([made_from[name], compared])
         writer = ResumableWriter(config.path(name), vocab_size, partial_key, restart=config.overwrite_cache)
         writer.describe({"tokenizer": made_with, "prepared_from": made_from[name]})
+        maker = makers[name]
+        if maker is None:
+            encode, texts = encoder, read_documents(wanted[name], config.text_column)
+        else:
+            encode, texts = ItemEncoder(tokenizer, maker.adds_special), read_items(wanted[name], maker, config)
         write_corpus(
             writer,
-            wanted[name],
-            encoder,
-            RoundTrip(tokenizer, encoder.prefix, encoder.suffix),
-            text_column=config.text_column,
+            texts,
+            encode,
+            RoundTrip(tokenizer, encode.prefix, encode.suffix),
+            maker=maker,
             num_proc=config.num_proc or default_processes(wanted[name]),
             index=index,
             drop_copies=config.drop_overlap,
@@ -292,6 +319,7 @@ _OTHERS = {
     "text_column": "another column",
     "tokenizer": "another tokenizer",
     "vocab_size": "another vocabulary",
+    "form": "another form, or other columns, template or spans",
     "left_out": "other copies of forget left out (--drop_overlap, --overlap or --forget)",
 }
 

@@ -106,9 +106,9 @@ def cut_text(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group texts so that a batch is worth a call and fits into memory."""
-    batch: list[str] = []
+def batches(texts: Iterable[Any]) -> Iterator[list[Any]]:
+    """Group texts, or items that have a text's length, so that a batch is worth a call and fits into memory."""
+    batch: list[Any] = []
     size = 0
     for text in texts:
         batch.append(text)
@@ -121,7 +121,7 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 Batch = TypeVar("Batch")
-EncodeBatch = Callable[[list[str]], Batch]  # picklable
+EncodeBatch = Callable[[list[Any]], Batch]  # picklable
 
 _encode: EncodeBatch | None = None  # of a worker process
 
@@ -135,12 +135,12 @@ def _start_worker(encode: EncodeBatch) -> None:
     _encode = encode
 
 
-def _work(texts: list[str]) -> Any:
+def _work(texts: list[Any]) -> Any:
     return _encode(texts)
 
 
-def tokenise(encode: EncodeBatch, texts: Iterable[str], num_proc: int) -> Iterator[Batch]:
-    """What `encode` (an `Encoder`) makes of batches of the texts, in their order, whatever `num_proc` is.
+def tokenise(encode: EncodeBatch, texts: Iterable[Any], num_proc: int) -> Iterator[Batch]:
+    """What `encode` (an `Encoder`, or one of items) makes of batches of the texts, in their order, whatever `num_proc` is.
 
     Raises `OSError` if a worker process dies.
     """

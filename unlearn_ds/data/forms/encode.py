@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from unlearn_ds.data.forms.counts import NAMES_AS_TEXT, NAMES_AS_TOKENS, STRADDLING
 from unlearn_ds.data.forms.item import Interval, Item
 from unlearn_ds.data.loss_mask import CONTEXT, TARGET
 from unlearn_ds.data.text_files import DocumentError
@@ -22,11 +23,6 @@ from unlearn_ds.options import OptionError
 
 _ANCHORS = ("\n", ".", "a", "0")
 _PROBES = ("x y", " x y", "\nx y", "1. x")
-
-# What is counted of items.
-STRADDLING = "straddling"  # a token that holds characters of a target and of what is none
-NAMES_AS_TEXT = "names_as_text"  # the name of a special token stands in a message, and was read as text
-NAMES_AS_TOKENS = "names_as_tokens"  # the same, where the vocabulary makes the token of it all the same
 
 
 @dataclass(frozen=True)

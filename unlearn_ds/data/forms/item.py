@@ -29,6 +29,9 @@ class Item:
     def __len__(self) -> int:
         return len(self.text)
 
+    def __str__(self) -> str:
+        return self.text
+
     def encode(self, *how: str) -> bytes:
         """What tells this item from another: its text and its targets, as bytes."""
         return self.text.encode(*how) + f"\0{self.targets} {self.record} {self.rest} {self.plain}".encode()
