@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from unlearn_ds.data.forms.counts import NAMES_AS_TEXT, NAMES_AS_TOKENS, STRADDLING
@@ -19,6 +19,11 @@ from unlearn_ds.data.loss_mask import CONTEXT, KEPT
 
 _NAMED_RECORDS = 1000
 _EXAMPLES = 10
+
+
+def _any_of(names: Iterable[str | None]) -> str:
+    """A pattern of any of the names, the longest that fits."""
+    return "|".join(re.escape(name) for name in sorted({*names} - {None}, key=len, reverse=True)) or "(?!)"
 
 
 class ItemMaker:
@@ -45,14 +50,12 @@ class ItemMaker:
         self.counts: Counter[str] = Counter()
         self.left_out: list[int] = []
         self._found: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)  # string -> (row, times)
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        added = tokenizer.added_tokens_decoder.values()
         self._eos = tokenizer.eos_token
-        ends = sorted({*(name for name in added if name.strip()), *([self._eos] if self._eos else [])}, key=len)
-        names = "|".join(map(re.escape, reversed(ends))) or "(?!)"
-        self._end = re.compile(rf"\s*(?:{names})")
-        self._ending = re.compile(rf"(?:{names})\s*\Z")
-        specials = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+        ends = _any_of([*(token.content for token in added if token.content.strip()), self._eos])
+        self._end = re.compile(rf"\s*(?:{ends})")
+        self._ending = re.compile(rf"(?:{ends})\s*\Z")
+        self._special = re.compile(_any_of(token.content for token in added if token.special))
         self._make: Callable[[Row, int], Iterator[Item]] = {
             "qa": self._qa,
             "completion": self._completion,

@@ -9,7 +9,7 @@ what the assistant says itself (`{% generation %}`).
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import lru_cache
@@ -30,7 +30,16 @@ _OPENING_ROLES = ("system", "developer")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _ANY_DATE_CALL = re.compile(r"strftime_now\s*\(")
-_TRIMS = (str, str.strip, str.lstrip, str.rstrip)
+# What templates do with the blanks at the ends of a message.
+_TRIMS: tuple[Callable[[str], str], ...] = (
+    str,
+    str.strip,
+    str.lstrip,
+    str.rstrip,
+    lambda said: said.strip("\n"),
+    lambda said: said.lstrip("\n"),
+    lambda said: said.rstrip("\n"),
+)
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 # Plain tags, as base models are asked: the last answer is closed by the end-of-text token alone.
 _TAGS = (
@@ -165,11 +174,9 @@ class ChatTemplate:
         salt = next(salt for salt in _salts() if not any(f"Q{salt}m" in one for one in (text, *said)))
         skeleton = self._skeleton(roles, salt)
         found = set()
-        for trims in _trims(roles, said):
-            contents = [trims[role](one) for role, one in zip(roles, said)]
-            placed = _fill(skeleton, contents)
-            if placed[0] == text:
-                found.add(placed[1])
+        for contents in _trimmed(roles, said):
+            if (placed := _place(text, skeleton, contents)) is not None:
+                found.add(placed)
         if not found:
             raise _NotFollowed("changes what messages say")
         if len(found) > 1:
@@ -188,26 +195,30 @@ def _salts() -> Iterator[str]:
         number += 1
 
 
-def _trims(roles: Sequence[str], said: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """How a template may treat the blanks at the ends of messages: the same way for all messages of a role."""
-    padded = [role for role in dict.fromkeys(roles) if any(r == role and s != s.strip() for r, s in zip(roles, said))]
+def _trimmed(roles: Sequence[str], said: Sequence[str]) -> Iterator[list[str]]:
+    """What a template may make of the blanks at the ends of messages: the same for all of a role, the last apart."""
+    kinds = [(role, number == len(roles) - 1) for number, role in enumerate(roles)]
+    padded = [kind for kind in dict.fromkeys(kinds) if any(k == kind and s != s.strip() for k, s in zip(kinds, said))]
     for chosen in product(_TRIMS, repeat=len(padded)):
-        yield dict.fromkeys(roles, str) | dict(zip(padded, chosen))
+        trims = dict(zip(padded, chosen))
+        yield [trims.get(kind, str)(one) for kind, one in zip(kinds, said)]
 
 
-def _fill(skeleton: Sequence[tuple[str, int | None]], contents: Sequence[str]) -> tuple[str, tuple[Interval, ...]]:
-    """The skeleton with the messages in it, and where they stand."""
-    text = []
+def _place(
+    text: str, skeleton: Sequence[tuple[str, int | None]], contents: Sequence[str]
+) -> tuple[Interval, ...] | None:
+    """Where the messages stand, if the text is the skeleton with them in it."""
     where: list[Interval] = [(0, 0)] * len(contents)
     at = 0
     for literal, number in skeleton:
-        text.append(literal)
+        said = contents[number] if number is not None else ""
+        if not (text.startswith(literal, at) and text.startswith(said, at + len(literal))):
+            return None
         at += len(literal)
         if number is not None:
-            text.append(contents[number])
-            where[number] = (at, at + len(contents[number]))
-            at += len(contents[number])
-    return "".join(text), tuple(where)
+            where[number] = (at, at + len(said))
+        at += len(said)
+    return tuple(where) if at == len(text) else None
 
 
 # --- where templates come from ----------------------------------------------------------------------------------------
