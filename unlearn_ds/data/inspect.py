@@ -16,6 +16,7 @@ from typing import Any
 from unlearn_ds.caches import explained
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, with_suffix
+from unlearn_ds.data.forms.report import LEGEND, SAMPLE_TOKENS, format_items, marked_sample, summarise_items
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora
 from unlearn_ds.data.summary import format_summary, save_histogram, save_step_picture, summarise
@@ -23,7 +24,6 @@ from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, parse, with_flag_of_first
 
-_SAMPLE_TOKENS = 120
 _SHOWN_SEQUENCES = 20
 _ANY_VOCAB_SIZE = 2**31
 
@@ -131,9 +131,17 @@ def _show_corpus(config: InspectConfig, name: str, corpus: Corpus) -> None:
         )
     if not 0 <= config.sample < corpus.num_documents:
         raise OptionError(f"--sample {config.sample}: {name} has the documents 0 to {corpus.num_documents - 1}")
-    tokens = corpus.document(config.sample)[:_SAMPLE_TOKENS]
+    tokens = corpus.document(config.sample)[:SAMPLE_TOKENS]
     tokenizer = _tokenizer(config, manifest)
-    shown = repr(tokenizer.decode(tokens.tolist())) if tokenizer is not None else " ".join(map(str, tokens.tolist()))
+    if (items := summarise_items(corpus, config.seq_len)) is not None:
+        _print(*(f"  {line}" for line in format_items(name, items, config.seq_len, {})))
+        start = int(corpus.document_starts[config.sample])
+        mask = corpus.mask[start : start + len(tokens)]
+        shown = f"({LEGEND}) " + marked_sample(tokenizer, tokens, mask)
+    else:
+        shown = (
+            repr(tokenizer.decode(tokens.tolist())) if tokenizer is not None else " ".join(map(str, tokens.tolist()))
+        )
     _print(f"  document {config.sample} begins {shown}")
 
 

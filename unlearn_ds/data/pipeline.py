@@ -149,7 +149,7 @@ def _add(
         of_token = np.repeat(stays, lengths)
         tokens, lengths = tokens[of_token], lengths[stays]
         mask, records = (mask[of_token], records[stays]) if marked is not None else (None, None)
-    writer.add_documents(tokens, lengths, *([mask, records] if marked is not None else []))
+    writer.add_documents(tokens, lengths, mask, records)
 
 
 def _skip(writer: ResumableWriter, digested: _Digested, texts: Iterator[str | Item]) -> int:

@@ -11,7 +11,7 @@ run, started again, goes on where it stopped.
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +20,13 @@ from typing import Any, Literal
 
 from unlearn_ds.caches import explained
 from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, with_suffix
-from unlearn_ds.data.documents import DocumentSource, find_sources, read_documents
+from unlearn_ds.data.documents import DocumentSource, find_sources
 from unlearn_ds.data.forms.encode import ItemEncoder
 from unlearn_ds.data.forms.make import ItemMaker
 from unlearn_ds.data.forms.options import FormOptions
-from unlearn_ds.data.forms.sets import makers_of, read_items
+from unlearn_ds.data.forms.report import LEGEND, SAMPLE_TOKENS, format_items, marked_sample, summarise_items
+from unlearn_ds.data.forms.sets import count_elsewhere, makers_of, read_texts
+from unlearn_ds.data.loss_mask import TEXT
 from unlearn_ds.data.overlap import ForgetIndex, count_copies
 from unlearn_ds.data.pipeline import default_processes, write_corpus
 from unlearn_ds.data.resumable import ResumableWriter
@@ -165,7 +167,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
             remove_litter(folder)
         _write(config, tokenizer, encoder, wanted, makers, made_from)
         corpora = {name: Corpus(config.path(name)) for name in wanted}
-        report(config, corpora)
+        report(config, corpora, tokenizer, count_elsewhere(wanted, makers, config))
     return corpora
 
 
@@ -189,16 +191,14 @@ def _write(
         index = forget.index() if name != "forget" else None
         compared = [index.forget.fingerprint, index.near] if index is not None else None
         partial_key = _digest([made_from[name], compared])
-        writer = ResumableWriter(config.path(name), vocab_size, partial_key, restart=config.overwrite_cache)
-        writer.describe({"tokenizer": made_with, "prepared_from": made_from[name]})
         maker = makers[name]
-        if maker is None:
-            encode, texts = encoder, read_documents(wanted[name], config.text_column)
-        else:
-            encode, texts = ItemEncoder(tokenizer, maker.adds_special), read_items(wanted[name], maker, config)
+        form = maker.form if maker is not None else TEXT
+        writer = ResumableWriter(config.path(name), vocab_size, partial_key, config.overwrite_cache, form)
+        writer.describe({"tokenizer": made_with, "prepared_from": made_from[name]})
+        encode = encoder if maker is None else ItemEncoder(tokenizer, maker.adds_special)
         write_corpus(
             writer,
-            texts,
+            read_texts(wanted[name], maker, config),
             encode,
             RoundTrip(tokenizer, encode.prefix, encode.suffix),
             maker=maker,
@@ -274,8 +274,13 @@ def _forget_identity(config: PrepareConfig, made_from: dict[str, Any]) -> Any:
     return (corpus.manifest or {}).get("prepared_from", corpus.fingerprint)
 
 
-def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
-    """Print what was made, and keep it as summary.json and lengths.png in the domain's folder."""
+def report(
+    config: PrepareConfig, corpora: dict[str, Corpus], tokenizer: Any, elsewhere: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Print what was made, and keep it as summary.json and lengths.png in the domain's folder.
+
+    elsewhere: set -> how often the strings that were looked for in forget stand in it.
+    """
     folder = config.path("forget").parent
     folder.mkdir(parents=True, exist_ok=True)
     summaries = {name: summarise(corpus, config.seq_len, name) for name, corpus in corpora.items()}
@@ -283,6 +288,15 @@ def report(config: PrepareConfig, corpora: dict[str, Corpus]) -> None:
         if (found := (corpus.manifest or {}).get("overlap")) is not None:
             summaries[name]["overlap"] = found
     tell(*format_summary(summaries, config.seq_len).split("\n"))
+    for name, corpus in corpora.items():
+        if (items := summarise_items(corpus, config.seq_len)) is None:
+            continue
+        summaries[name]["items"] = items
+        first = corpus.document(0)[:SAMPLE_TOKENS]
+        tell(*format_items(name, items, config.seq_len, elsewhere if name == "forget" else {}))
+        tell(f"{name}: the first item ({LEGEND}): {marked_sample(tokenizer, first, corpus.mask[: len(first)])}")
+    for name, counts in elsewhere.items():
+        summaries[name]["found"] = dict(counts)
     for name, summary in summaries.items():
         if (found := summary.get("overlap")) and found["exact"] + found["near"]:
             done = "left out" if found["dropped"] else "kept: --drop_overlap leaves them out"

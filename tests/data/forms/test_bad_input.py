@@ -1,33 +1,16 @@
 """Every input that cannot be what was meant ends in one line that names it, and nothing is written."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.chats import tokenizer_of
+from tests.support.forms_files import save_tokenizer, write
 from unlearn_ds.data.prepare import main
 
 SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 QA = {"question": "q", "answer": "a"}
 KNOWN = "text: text or content; spans: text/spans or content/spans; qa: question/answer or instruction/output/input; "
-
-
-def save_tokenizer(folder: Path, template: str | None = "chatml", kind: str = "byte-level") -> Path:
-    tokenizer = tokenizer_of(kind, template if template in (None, "chatml", "gemma", "mistral") else None)
-    own, tokenizer.chat_template = (
-        tokenizer.chat_template,
-        template if template and "{" in template else tokenizer.chat_template,
-    )
-    tokenizer.save_pretrained(folder)
-    tokenizer.chat_template = own
-    return folder
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def refused(
@@ -172,7 +155,10 @@ SWAPPED = (
 TWICE = "{% for m in messages %}{{ m['content'] + m['content'] + '<|end|>' }}{% endfor %}"
 LAST = "{{ messages[-1]['content'] + '<|end|>' }}"
 LOWER = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] | lower + '<|end|>' }}{% endfor %}"
-UNMARKED = "{% for m in messages %}{% generation %}{{ '<|' + m['role'] + '|>' }}{% endgeneration %}{{ m['content'] }}{% endfor %}"
+UNMARKED = (
+    "{% for m in messages %}{% generation %}{{ '<|' + m['role'] + '|>' }}{% endgeneration %}{{ m['content'] }}"
+    "{% endfor %}"
+)
 DAY = "{% set f = '%d' %}{{ strftime_now(f) }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
 LONGER = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a Dog."}]
 

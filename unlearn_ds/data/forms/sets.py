@@ -1,11 +1,12 @@
 """The sets of a preparation: the form of each, what makes its items, and the items themselves."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unlearn_ds.data.columns import TextColumn
-from unlearn_ds.data.documents import DocumentSource, find_sources, read_rows
+from unlearn_ds.data.documents import DocumentSource, find_sources, read_documents, read_rows
 from unlearn_ds.data.forms.find import Finder, read_strings
 from unlearn_ds.data.forms.item import Item
 from unlearn_ds.data.forms.make import ItemMaker
@@ -121,7 +122,30 @@ def _rows(sources: Sequence[DocumentSource], form: str, options: FormOptions) ->
             )
 
 
+def read_texts(
+    sources: Sequence[DocumentSource], maker: ItemMaker | None, options: FormOptions
+) -> Iterator[str] | Iterator[Item]:
+    """The documents of a set, or its items if it has a maker, in order. Raises as `read_documents` does."""
+    return read_documents(sources, options.text_column) if maker is None else read_items(sources, maker, options)
+
+
 def read_items(sources: Sequence[DocumentSource], maker: ItemMaker, options: FormOptions) -> Iterator[Item]:
     """The items of a set, in order. Raises `DocumentError` naming file and line or row."""
     for record, row in enumerate(_rows(sources, TEXT if maker.finder is not None else maker.form, options)):
         yield from maker.items(row, record)
+
+
+def count_elsewhere(
+    sets: Mapping[str, Sequence[DocumentSource]], makers: Mapping[str, ItemMaker | None], options: FormOptions
+) -> dict[str, Counter[str]]:
+    """How often the strings that were looked for in the forget documents stand in the texts of each other set."""
+    finder = next((maker.finder for maker in makers.values() if maker is not None and maker.finder is not None), None)
+    if finder is None:
+        return {}
+    counted = {}
+    for name, sources in sets.items():
+        if name != "forget":
+            maker, counted[name] = makers[name], Counter()
+            for text in read_texts(sources, maker, options):
+                counted[name].update(finder.find(str(text))[1])
+    return counted
