@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from unlearn_ds.data.forms.counts import ItemCounts
 from unlearn_ds.data.loss_mask import TEXT, Form, MaskRecord, RecordsRecord
 from unlearn_ds.stored import ABSENT, Count, Positive, Record, Text
 
@@ -43,3 +44,4 @@ class Manifest(Record):
     form: Form = TEXT  # what a document is
     mask: MaskRecord = ABSENT
     records: RecordsRecord = ABSENT
+    items: ItemCounts = ABSENT  # what a preparation made of rows

@@ -25,6 +25,7 @@ class State(Record):
     source_digest: str  # of their texts
     doubled: Count = 0
     overlap: Overlap = ABSENT
+    counts: dict[str, Count] = ABSENT  # of items
 
 
 class Progress(Record):
