@@ -155,7 +155,7 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
             if getattr(kind, "is_switch", False):
                 arguments |= {"nargs": "?", "const": True}
         if is_list:
-            arguments["nargs"] = "+"
+            arguments |= {"nargs": "+", "action": "extend"}  # given twice, both count
         parser.add_argument(*flags, **arguments)
 
 

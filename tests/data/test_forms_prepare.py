@@ -303,3 +303,54 @@ def test_it_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     assert sample in out
     assert "1 item(s) have no target in the first 64 tokens" in out
+
+
+def test_whole_documents_are_what_they_were(tmp_path: Path) -> None:
+    """No file more, no word more in the manifest: corpora of earlier versions stay up to date."""
+    source = write(tmp_path / "in.jsonl", [{"text": "the quick brown fox", "question": "q", "answer": "a"}])
+    corpus = prepare(config_of(tmp_path, None, forget=(str(source),)))["forget"]
+    assert sorted(path.name for path in corpus.path.parent.iterdir()) == [
+        ".owner.json", "forget.bin", "forget.idx", "forget.json", "lengths.png", "summary.json",
+    ]  # fmt: skip
+    assert set(corpus.manifest) == {
+        "format", "documents", "tokens", "dtype", "vocab_size", "max_token", "digest", "tokenizer", "prepared_from",
+        "source_digest",
+    }  # fmt: skip
+    assert set(corpus.manifest["prepared_from"]) == {"documents", "text_column", "tokenizer", "vocab_size"}
+    summary = json.loads((tmp_path / "data" / "github" / "summary.json").read_text())
+    assert "items" not in summary["sets"]["forget"]
+
+
+def test_names_in_plain_files_given_in_two_flags(tmp_path: Path) -> None:
+    for name, text in (("a", "Ann met Bob"), ("b", "nobody"), ("c", "Bob")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", None)
+    words = [
+        "--tokenizer_name_or_path",
+        str(tokenizer),
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--find",
+        "Ann",
+        "--find",
+        "Bob",
+    ]
+    words += ["--forget", str(tmp_path / "a.txt"), "--forget", str(tmp_path / "b.txt"), str(tmp_path / "c.txt")]
+    assert cli.main(["prepare", *words, "--disable_tqdm"]) == 0
+    corpus = Corpus(tmp_path / "data" / "github" / "forget")
+    assert corpus.records.tolist() == [0, 2]
+    assert shown(corpus, tokenizer) == ["AnnBob", "Bob"]
+
+
+def test_a_very_long_document_keeps_its_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces the tokens of spans are those of the whole but for the ones at a cut."""
+    text = "\n".join(f"the quick fox {i}\u00e9 jumps" for i in range(40))
+    spans = [[at, at + 3] for at in range(10, len(text) - 3, 17)]
+    rows = [{"text": text, "spans": spans}]
+    whole, tokenizer = of_rows(tmp_path, rows, None)
+    for module in ("encode", "tokenise"):
+        monkeypatch.setattr(f"unlearn_ds.data.{'forms.' if module == 'encode' else ''}{module}.LONG_CHARS", 200)
+    cut, _ = of_rows(tmp_path / "more", rows, None)
+    assert shown(cut, tokenizer) == shown(whole, tokenizer)
+    assert cut.tokens.tolist() == whole.tokens.tolist()
+    assert cut.mask.tolist() == whole.mask.tolist()

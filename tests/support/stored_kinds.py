@@ -39,6 +39,8 @@ from unlearn_ds.stored import read
 
 KEY = {"corpora": ["a"], "model": "m", "seq_len": 8, "dtype": "float32"}
 OVERLAP = {"forget": "f", "near_copies": True, "dropped": False, "exact": 1, "near": 0, "examples": [[1, 0, 1.0]]}
+ITEMS = dict.fromkeys(("rows", "left_out", "empty", "straddling", "names_as_text", "names_as_tokens"), 1)
+ITEMS |= {"left_out_records": [0], "found": [{"string": "a", "times": 1, "documents": 1, "examples": [0]}]}
 SUBJECT = subject_statement(
     "aa",
     {
@@ -66,7 +68,7 @@ class Kind:
 def write_corpus(folder: Path) -> Path:
     made = {"documents": "d", "text_column": None, "tokenizer": "t", "vocab_size": 50}
     description = {"tokenizer": {"name": "n", "fingerprint": "t"}, "prepared_from": made, "overlap": OVERLAP}
-    with CorpusWriter(folder / "forget", 50, description | {"source_digest": "s"}) as writer:
+    with CorpusWriter(folder / "forget", 50, description | {"source_digest": "s", "items": ITEMS}) as writer:
         writer.add([1, 2, 3])
         writer.add([4, 5])
     return folder / "forget.json"
@@ -82,7 +84,7 @@ def write_progress(folder: Path) -> Path:
     writer = ResumableWriter(folder / "forget", 50, "key")
     writer.__enter__()
     writer.add([1, 2, 3])
-    writer.state = {"documents": 1, "source_digest": "d", "doubled": 0, "overlap": OVERLAP}
+    writer.state = {"documents": 1, "source_digest": "d", "doubled": 0, "overlap": OVERLAP, "counts": {"straddling": 1}}
     writer.save_progress()
     writer.__exit__(KeyboardInterrupt, None, None)
     return folder / ".forget.progress.partial"
