@@ -310,7 +310,7 @@ def test_whole_documents_are_what_they_were(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"text": "the quick brown fox", "question": "q", "answer": "a"}])
     corpus = prepare(config_of(tmp_path, None, forget=(str(source),)))["forget"]
     assert sorted(path.name for path in corpus.path.parent.iterdir()) == [
-        ".owner.json", "forget.bin", "forget.idx", "forget.json", "lengths.png", "summary.json",
+        "forget.bin", "forget.idx", "forget.json", "lengths.png", "summary.json",
     ]  # fmt: skip
     assert set(corpus.manifest) == {
         "format", "documents", "tokens", "dtype", "vocab_size", "max_token", "digest", "tokenizer", "prepared_from",
