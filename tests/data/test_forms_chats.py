@@ -15,6 +15,7 @@ from unlearn_ds.data.forms.options import FormOptions
 from unlearn_ds.data.forms.rows import Row
 from unlearn_ds.data.forms.template import ChatTemplate
 from unlearn_ds.data.loss_mask import CONTEXT, TARGET
+from unlearn_ds.data.text_files import DocumentError
 
 ENCODERS: dict[str, ItemEncoder] = {}
 
@@ -111,3 +112,27 @@ def test_text_in_pieces_has_the_ids_of_the_whole(kind: str) -> None:
     cut, _, marked = encode(Item(text, ((1, 2),), "here", 0, plain=((13, 20),), is_closed=True), kind)
     assert cut.tolist() == whole.tolist()
     assert marked.counts["names_as_text"] == 1
+
+
+def rendered(template: str, said: list[str]) -> Any:
+    tokenizer = tokenizer_of("byte-level")
+    tokenizer.chat_template = template
+    chat = ChatTemplate(tokenizer, "auto", FormOptions().day(), {})
+    tokenizer.chat_template = None
+    return chat.render([{"role": role, "content": text} for role, text in zip(("user", "assistant"), said)], "here")
+
+
+def test_blanks_at_the_end_of_a_text_without_an_end_token() -> None:
+    bare = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    found = rendered(bare, [" q ", " the dog  "])
+    assert found.text[slice(*found.contents[1])] == " the dog  "
+    trimming = bare.replace("m['content']", "m['content'] | trim")
+    found = rendered(trimming, [" q ", " the dog  "])
+    assert found.text[slice(*found.contents[1])] == "the dog"
+
+
+def test_blanks_that_may_be_of_either_message_are_refused() -> None:
+    template = "{{ messages[0]['content'] | trim + ' ' + messages[1]['content'] + '<|end|>' }}"
+    with pytest.raises(DocumentError, match="takes blanks off messages in a way that is not clear"):
+        rendered(template, [" ", " dog"])
+    assert rendered(template, ["a", " dog"]).contents == ((0, 1), (2, 6))

@@ -354,3 +354,23 @@ def test_a_very_long_document_keeps_its_spans(tmp_path: Path, monkeypatch: pytes
     assert shown(cut, tokenizer) == shown(whole, tokenizer)
     assert cut.tokens.tolist() == whole.tokens.tolist()
     assert cut.mask.tolist() == whole.mask.tolist()
+
+
+def test_the_same_examples_before_every_question_make_no_copies(tmp_path: Path) -> None:
+    shots = write(
+        tmp_path / "shots.jsonl",
+        [{"question": f"the {i}th question, of many?", "answer": "so it is"} for i in range(9)],
+    )
+    forget = write(tmp_path / "f.jsonl", QA)
+    others = [{"question": f"and how is the dog number {i}?", "answer": f"it runs {i} times"} for i in range(4)]
+    retain = write(tmp_path / "r.jsonl", [*others, QA[2]])
+    config = config_of(
+        tmp_path, forget=(str(forget),), retain=(str(retain),), few_shot=(str(shots),), drop_overlap=True
+    )
+    corpus = prepare(config)["retain"]
+    assert {name: corpus.manifest["overlap"][name] for name in ("exact", "near")} == {"exact": 1, "near": 0}
+    assert corpus.manifest["overlap"]["examples"] == [[4, 2, 1.0]]
+    assert corpus.records.tolist() == [0, 1, 2, 3]
+    assert [text[:9] for text in shown(corpus, Path(config.tokenizer_name_or_path))] == [
+        f"it runs {i}" for i in range(4)
+    ]

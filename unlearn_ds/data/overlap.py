@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.data.hashing import mix
+from unlearn_ds.data.loss_mask import TARGET
 
 NEAR = 0.8  # Jaccard index from which two documents count as near copies
 _CANDIDATE = 0.5  # where the sketches' search starts to miss; candidates are measured, so it may be far below NEAR
@@ -84,15 +85,39 @@ def similarity(one: np.ndarray, other: np.ndarray) -> float:
 class SketchingEncoder:
     """An encoder that also sketches: the work is done where the tokens are, in the tokenizing processes."""
 
-    def __init__(self, encoder: Callable[[list[Any]], tuple[Any, ...]], near: bool) -> None:
+    def __init__(self, encoder: Callable[[list[Any]], tuple[Any, ...]], near: bool, header: np.ndarray) -> None:
         self._encoder = encoder
         self._near = near
+        self._header = header
 
     def __call__(self, texts: list[Any]) -> tuple[Any, ...]:
         """What the encoder makes of the texts (tokens, lengths, ...), and a list of `Sketch` behind it."""
         tokens, lengths, *more = self._encoder(texts)
         documents = np.split(tokens, np.cumsum(lengths)[:-1])
-        return tokens, lengths, *more, [sketch(document, self._near) for document in documents]
+        sketches = [sketch(without_header(document, self._header), self._near) for document in documents]
+        return tokens, lengths, *more, sketches
+
+
+def shared_header(forget: Corpus) -> np.ndarray:  # (n,)
+    """The tokens that all items of a corpus begin with: the same system message and examples make no two of them alike.
+
+    Whole documents have none, nor has a single item; targets are no part of it.
+    """
+    if forget.mask is None or not forget.is_whole or forget.num_documents < 2:
+        return forget.tokens[:0]
+    header = forget.document(0)
+    for number in range(forget.num_documents):
+        start = int(forget.document_starts[number])
+        tokens = forget.document(number)[: len(header)]
+        differs = (tokens != header[: len(tokens)]) | (forget.mask[start : start + len(tokens)] == TARGET)
+        header = header[: int(differs.argmax()) if differs.any() else len(tokens)]
+    return header
+
+
+def without_header(tokens: np.ndarray, header: np.ndarray) -> np.ndarray:
+    """What of a document is compared."""
+    has_it = 0 < len(header) < len(tokens) and np.array_equal(tokens[: len(header)], header)
+    return tokens[len(header) :] if has_it else tokens
 
 
 class ForgetIndex:
@@ -101,10 +126,11 @@ class ForgetIndex:
     def __init__(self, forget: Corpus, near: bool, progress: bool = False) -> None:
         self.forget = forget
         self.near = near
+        self.header = shared_header(forget)
         self.exact_digests: dict[bytes, int] = {}
         self._whole, self._sampled = (MinHashLSH(threshold=_CANDIDATE, num_perm=_NUM_PERM) for _ in range(2))
         for number in tqdm(range(forget.num_documents), "indexing forget", unit=" documents", disable=not progress):
-            tokens = forget.document(number)
+            tokens = self._document(number)
             if not len(tokens):
                 continue
             made = sketch(tokens, near)
@@ -119,19 +145,27 @@ class ForgetIndex:
             return None
         if (exact := self.exact_digests.get(made.digest)) is not None:
             return exact, 1.0
-        alike = self._alike(made)
-        closest = max(((similarity(tokens, self.forget.document(c)), c) for c in alike), default=(0.0, 0))
+        bare = without_header(tokens, self.header)
+        closest = max(((similarity(bare, self._document(c)), c) for c in self._alike(made)), default=(0.0, 0))
         return (closest[1], closest[0]) if closest[0] >= NEAR else None
 
     def copies(self, tokens: np.ndarray) -> list[int]:
         """All forget documents that `tokens` are a copy of, exact or, with `near`, near; itself included."""
         if not len(tokens):
             return []
-        made = sketch(tokens, self.near)
+        made = self.sketch(tokens)
+        bare = without_header(tokens, self.header)
         candidates = self._alike(made)
         if made.digest in self.exact_digests:
             candidates.add(self.exact_digests[made.digest])
-        return sorted(c for c in candidates if similarity(tokens, self.forget.document(c)) >= NEAR)
+        return sorted(c for c in candidates if similarity(bare, self._document(c)) >= NEAR)
+
+    def sketch(self, tokens: np.ndarray) -> Sketch:
+        """What is compared of a document with those here."""
+        return sketch(without_header(tokens, self.header), self.near)
+
+    def _document(self, number: int) -> np.ndarray:
+        return without_header(self.forget.document(number), self.header)
 
     def _alike(self, made: Sketch) -> set[int]:
         """Forget documents whose sketches look like `made`."""
@@ -150,7 +184,7 @@ class CopyFilter:
 
     def __init__(self, index: ForgetIndex, drop: bool, found: dict[str, Any] | None) -> None:
         self._index = index
-        self.near = index.near
+        self.near, self.header = index.near, index.header
         self.found = found or {
             "forget": index.forget.fingerprint,
             "near_copies": index.near,
@@ -185,7 +219,7 @@ def count_copies(corpus: Corpus, index: ForgetIndex) -> dict[str, Any]:
     copies = CopyFilter(index, drop=False, found=None)
     for number in range(corpus.num_documents):
         tokens = corpus.document(number)
-        copies(number, tokens, np.array([len(tokens)]), [sketch(tokens, index.near)])
+        copies(number, tokens, np.array([len(tokens)]), [index.sketch(tokens)])
         if number % _BETWEEN_RELEASES == 0:
             corpus.release_pages()
     return copies.found

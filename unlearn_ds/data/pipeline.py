@@ -116,7 +116,7 @@ def _write_all(
     bar.update(num_read)
     num_doubled = writer.state.get("doubled", 0)
     counts = Counter(writer.state.get("counts", {}))
-    encode = SketchingEncoder(encoder, copies.near) if copies is not None else encoder
+    encode = SketchingEncoder(encoder, copies.near, copies.header) if copies is not None else encoder
     saved = time.monotonic()
     for tokens, lengths, *more in tokenise(encode, reading, num_proc):
         first, count = num_read, len(lengths)
