@@ -359,7 +359,7 @@ def test_a_very_long_document_keeps_its_spans(tmp_path: Path, monkeypatch: pytes
 def test_the_same_examples_before_every_question_make_no_copies(tmp_path: Path) -> None:
     shots = write(
         tmp_path / "shots.jsonl",
-        [{"question": f"the {i}th question, of many?", "answer": "so it is"} for i in range(9)],
+        [{"question": f"the {i}th question, of many?", "answer": "so it is"} for i in range(60)],
     )
     forget = write(tmp_path / "f.jsonl", QA)
     others = [{"question": f"and how is the dog number {i}?", "answer": f"it runs {i} times"} for i in range(4)]
