@@ -367,7 +367,7 @@ def test_the_same_examples_before_every_question_make_no_copies(tmp_path: Path) 
     config = config_of(
         tmp_path, forget=(str(forget),), retain=(str(retain),), few_shot=(str(shots),), drop_overlap=True
     )
-    corpus = prepare(config)["retain"]
+    corpus = prepare(replace(config, seq_len=8192))["retain"]
     assert {name: corpus.manifest["overlap"][name] for name in ("exact", "near")} == {"exact": 1, "near": 0}
     assert corpus.manifest["overlap"]["examples"] == [[4, 2, 1.0]]
     assert corpus.records.tolist() == [0, 1, 2, 3]
