@@ -43,7 +43,7 @@ SCATTERED = -1
 def find_tokens(
     mask: np.ndarray,  # (tokens,) uint8
     starts: np.ndarray,  # (n,) int64, token offsets of sequences, ascending
-    lengths: np.ndarray,  # (n,) int64, tokens, at least one each
+    lengths: np.ndarray,  # (n,) int64, tokens
     what: int = TARGET,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) int64 each
     """How many tokens of each sequence are `what`, and the position that predicts the first if they stand in one run.
@@ -56,7 +56,7 @@ def find_tokens(
         low, high = starts[some] + 1, starts[some] + lengths[some]
         found = np.flatnonzero(mask[low[0] : high[-1]] == what) + low[0]
         at = np.searchsorted(found, low)
-        counts[some] = np.searchsorted(found, high) - at
+        counts[some] = np.maximum(np.searchsorted(found, high) - at, 0)
         has = np.flatnonzero(counts[some])
         of_has = begin + has
         head = found[at[has]]

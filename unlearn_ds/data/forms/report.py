@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from unlearn_ds.data.corpus import Corpus
-from unlearn_ds.data.loss_mask import KEPT, TARGET, count_tokens
+from unlearn_ds.data.loss_mask import KEPT, TARGET, find_tokens
 
 SAMPLE_TOKENS = 120
 _NAMED = 1000  # documents, in summary.json
@@ -24,7 +24,7 @@ def summarise_items(corpus: Corpus, seq_len: int) -> dict[str, Any] | None:
         return None
     stated = corpus.manifest
     lengths = np.minimum(corpus.document_lengths, seq_len) if corpus.is_whole else corpus.document_lengths
-    targets = count_tokens(corpus.mask, corpus.document_starts[:-1], lengths)
+    targets, _ = find_tokens(corpus.mask, corpus.document_starts[:-1], lengths)
     without = np.flatnonzero(targets == 0)
     kept = stated["mask"]["kept"]
     return {
