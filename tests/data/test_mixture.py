@@ -85,7 +85,7 @@ def test_a_corpus_without_a_target_is_named(tmp_path):
 
     with CorpusWriter(tmp_path / "none", 100, form="qa") as writer:
         writer.add(range(1, 20), [1] + [0] * 18, 0)  # its first token is predicted from nothing
-    with pytest.raises(CorpusError, match="none: a corpus without sequences: no token of 1 documents is a target"):
+    with pytest.raises(CorpusError, match="none: no token of 1 sequences of --seq_len 16 is a target"):
         SequenceIndex([Corpus(tmp_path / "none")], 16)
     with CorpusWriter(tmp_path / "some", 100, form="spans") as writer:
         writer.add(range(1, 41), [0] * 20 + [1] + [0] * 19, 0)

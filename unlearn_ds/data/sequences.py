@@ -94,7 +94,7 @@ class SequenceIndex:
         self.num_without_targets = self._size - len(chosen)
         if not len(chosen):
             names = ", ".join(str(c.path) for c in self.corpora)
-            raise CorpusError(f"{names}: a corpus without sequences: no token of {self._size} documents is a target")
+            raise CorpusError(f"{names}: no token of {self._size} sequences of --seq_len {self.seq_len} is a target")
         if self.num_without_targets:
             self._ids, self._size = chosen, len(chosen)
 
