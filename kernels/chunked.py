@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unlearn_ds.kernels.divergences import Lowered
 from unlearn_ds.kernels.projection import HeadGradients, accumulation_dtype, project
 from unlearn_ds.kernels.reference import TokenStats, draw, weighted_sum
+from unlearn_ds.kernels.token_losses import TokenLoss
 from unlearn_ds.kernels.tuning import chunk_bounds
 
 
@@ -44,10 +46,11 @@ def cross_entropy(
     head: Head,
     targets: Tensor,  # (M,) int64
     token_weight: Tensor,  # (M,) signed
+    loss: TokenLoss | None,
     workspace_bytes: int,
     needs: Needs,
 ) -> Answer:
-    """`sum_i a_i * CE_i`. The logits become their own gradient in place, so 3 products and one buffer."""
+    """`sum_i a_i * CE_i`, or of another loss. The logits become their own gradient in place: 3 products and one buffer."""
     num_rows, num_tokens = len(hidden), len(head.weight)
     nll = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden.dtype))
     gradients = HeadGradients(hidden, head.weight, head.bias, *needs)
@@ -56,7 +59,13 @@ def cross_entropy(
         z = _buffer(rows, z, stop - start, num_tokens, hidden, hidden.dtype)
         project(hidden[start:stop], head.weight, z)
         rows.cross_entropy(
-            z, head, targets[start:stop], token_weight[start:stop], nll[start:stop], gradients.any_needed
+            z,
+            head,
+            targets[start:stop],
+            token_weight[start:stop],
+            nll[start:stop],
+            gradients.any_needed,
+            loss and loss.rows(start, stop),
         )
         if gradients.any_needed:
             gradients.add(start, stop, z)
@@ -70,10 +79,12 @@ def kl(
     ref_hidden: Tensor,  # (M, D)
     ref_head: Head,
     token_weight: Tensor,  # (M,)
+    name: str,  # of a divergence
+    lowered: Lowered | None,  # not with a softcap
     workspace_bytes: int,
     needs: Needs,
 ) -> Answer:
-    """`sum_i b_i * KL(p_ref || p)_i`. Both logits in fp32: rounded to bf16 they would drown a small KL."""
+    """`sum_i b_i * KL(p_ref || p)_i`, or of another divergence. Both logits in fp32: bf16 would drown a small one."""
     num_rows, num_tokens = len(hidden), len(head.weight)
     dtype = accumulation_dtype(hidden.dtype)
     divergence = hidden.new_empty(num_rows, dtype=dtype)
@@ -87,7 +98,11 @@ def kl(
         dz = _buffer(rows, dz, stop - start, num_tokens, hidden, hidden.dtype) if separate_dz else z
         project(hidden[start:stop], head.weight, z)
         project(ref_hidden[start:stop], ref_head.weight, z_ref)
-        rows.kl(z, z_ref, head, ref_head, token_weight[start:stop], divergence[start:stop], dz, gradients.any_needed)
+        if lowered is not None:
+            by = lowered.by[start:stop].to(dtype) / ref_head.logit_scale  # these are products, and not yet logits
+            z_ref.scatter_add_(1, lowered.tokens[start:stop, None], -by[:, None])
+        parts = (token_weight[start:stop], divergence[start:stop], dz, gradients.any_needed)
+        rows.kl(z, z_ref, head, ref_head, *parts, name)
         if gradients.any_needed:
             gradients.add(start, stop, dz)
     return weighted_sum(token_weight, divergence), divergence, *gradients.tensors()

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from unlearn_ds.kernels import chunked
 from unlearn_ds.kernels.chunked import Answer, Head, Needs
+from unlearn_ds.kernels.divergences import Lowered
 from unlearn_ds.kernels.projection import accumulation_dtype, dw_of_one_chunk, times
 from unlearn_ds.kernels.sequence import sequence_loss
+from unlearn_ds.kernels.token_losses import TokenLoss
 
 
 def row_ops(impl: str) -> ModuleType:
@@ -30,15 +32,21 @@ def cross_entropy_op(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (M,) int64
     token_weight: Tensor,  # (M,)
+    form: str | None,  # this and the next three: as in TokenLoss; None: cross-entropy
+    powers: list[float],
+    takes: Tensor | None,  # (M,) bool
+    log_q: Tensor | None,  # (M,)
     logit_scale: float,
     softcap: float | None,
     workspace_bytes: int,
     impl: str,
     needs: list[bool],  # as in Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, CE of each row, dX, dW (fp32), dbias (fp32), dZ, its rows' factor; empty where not needed."""
+    """Loss, loss of each row, dX, dW (fp32), dbias (fp32), dZ, its rows' factor; empty where not needed."""
     head = Head(weight, bias, logit_scale, softcap)
-    return chunked.cross_entropy(row_ops(impl), hidden, head, targets, token_weight, workspace_bytes, Needs(*needs))
+    loss = None if form is None else TokenLoss(form, tuple(powers), takes, log_q)
+    rows = row_ops(impl)
+    return chunked.cross_entropy(rows, hidden, head, targets, token_weight, loss, workspace_bytes, Needs(*needs))
 
 
 @torch.library.custom_op("unlearn_ds::linear_kl", mutates_args=())
@@ -50,6 +58,9 @@ def kl_op(
     ref_weight: Tensor,  # (V, D)
     ref_bias: Tensor | None,  # (V,)
     token_weight: Tensor,  # (M,)
+    divergence: str,
+    lowered_tokens: Tensor | None,  # (M,) int64, as in Lowered
+    lowered_by: Tensor | None,  # (M,)
     logit_scale: float,
     softcap: float | None,
     workspace_bytes: int,
@@ -59,7 +70,9 @@ def kl_op(
     """Loss, KL of each row, dX, dW (fp32), dbias (fp32), dZ, its rows' factor; empty where not needed."""
     head = Head(weight, bias, logit_scale, softcap)
     ref_head = Head(ref_weight, ref_bias, logit_scale, softcap)
-    return chunked.kl(row_ops(impl), hidden, head, ref_hidden, ref_head, token_weight, workspace_bytes, Needs(*needs))
+    lowered = None if lowered_tokens is None else Lowered(lowered_tokens, lowered_by)
+    reference = (ref_hidden, ref_head, token_weight, divergence, lowered)
+    return chunked.kl(row_ops(impl), hidden, head, *reference, workspace_bytes, Needs(*needs))
 
 
 @torch.library.custom_op("unlearn_ds::linear_sequence_loss", mutates_args=())
@@ -112,7 +125,22 @@ def _shapes(
 
 
 @cross_entropy_op.register_fake
-def _(hidden, weight, bias, targets, token_weight, logit_scale, softcap, workspace_bytes, impl, needs):
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    token_weight,
+    form,
+    powers,
+    takes,
+    log_q,
+    logit_scale,
+    softcap,
+    workspace_bytes,
+    impl,
+    needs,
+):
     return _shapes(hidden, weight, bias, impl, needs, hidden.shape[0])
 
 
@@ -125,6 +153,9 @@ def _(
     ref_weight,
     ref_bias,
     token_weight,
+    divergence,
+    lowered_tokens,
+    lowered_by,
     logit_scale,
     softcap,
     workspace_bytes,

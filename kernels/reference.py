@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearn_ds.kernels import divergences, token_losses
+from unlearn_ds.kernels.divergences import Lowered
+from unlearn_ds.kernels.token_losses import TokenLoss
+
 IGNORED = -100  # a target that makes its row count for nothing
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -48,10 +52,16 @@ def linear_cross_entropy(
     token_weight: Tensor,  # (M,) signed
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    loss: TokenLoss | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `sum_i a_i * CE_i` and the detached CE_i; an ignored target has CE 0."""
-    nll = row_nll(hidden, weight, bias, targets, logit_scale, softcap)
-    return weighted_sum(token_weight, nll), nll.detach()
+    """Return `sum_i a_i * L_i` and the detached L_i, which is CE_i or, in the rows that take it, `loss`; 0 where ignored."""
+    log_p = logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
+    losses = _row_nll(log_p, targets)
+    if loss is not None:
+        formed = token_losses.defined(loss, log_p, targets.clamp(min=0))
+        takes = targets != IGNORED if loss.takes is None else loss.takes & (targets != IGNORED)
+        losses = torch.where(takes, formed, losses)
+    return weighted_sum(token_weight, losses), losses.detach()
 
 
 def row_nll(
@@ -63,7 +73,13 @@ def row_nll(
     softcap: float | None,
 ) -> Tensor:  # (M,)
     """CE of each row, 0 where the target is ignored."""
-    log_p = logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
+    return _row_nll(logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1), targets)
+
+
+def _row_nll(
+    log_p: Tensor,  # (M, V)
+    targets: Tensor,  # (M,) int64
+) -> Tensor:  # (M,)
     nll = -log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return torch.where(targets != IGNORED, nll, 0)
 
@@ -78,19 +94,17 @@ def linear_kl(
     token_weight: Tensor,  # (M,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    divergence: str = divergences.KL,
+    lowered: Lowered | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `sum_i b_i * KL(p_ref || p)_i` and the detached KL_i; no gradient reaches the reference.
-
-    Written as `sum_v p_ref * d + (p - p_ref)` with `d = log p_ref - log p`: the added terms sum to zero, and with them each
-    summand is of second order in d, so that a small KL is not lost in rounding.
-    """
+    """Return `sum_i b_i * KL(p_ref || p)_i`, or of another divergence, and the detached KL_i; no gradient to the reference."""
     log_p = logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
     with torch.no_grad():
-        log_ref = logits(ref_hidden, ref_weight, ref_bias, logit_scale, softcap).log_softmax(-1)
-    p_ref = log_ref.exp()
-    excluded = (p_ref == 0).detach()  # 0 * log 0 counts as 0
-    difference = torch.where(excluded, 0, log_ref - log_p)
-    kl = (p_ref * difference + (log_p.exp() - p_ref)).sum(-1)
+        z_ref = logits(ref_hidden, ref_weight, ref_bias, logit_scale, softcap)
+        if lowered is not None:
+            z_ref.scatter_add_(1, lowered.tokens[:, None], -lowered.by.to(z_ref.dtype)[:, None])
+        log_ref = z_ref.log_softmax(-1)
+    kl = divergences.defined(divergence, log_p, log_ref)
     return weighted_sum(token_weight, kl), kl.detach()
 
 

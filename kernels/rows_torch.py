@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from unlearn_ds.kernels.divergences import FLOOR, KL, value_and_gradient
 from unlearn_ds.kernels.projection import accumulation_dtype
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
+from unlearn_ds.kernels.token_losses import COMPLEMENT, TokenLoss, value_and_slope
 from unlearn_ds.kernels.tuning import TORCH_BLOCK_ELEMENTS, padded
 
 if TYPE_CHECKING:
     from unlearn_ds.kernels.chunked import Head
-
-_FLOOR = -1e30  # stands in for log 0, so that 0 * log 0 is 0
 
 
 def row_length(num_tokens: int, device: torch.device) -> int:
@@ -32,8 +32,9 @@ def cross_entropy(
     token_weight: Tensor,  # (C,)
     nll: Tensor,  # (C,) out
     backward: bool,
+    loss: TokenLoss | None = None,
 ) -> None:
-    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap."""
+    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap; of `loss`, that times its slope."""
     counts = targets != IGNORED
     targets = torch.where(counts, targets, 0)
     slope = torch.where(counts, token_weight, 0).to(nll.dtype)
@@ -45,11 +46,29 @@ def cross_entropy(
         torch.softmax(p, -1, out=p)
         # log-sum-exp from the peak's probability, which lies in [1/V, 1]; the target's own may underflow
         nll[block] = (peak - p.gather(1, peak_at).log() - target_logit)[:, 0]
+        if loss is not None:
+            # In this order: where the target is the peak, a logarithm near 0 is not added to a logit.
+            log_p = ((target_logit - peak) + p.gather(1, peak_at).log())[:, 0]
+            _apply(loss.rows(block.start, block.stop), p, log_p, nll[block], slope[block])
         if backward:
             p.scatter_(1, target, p.gather(1, target) - 1)
             _scale(p, slope[block, None], jacobian, head)
             _store(z[block], p)
     nll.masked_fill_(~counts, 0)
+
+
+def _apply(
+    loss: TokenLoss,
+    p: Tensor,  # (c, V)
+    log_p: Tensor,  # (c,) of the target
+    value: Tensor,  # (c,) CE; leaves as the loss
+    slope: Tensor,  # (c,) the weight; leaves times the loss's derivative by CE
+) -> None:
+    sum_p_logp = torch.xlogy(p, p).sum(-1) if loss.form == COMPLEMENT else None
+    formed, derivative = value_and_slope(loss, value, log_p, sum_p_logp, p.shape[1])
+    takes = torch.ones_like(log_p, dtype=torch.bool) if loss.takes is None else loss.takes
+    value.copy_(torch.where(takes, formed, value))
+    slope.mul_(torch.where(takes, derivative, 1))
 
 
 def kl(
@@ -61,18 +80,23 @@ def kl(
     divergence: Tensor,  # (C,) out
     dz: Tensor,  # (C, V) out if `backward`; may be z
     backward: bool,
+    name: str = KL,
 ) -> None:
-    """KL(p_ref || p) of each row, and `dz = b * (p - p_ref)`: exactly 0 where the logits agree."""
+    """KL(p_ref || p) of each row, and `dz = b * (p - p_ref)`: exactly 0 where the logits agree; or another divergence."""
     slope = token_weight.to(z.dtype)
     for block in _blocks(z):
         log_p, jacobian = _finished(z[block], head, backward)
         log_ref, _ = _finished(z_ref[block], ref_head, False)
-        torch.log_softmax(log_p, -1, out=log_p).clamp_(min=_FLOOR)
-        torch.log_softmax(log_ref, -1, out=log_ref).clamp_(min=_FLOOR)
-        p_ref = log_ref.exp()
-        log_ref.sub_(log_p)
-        difference = log_p.exp_().sub_(p_ref)
-        divergence[block] = p_ref.mul_(log_ref).add_(difference).sum(-1)
+        torch.log_softmax(log_p, -1, out=log_p).clamp_(min=FLOOR)
+        torch.log_softmax(log_ref, -1, out=log_ref).clamp_(min=FLOOR)
+        if name == KL:
+            p_ref = log_ref.exp()
+            log_ref.sub_(log_p)
+            difference = log_p.exp_().sub_(p_ref)
+            divergence[block] = p_ref.mul_(log_ref).add_(difference).sum(-1)
+        else:
+            divergence[block] = value_and_gradient(name, log_p, log_ref)
+            difference = log_p
         if backward:
             _scale(difference, slope[block, None], jacobian, head)
             _store(dz[block], difference)
@@ -92,7 +116,7 @@ def token_stats(
         torch.log_softmax(log_p, -1, out=log_p)
         out.log_prob[block] = log_p.gather(1, target)[:, 0]
         p = log_p.exp()
-        p.mul_(log_p.clamp_(min=_FLOOR))
+        p.mul_(log_p.clamp_(min=FLOOR))
         out.sum_p_logp[block] = p.sum(-1)
         out.sum_p_logp2[block] = p.mul_(log_p).sum(-1)
 

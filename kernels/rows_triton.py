@@ -13,9 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unlearn_ds.kernels.divergences import JSD, KL, REVERSE_KL
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
 from unlearn_ds.kernels.rows_torch import finish  # elementwise, and off the training path
+from unlearn_ds.kernels.token_losses import FORMS, TokenLoss
+from unlearn_ds.kernels.triton_divergences import kl_kernel, other_divergence_kernel
 from unlearn_ds.kernels.triton_logits import FLOOR, LOG2_E, block, log2_p, logit, natural_rate, peak_and_total, tile
+from unlearn_ds.kernels.triton_token_losses import COMPLEMENT, value_and_slope
 from unlearn_ds.kernels.tuning import BIASED_KL_REGISTERS, LOAD_BYTES, launch, padded
 
 if TYPE_CHECKING:
@@ -28,24 +32,66 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _cross_entropy_gradient(
+def _cross_entropy_block(
     row_ptr,
     at,
-    stride,
-    V,
-    bias_ptr,
-    scale,
-    softcap,
+    row,
     peak,
     rate,
     log2_total,
     a,
-    FLIPPED: tl.constexpr,
+    BACKWARD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    """p log2 p, after the gradient is written. row: as `block` takes it."""
+    stride, V, bias_ptr, scale, softcap, FLIPPED = row
     z, bend = block(row_ptr, at, stride, V, bias_ptr, scale, softcap, FLIPPED, MASKED)
-    dz = a * tl.exp2(log2_p(z, peak, rate, log2_total)) * bend
-    tl.store(row_ptr + at, dz.to(row_ptr.dtype.element_ty), mask=at < stride if MASKED else None)
+    log_p = log2_p(z, peak, rate, log2_total)
+    p = tl.exp2(log_p)
+    if BACKWARD:
+        dz = a * p * bend
+        tl.store(row_ptr + at, dz.to(row_ptr.dtype.element_ty), mask=at < stride if MASKED else None)
+    return p * tl.maximum(log_p, FLOOR)
+
+
+@triton.jit
+def _cross_entropy_pass(
+    row_ptr,
+    row,
+    peak,
+    rate,
+    log2_total,
+    a,
+    BACKWARD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """The second pass: the gradient is written, and with ENTROPY the sum of p log2 p comes back."""
+    V = row[1]
+    p_logp = tl.zeros((BLOCK // LINE, LINE), tl.float32)
+    inner = tile(BLOCK, LINE)
+    full = V // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        part = _cross_entropy_block(row_ptr, start + inner, row, peak, rate, log2_total, a, BACKWARD, False)
+        if ENTROPY:
+            p_logp += part
+    if full < V:
+        part = _cross_entropy_block(row_ptr, full + inner, row, peak, rate, log2_total, a, BACKWARD, True)
+        if ENTROPY:
+            p_logp += part
+    return tl.sum(p_logp)
+
+
+@triton.jit
+def _taken(nll, sum_p_logp, row_and_losses, FORM: tl.constexpr):
+    """The loss of a row and its derivative by cross-entropy, which it is itself where the row does not take FORM."""
+    counts, row, V, takes_ptr, log_q_ptr, a, b, c = row_and_losses
+    takes = counts
+    if takes_ptr is not None:
+        takes = counts & (tl.load(takes_ptr + row) != 0)
+    value, slope = value_and_slope(-nll, sum_p_logp, V, log_q_ptr, row, a, b, c, FORM)
+    return tl.where(counts, tl.where(takes, value, nll), 0.0), tl.where(takes, slope, 1.0)
 
 
 @triton.jit
@@ -55,16 +101,22 @@ def cross_entropy_kernel(
     targets_ptr,  # (C,) int64
     weight_ptr,  # (C,) fp32
     nll_ptr,  # (C,) fp32 out
+    takes_ptr,  # (C,) bool, which rows take FORM, or None: all
+    log_q_ptr,  # (C,) fp32, or None
     stride,
     V,
     scale,
     softcap,  # or None
+    power_a,
+    power_b,
+    power_c,
+    FORM: tl.constexpr,  # a place in FORMS, or None: cross-entropy
     FLIPPED: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     LINE: tl.constexpr,
 ):
-    """nll = logsumexp(z) - z[target];  dz = a * (p - onehot)."""
+    """nll = logsumexp(z) - z[target];  dz = a * (p - onehot). With a FORM: its value, and its slope in a."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = z_ptr + row * stride
     given = tl.load(targets_ptr + row)
@@ -74,91 +126,32 @@ def cross_entropy_kernel(
 
     peak, total = peak_and_total(row_ptr, stride, V, bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
     rate = natural_rate(scale, softcap)
-    tl.store(nll_ptr + row, tl.where(counts, (peak - z_target) * rate + tl.log(total), 0.0))
+    nll = (peak - z_target) * rate + tl.log(total)
+    value = tl.where(counts, nll, 0.0)
+    if FORM is not None:
+        taken = (counts, row, V, takes_ptr, log_q_ptr, power_a, power_b, power_c)
+        value, slope = _taken(nll, 0.0, taken, FORM)
+    if FORM != COMPLEMENT:
+        tl.store(nll_ptr + row, value)
 
-    if BACKWARD:
+    if BACKWARD or FORM == COMPLEMENT:
         a = tl.where(counts, tl.load(weight_ptr + row), 0.0) * scale
+        if FORM is not None:
+            a *= slope
         rate *= LOG2_E
         log2_total = tl.log2(total)
-        inner = tile(BLOCK, LINE)
-        full = V // BLOCK * BLOCK
-        for start in range(0, full, BLOCK):
-            _cross_entropy_gradient(
-                row_ptr, start + inner, stride, V, bias_ptr, scale, softcap, peak, rate, log2_total, a, FLIPPED, False
-            )
-        if full < V:
-            _cross_entropy_gradient(
-                row_ptr, full + inner, stride, V, bias_ptr, scale, softcap, peak, rate, log2_total, a, FLIPPED, True
-            )
+        shared = (stride, V, bias_ptr, scale, softcap, FLIPPED)
+        p_logp = _cross_entropy_pass(
+            row_ptr, shared, peak, rate, log2_total, a, BACKWARD, FORM == COMPLEMENT, BLOCK, LINE
+        )
+        if FORM == COMPLEMENT:
+            value, slope = _taken(nll, p_logp * _LN_2, taken, FORM)
+            tl.store(nll_ptr + row, value)
+    if BACKWARD:
         # The target's own entry once more: one subtraction for the row, in fp32, and not one for every entry.
         dz = a * (tl.exp2(log2_p(z_target, peak, rate, log2_total)) - 1.0) * bend_target
         tl.debug_barrier()
         tl.store(row_ptr + target, dz.to(z_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _kl_block(student, reference, dz_row_ptr, at, row, rate, b, BACKWARD: tl.constexpr, MASKED: tl.constexpr):
-    """The summands of the KL, after the gradient is written.
-
-    student, reference: each the pointer to its row and to its bias, its peak and log2 of its sum. row: what both share, as
-    `block` takes it. Both probabilities go through the same operations and are subtracted as they are: equal logits give exact
-    zeros.
-    """
-    row_ptr, bias_ptr, peak, log2_total = student
-    ref_row_ptr, ref_bias_ptr, ref_peak, ref_log2_total = reference
-    stride, V, scale, softcap, FLIPPED = row
-    z, bend = block(row_ptr, at, stride, V, bias_ptr, scale, softcap, FLIPPED, MASKED)
-    s, _bend = block(ref_row_ptr, at, stride, V, ref_bias_ptr, scale, softcap, FLIPPED, MASKED)
-    log_p = log2_p(z, peak, rate, log2_total)
-    log_ref = log2_p(s, ref_peak, rate, ref_log2_total)
-    p_ref = tl.exp2(log_ref)
-    difference = tl.exp2(log_p) - p_ref
-    if BACKWARD:
-        dz = b * difference * bend
-        tl.store(dz_row_ptr + at, dz.to(dz_row_ptr.dtype.element_ty), mask=at < stride if MASKED else None)
-    # The floors keep 0 * log 0 at 0, and hide no NaN: that is in the difference, too.
-    return p_ref * ((tl.maximum(log_ref, FLOOR) - tl.maximum(log_p, FLOOR)) * _LN_2) + difference
-
-
-@triton.jit
-def kl_kernel(
-    z_ptr,  # (C, stride) raw products of the student
-    ref_ptr,  # (C, stride) raw products of the reference
-    bias_ptr,  # (stride,) or None
-    ref_bias_ptr,  # (stride,) or None
-    weight_ptr,  # (C,) fp32
-    kl_ptr,  # (C,) fp32 out
-    dz_ptr,  # (C, stride) out if BACKWARD; may be z_ptr
-    stride,
-    V,
-    scale,
-    softcap,  # or None
-    FLIPPED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LINE: tl.constexpr,
-):
-    """kl = sum p_ref * d + (p - p_ref) with d = log p_ref - log p;  dz = b * (p - p_ref)."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = z_ptr + row * stride
-    ref_row_ptr = ref_ptr + row * stride
-    dz_row_ptr = dz_ptr + row * stride
-    peak, total = peak_and_total(row_ptr, stride, V, bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
-    ref_peak, ref_total = peak_and_total(ref_row_ptr, stride, V, ref_bias_ptr, scale, softcap, FLIPPED, BLOCK, LINE)
-
-    rate = natural_rate(scale, softcap) * LOG2_E
-    student = (row_ptr, bias_ptr, peak, tl.log2(total))
-    reference = (ref_row_ptr, ref_bias_ptr, ref_peak, tl.log2(ref_total))
-    shared = (stride, V, scale, softcap, FLIPPED)
-    b = tl.load(weight_ptr + row) * scale
-    kl = tl.zeros((BLOCK // LINE, LINE), tl.float32)
-    inner = tile(BLOCK, LINE)
-    full = V // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        kl += _kl_block(student, reference, dz_row_ptr, start + inner, shared, rate, b, BACKWARD, False)
-    if full < V:
-        kl += _kl_block(student, reference, dz_row_ptr, full + inner, shared, rate, b, BACKWARD, True)
-    tl.store(kl_ptr + row, tl.sum(kl))
 
 
 @triton.jit
@@ -248,18 +241,24 @@ def cross_entropy(
     token_weight: Tensor,  # (C,)
     nll: Tensor,  # (C,) out
     backward: bool,
+    loss: TokenLoss | None = None,
 ) -> None:
-    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap."""
+    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap; of `loss`, that times its slope."""
+    powers = (0.0, 0.0, 0.0) if loss is None else loss.powers
     cross_entropy_kernel[(len(z),)](
         z,
         _bias(head, z),
         targets.contiguous(),
         token_weight.to(torch.float32).contiguous(),
         nll,
+        None if loss is None or loss.takes is None else loss.takes.contiguous(),
+        None if loss is None or loss.log_q is None else loss.log_q.to(torch.float32).contiguous(),
         z.stride(0),
         z.shape[1],
         float(head.logit_scale),
         _softcap(head),
+        *map(float, powers),
+        FORM=None if loss is None else FORMS.index(loss.form),
         FLIPPED=head.logit_scale < 0,
         BACKWARD=backward,
         **_launch(z),
@@ -275,9 +274,11 @@ def kl(
     divergence: Tensor,  # (C,) out
     dz: Tensor,  # (C, V) out if `backward`; may be z
     backward: bool,
+    name: str = KL,
 ) -> None:
-    """KL(p_ref || p) of each row, and `dz = b * (p - p_ref)`: exactly 0 where the logits agree."""
-    kl_kernel[(len(z),)](
+    """KL(p_ref || p) of each row, and `dz = b * (p - p_ref)`: exactly 0 where the logits agree; or another divergence."""
+    kernel = {KL: kl_kernel, REVERSE_KL: other_divergence_kernel, JSD: other_divergence_kernel}[name]
+    kernel[(len(z),)](
         z,
         z_ref,
         _bias(head, z),
@@ -289,6 +290,7 @@ def kl(
         z.shape[1],
         float(head.logit_scale),
         _softcap(head),
+        **({} if name == KL else {"REVERSE": name == REVERSE_KL}),
         FLIPPED=head.logit_scale < 0,
         BACKWARD=backward,
         maxnreg=None if head.bias is None and ref_head.bias is None else BIASED_KL_REGISTERS,

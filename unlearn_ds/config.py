@@ -6,12 +6,13 @@ The docstring under a field is its help text on the command line.
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from unlearn_ds.conditions import parse_condition, parse_share
+from unlearn_ds.methods import check_method, expanded
 from unlearn_ds.mixture import parse_mixture
-from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss
-from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
+from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss, TokenLoss
+from unlearn_ds.options import OptionError, check_choices, check_name
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,12 @@ class RunConfig:
 
     unlearn_method: str
     """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
-    npo_plus_descent, simnpo, simnpo_plus_descent, finetune or retrain"""
+    npo_plus_descent, simnpo, simnpo_plus_descent, wga, satimp, tnpo, wtnpo, unlikelihood, ce_u, unilogit, jensun, undial,
+    finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train --list_methods`"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
+    preset: str | None = None
+    """take what the best public source used for a method, where no option says otherwise: `unlearn-ds train --list_methods`"""
     target_model_name_or_path: str | None = None
     """the model that must forget: a folder or a hub name"""
     model_name_or_path: str | None = None
@@ -46,6 +50,11 @@ class RunConfig:
     """longest sequence, in tokens; documents are cut into pieces of this length"""
     packing: bool = True
     """several sequences in one row, if the model keeps them apart; False: one a row, padded to the longest beside it"""
+    retain_loss: Literal["none", "cross_entropy", "kl", "reverse_kl", "jsd"] | None = None
+    """the retain term beside any forget term: none, cross_entropy (lower the loss of retain), or stay close to the original
+    model there by kl, reverse_kl or jsd (Jensen-Shannon) (default: the method's own)"""
+    forget_weight: float = 1.0
+    """weight of the forget term"""
     retain_ratio: float = 1.0
     """retain sequences per forget sequence, for the methods that use both"""
     retain_weight: float = 1.0
@@ -63,9 +72,17 @@ class RunConfig:
     rm_groundtruth: bool = False
     """random_label: never draw the true token"""
     beta: float | None = None
-    """npo and simnpo: how soon the pull weakens (default: 0.1 for npo, 4.5 for simnpo)"""
+    """npo, simnpo, tnpo and wtnpo: how soon the pull weakens (default: 0.1 for npo, 4.5 for simnpo, 4 for the others); wga
+    and satimp: power of p (default: 1 for wga, 5 for satimp); undial: how far the original's logit of the true token is taken
+    down (default: 10)"""
+    beta2: float | None = None
+    """satimp: power of 1 - p (default: 1)"""
+    alpha: float | None = None
+    """wtnpo: power of p (default: 1.5)"""
     gamma: float | None = None
     """simnpo: margin (default: 0)"""
+    substitute_text: str = "No Idea"
+    """jensun: what forget tokens are pulled towards, over and over"""
     cache_dir: str | None = None
     """where what the original model says (labels, losses, hidden states) is kept, once computed (default: beside the corpus)"""
     overwrite_cache: bool = False
@@ -202,10 +219,15 @@ class RunConfig:
         check_name("domain", self.domain)
         if self.output_sufix:
             check_name("output_sufix", self.output_sufix)
-        _check_method(self)
+        check_method(self)
         _check_numbers(self)
         _check_checkpointing(self)
         _check_guards(self)
+
+    @classmethod
+    def expanded(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a command or file with what a preset, or a name of the method's elsewhere, stands for."""
+        return expanded(options)
 
     @property
     def objective_name(self) -> str:
@@ -216,7 +238,7 @@ class RunConfig:
 
     @property
     def objective(self) -> Objective:
-        return OBJECTIVES[self.objective_name]
+        return OBJECTIVES[self.objective_name].with_retain(self.retain_loss)
 
     @property
     def retain_mixture(self) -> dict[str, float]:
@@ -226,9 +248,17 @@ class RunConfig:
     @property
     def sequence_loss(self) -> SequenceLoss | None:
         """The objective's term of whole sequences with the run's beta and gamma."""
-        form = self.objective.sequence_loss
-        given = {name: getattr(self, name) for name in ("beta", "gamma") if getattr(self, name) is not None}
-        return form and replace(form, **given)
+        return self.with_numbers(self.objective.sequence_loss)
+
+    @property
+    def token_loss(self) -> TokenLoss | None:
+        """What stands in the place of cross-entropy on forget, with the run's numbers."""
+        return self.with_numbers(self.objective.token_loss)
+
+    def with_numbers(self, form: Any) -> Any:
+        """A term's form with the run's numbers; None for None."""
+        names = () if form is None else form.numbers
+        return form and replace(form, **{name: value for name in names if (value := getattr(self, name)) is not None})
 
     @property
     def sampling(self) -> tuple[int | None, float | None, bool]:
@@ -261,61 +291,6 @@ class RunConfig:
                 "--fsdp_transformer_layer_cls_to_wrap: decoder layers are found by themselves; see --leaf_modules"
             )
         return notes
-
-
-def _check_method(config: RunConfig) -> None:
-    method = config.unlearn_method
-    if method not in OBJECTIVES:
-        raise OptionError(
-            f"--unlearn_method {method}: choose one of {', '.join(OBJECTIVES)}.{did_you_mean(method, OBJECTIVES)}"
-        )
-    if method == "retrain" and config.model_name_or_path is None:
-        raise OptionError("--unlearn_method retrain needs --model_name_or_path, the model to start from")
-    if method != "retrain" and config.target_model_name_or_path is None:
-        raise OptionError(f"--unlearn_method {method} needs --target_model_name_or_path, the model that must forget")
-    if config.train_on and method not in ("finetune", "retrain"):
-        raise OptionError(f"--train_on is for finetune and retrain, not for {method}")
-    if config.random_init and method not in ("finetune", "retrain"):
-        raise OptionError(f"--random_init is for finetune and retrain: {method} needs a trained model")
-    sampling = config.top_k is not None or config.top_p is not None or config.rm_groundtruth
-    if method == "random_label":
-        if config.completely_random and sampling:
-            raise OptionError("--completely_random takes no --top_k, --top_p or --rm_groundtruth")
-        if not config.completely_random and config.top_k is None and config.top_p is None:
-            raise OptionError(
-                "--unlearn_method random_label needs --completely_random True, or --top_k / --top_p to sample from the "
-                "original model (adversarial samples: --top_k 1 --rm_groundtruth True)"
-            )
-    elif sampling and method != "adversarial":
-        raise OptionError(f"--top_k, --top_p and --rm_groundtruth are for random_label, not for {method}")
-    elif config.completely_random:
-        raise OptionError(f"--completely_random is for random_label, not for {method}")
-    form = OBJECTIVES[config.objective_name].sequence_loss
-    if config.beta is not None and form is None:
-        raise OptionError(f"--beta is for npo and simnpo, not for {method}")
-    if config.gamma is not None and (form is None or not form.per_token):
-        raise OptionError(f"--gamma is for simnpo, not for {method}")
-    if config.beta is not None and config.beta <= 0:
-        raise OptionError(f"--beta {config.beta}: must be above 0")
-    retain_term = "retain" in OBJECTIVES[method].roles
-    if config.general and not retain_term:
-        raise OptionError(f"--general True chooses retain data, and {method} uses none")
-    if len(OBJECTIVES[config.objective_name].terms) < 2 and (config.retain_weight != 1 or config.retain_ratio != 1):
-        raise OptionError(
-            f"--retain_weight and --retain_ratio are for methods that pair forget with retain, not for {method}"
-        )
-    if not config.do_unlearn:
-        raise OptionError(
-            "--do_unlearn False: there is nothing else to do; to measure a model use `unlearn-ds evaluate`"
-        )
-    if config.general and config.train_on:
-        raise OptionError("--general True and --train_on both choose the data; give one")
-    if config.retain_mixture and config.general:
-        raise OptionError("--general True and --retain_sets both choose retain data; give one")
-    if config.retain_mixture and "forget" in config.retain_mixture:
-        raise OptionError("--retain_sets forget: what is to be forgotten cannot be kept")
-    if config.retain_mixture and OBJECTIVES[method].roles != ("forget", "retain"):
-        raise OptionError(f"--retain_sets is for methods that pair forget with retain, not for {method}")
 
 
 def _check_numbers(config: RunConfig) -> None:

@@ -19,11 +19,17 @@ _HERE = Path(__file__).resolve().parent
 __path__ = [str(_HERE / "kernels" if (_HERE / "kernels").is_dir() else _HERE.parent / "kernels")]
 
 from unlearn_ds.kernels import chunked, ops, reference, triton_interpreter, vector_math  # noqa: E402  (after __path__)
+from unlearn_ds.kernels.divergences import DIVERGENCES, KL, Lowered  # noqa: E402
 from unlearn_ds.kernels.reference import IGNORED, TokenStats  # noqa: E402
+from unlearn_ds.kernels.token_losses import FORMS, POWER, TokenLoss  # noqa: E402
 from unlearn_ds.kernels.tuning import keeps_dz  # noqa: E402
 
 __all__ = [
+    "DIVERGENCES",
+    "FORMS",
     "IGNORED",
+    "Lowered",
+    "TokenLoss",
     "TokenStats",
     "linear_cross_entropy",
     "linear_kl",
@@ -52,6 +58,7 @@ def linear_cross_entropy(
     targets: Tensor,  # (M,) int64; IGNORED counts for nothing
     token_weight: Tensor,  # (M,) fp32, signed
     *,
+    loss: TokenLoss | None = None,
     rows: Tensor | None = None,  # (M,) int64: the rows of hidden that are used; None: all, M = T
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
@@ -59,7 +66,7 @@ def linear_cross_entropy(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `sum_i a_i * CE_i`, a scalar in fp32, and CE_i (M,), detached.
+    """Return `sum_i a_i * L_i`, a scalar in fp32, and L_i (M,), detached. L_i is CE_i, or in the rows that take it `loss`.
 
     With z = softcap * tanh(logit_scale * (x @ W.T + bias) / softcap): CE_i = logsumexp_v z_iv - z_i,target. Gradients go to
     hidden, weight and bias, each only if it requires one. Raises `KernelError` for shapes, dtypes and settings that do not fit.
@@ -67,13 +74,29 @@ def linear_cross_entropy(
     impl = _check(impl, hidden, weight, bias, rows, logit_scale, softcap, workspace_bytes)
     x = _used(hidden, rows)
     _check_rows(x, targets=targets, token_weight=token_weight)
+    if loss is not None:
+        _check_token_loss(x, loss)
     if impl == "reference":
-        return reference.linear_cross_entropy(x, weight, bias, targets, token_weight, logit_scale, softcap)
+        return reference.linear_cross_entropy(x, weight, bias, targets, token_weight, logit_scale, softcap, loss)
+    form, powers, takes, log_q = (None, (), None, None) if loss is None else loss
     needs = _needs(x, weight, bias, x.element_size(), workspace_bytes)
-    loss, nll, *_ = ops.cross_entropy_op(
-        x, weight, bias, targets, token_weight, logit_scale, softcap, workspace_bytes, impl, needs
+    total, losses, *_ = ops.cross_entropy_op(
+        x,
+        weight,
+        bias,
+        targets,
+        token_weight,
+        form,
+        list(powers),
+        takes,
+        log_q,
+        logit_scale,
+        softcap,
+        workspace_bytes,
+        impl,
+        needs,
     )
-    return loss, nll
+    return total, losses
 
 
 def linear_kl(
@@ -83,6 +106,8 @@ def linear_kl(
     ref_weight: Tensor,  # (V, D)
     token_weight: Tensor,  # (M,) fp32
     *,
+    divergence: str = KL,
+    lowered: Lowered | None = None,
     rows: Tensor | None = None,  # (M,) int64: the rows of hidden that are used; None: all, M = T
     ref_bias: Tensor | None = None,  # (V,)
     bias: Tensor | None = None,  # (V,)
@@ -91,8 +116,9 @@ def linear_kl(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `sum_i b_i * KL(p_ref || p)_i`, a scalar in fp32, and KL_i (M,), detached.
+    """Return `sum_i b_i * KL(p_ref || p)_i`, or of another of DIVERGENCES, a scalar in fp32, and KL_i (M,), detached.
 
+    lowered: tokens whose logits of the reference are taken down first; not with a softcap, which would bound them.
     Both distributions go through the same logit_scale and softcap. No gradient reaches the reference. Where student and
     reference agree the loss and its gradient are exactly 0. Raises `KernelError` for what does not fit.
     """
@@ -106,18 +132,19 @@ def linear_kl(
             f"ref_hidden {tuple(ref_hidden.shape)} and ref_weight {tuple(ref_weight.shape)} do not go with a vocabulary of "
             f"{len(weight)}: the reference must share the student's vocabulary"
         )
+    if divergence not in DIVERGENCES:
+        raise KernelError(f"divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}")
+    if lowered is not None:
+        _check_rows(x, targets=lowered.tokens, token_weight=lowered.by)
+        if softcap is not None:
+            raise KernelError("the reference's logits cannot be lowered beneath a softcap, which bounds them")
+    pair = (x, weight, bias, ref_hidden, ref_weight, ref_bias, token_weight)
     if impl == "reference":
-        return reference.linear_kl(
-            x, weight, bias, ref_hidden, ref_weight, ref_bias, token_weight, logit_scale, softcap
-        )
+        return reference.linear_kl(*pair, logit_scale, softcap, divergence, lowered)
     loss, kl, *_ = ops.kl_op(
-        x,
-        weight,
-        bias,
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        token_weight,
+        *pair,
+        divergence,
+        *(lowered or (None, None)),
         logit_scale,
         softcap,
         workspace_bytes,
@@ -304,3 +331,17 @@ def _check_rows(x: Tensor, **per_row: Tensor) -> None:
             )
         if tensor.is_floating_point() == (name in ("targets", "banned", "sample_ids")):
             raise KernelError(f"{name} is {tensor.dtype}: expected {'int64' if name != 'token_weight' else 'fp32'}")
+
+
+def _check_token_loss(x: Tensor, loss: TokenLoss) -> None:
+    """The form must be known, and have what it needs for each row of `x`."""
+    if loss.form not in FORMS:
+        raise KernelError(f"loss {loss.form!r}: choose one of {', '.join(FORMS)}")
+    if loss.form == POWER and loss.powers[2] != 0 and loss.log_q is None:
+        raise KernelError(f"loss {loss.form!r} with the power {loss.powers[2]} of q needs log_q")
+    for name in ("takes", "log_q"):
+        part = getattr(loss, name)
+        if part is not None and (len(part) != len(x) or part.device != x.device):
+            raise KernelError(
+                f"{name} has {len(part)} entries on {part.device}: expected one for each of {len(x)} rows, on {x.device}"
+            )

@@ -8,7 +8,7 @@ over the B sequences of the step (Yao et al., ACL 2024, arXiv 2402.15159, sectio
 table below; adding one is adding a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CROSS_ENTROPY = "cross_entropy"
 KL = "kl"
@@ -17,6 +17,7 @@ SEQUENCE = "sequence"  # a function of the sequence's whole NLL, see SequenceLos
 TRUE_TARGETS = "true"  # the next token itself
 RANDOM_TARGETS = "random"  # uniform over the vocabulary, fixed per (seed, sequence, position)
 SAMPLED_TARGETS = "sampled"  # drawn once from the original model (top-k / top-p, the truth removed or not)
+SUBSTITUTE_TARGETS = "substitute"  # the tokens of --substitute_text, over and over
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,49 @@ class SequenceLoss:
         """Whether the original model must measure the forget set, once, before training."""
         return not self.per_token
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The options that are its own."""
+        return ("beta", "gamma") if self.per_token else ("beta",)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What a token takes in the place of cross-entropy, as `kernels/token_losses.py` says by name. p: of the target."""
+
+    form: str
+    beta: float | None = None  # default of --beta, as of the others; None: it has no such number
+    beta2: float | None = None
+    alpha: float | None = None
+    needs_log_q: bool = False  # whether the original model must measure the forget tokens, once, before training
+
+    @property
+    def powers(self) -> tuple[float, float, float]:
+        """Of p, of 1 - p, and of p and q in `2 p^c / (p^c + q^c)`."""
+        if self.needs_log_q:
+            return self.alpha or 0.0, self.beta2 or 0.0, self.beta or 0.0
+        return self.beta or 0.0, self.beta2 or 0.0, 0.0
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The options that are its own."""
+        return tuple(name for name in ("beta", "beta2", "alpha") if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """From the original model's prediction: KL of it from ours (`kl`), of ours from it (`reverse_kl`), or Jensen-Shannon's."""
+
+    name: str  # as `kernels/divergences.py` says
+    beta: float | None = (
+        None  # default of --beta: the original's logit of the true token is taken down by so much first
+    )
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The options that are its own."""
+        return () if self.beta is None else ("beta",)
+
 
 @dataclass(frozen=True)
 class Term:
@@ -44,6 +88,12 @@ class Term:
     factor: float  # sign and weight of one sequence
     targets: str = TRUE_TARGETS  # what cross-entropy is taken against
     sequence: SequenceLoss | None = None  # with SEQUENCE
+    token: TokenLoss | None = None  # with CROSS_ENTROPY, on forget: in its place
+    divergence: Divergence | None = None  # with KL: another, or from another prediction
+
+    @property
+    def form(self) -> SequenceLoss | TokenLoss | Divergence | None:
+        return self.sequence or self.token or self.divergence
 
 
 @dataclass(frozen=True)
@@ -64,9 +114,35 @@ class Objective:
         return any(term.targets == SAMPLED_TARGETS for term in self.terms)
 
     @property
+    def needs_substitute_targets(self) -> bool:
+        """Whether the forget set is pulled towards a text of the user's."""
+        return any(term.targets == SUBSTITUTE_TARGETS for term in self.terms)
+
+    @property
     def sequence_loss(self) -> SequenceLoss | None:
         """The form of the term that takes sequences as wholes, if there is one."""
         return next((term.sequence for term in self.terms if term.loss == SEQUENCE), None)
+
+    @property
+    def token_loss(self) -> TokenLoss | None:
+        """What stands in the place of cross-entropy, if anything does."""
+        return next((term.token for term in self.terms if term.token is not None), None)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The options that are this method's own: of `beta`, `beta2`, `alpha`, `gamma`."""
+        form = self.terms[0].form
+        return () if form is None else form.numbers
+
+    @property
+    def forgets(self) -> bool:
+        return "forget" in self.roles
+
+    def with_retain(self, loss: str | None) -> "Objective":
+        """The same forget term with another of RETAIN_TERMS; None leaves the method's own."""
+        if loss is None:
+            return self
+        return replace(self, terms=(*(term for term in self.terms if term.role == "forget"), *RETAIN_TERMS[loss]))
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -75,6 +151,13 @@ class Objective:
 
 _ASCENT = Term("forget", CROSS_ENTROPY, -1.0)
 _DESCENT = Term("retain", CROSS_ENTROPY, +1.0)
+RETAIN_TERMS: dict[str, tuple[Term, ...]] = {  # by --retain_loss
+    "none": (),
+    "cross_entropy": (_DESCENT,),
+    "kl": (Term("retain", KL, +1.0),),
+    "reverse_kl": (Term("retain", KL, +1.0, divergence=Divergence("reverse_kl")),),
+    "jsd": (Term("retain", KL, +1.0, divergence=Divergence("jsd")),),
+}
 _NPO = Term("forget", SEQUENCE, +1.0, sequence=SequenceLoss(beta=0.1, per_token=False))
 _SIMNPO = Term("forget", SEQUENCE, +1.0, sequence=SequenceLoss(beta=4.5, per_token=True))
 
@@ -97,6 +180,41 @@ OBJECTIVES = {
     "npo_plus_descent": Objective((_NPO, _DESCENT), "npo on forget, lower the loss of retain"),
     "simnpo": Objective((_SIMNPO,), "raise the loss per token of the forget set, the less the higher it is"),
     "simnpo_plus_descent": Objective((_SIMNPO, _DESCENT), "simnpo on forget, lower the loss of retain"),
+    "wga": Objective(
+        (Term("forget", CROSS_ENTROPY, -1.0, token=TokenLoss("power", beta=1.0)),),
+        "ascent, each token weighted by its probability to the power beta",
+    ),
+    "satimp": Objective(
+        (Term("forget", CROSS_ENTROPY, -1.0, token=TokenLoss("power", beta=5.0, beta2=1.0)),),
+        "ascent, each token weighted by p^beta (1 - p)^beta2: what is known, but not beyond doubt",
+    ),
+    "tnpo": Objective(
+        (Term("forget", CROSS_ENTROPY, -1.0, token=TokenLoss("power", beta=4.0, needs_log_q=True)),),
+        "npo for each token: ascent, the less the further its probability is below the original model's",
+    ),
+    "wtnpo": Objective(
+        (Term("forget", CROSS_ENTROPY, -1.0, token=TokenLoss("power", beta=4.0, alpha=1.5, needs_log_q=True)),),
+        "tnpo, each token weighted by its probability to the power alpha as well",
+    ),
+    "unlikelihood": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss("unlikelihood")),), "lower -log(1 - p) of the forget set"
+    ),
+    "ce_u": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss("complement")),),
+        "fit the forget set to the model's own prediction without the true token",
+    ),
+    "unilogit": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss("uniform_target")),),
+        "fit the forget set to the model's own prediction with the true token at 1 / vocabulary",
+    ),
+    "jensun": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, SUBSTITUTE_TARGETS, token=TokenLoss("one_hot_jsd")),),
+        "pull the forget set towards the tokens of --substitute_text by the Jensen-Shannon divergence, which is bounded",
+    ),
+    "undial": Objective(
+        (Term("forget", KL, +1.0, divergence=Divergence("kl", beta=10.0)),),
+        "fit the forget set to the original model's prediction with the true token's logit taken down by beta",
+    ),
     "finetune": Objective((_DESCENT,), "go on training the target model on retain"),
     "retrain": Objective((_DESCENT,), "train --model_name_or_path on retain"),
 }

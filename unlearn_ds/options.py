@@ -267,6 +267,8 @@ def parse(config_class: type[Options], argv: Sequence[str], prog: str, descripti
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
     merged = {name: _at_home(value) for name, value in merged.items()}
+    if hasattr(config_class, "expanded"):
+        merged = config_class.expanded(merged)
     required = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
     missing = [f"--{name}" for name in required if name not in merged]
     if missing:

@@ -40,6 +40,7 @@ from unlearn_ds.engine.metrics import MetricsWriter, peak_memory_gib
 from unlearn_ds.engine.profile import StepProfiler
 from unlearn_ds.layout import MODEL
 from unlearn_ds.measures.folder import stamp_model
+from unlearn_ds.methods import method_listing
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.objectives import KL
 from unlearn_ds.options import parse
@@ -54,6 +55,9 @@ from unlearn_ds.run.update import accumulate, reduce_losses
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of a run; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if "--list_methods" in words:
+        print(method_listing())
+        return 0
     return distributed.guarded(
         "unlearn-ds train", lambda: train(parse(RunConfig, words, "unlearn-ds train", __doc__ or ""))
     )

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from unlearn_ds.data.batch import MicroBatch, StepBuilder, plan_layout
+from unlearn_ds.data.batch import StepBuilder, plan_layout
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.loader import Loader, PackedRows, evaluation_batches
+from unlearn_ds.data.micro_batch import MicroBatch
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex
 

@@ -1,4 +1,4 @@
-"""What is kept beside a corpus and cannot be read is named and made again: labels, NLLs, hidden states."""
+"""What is kept beside a corpus and cannot be read is named and made again: labels, log-probabilities, NLLs, hidden states."""
 
 import shutil
 from types import SimpleNamespace
@@ -10,10 +10,9 @@ import torch
 from tests.support.runs import VOCAB_SIZE, write_corpora
 from tests.support.stored_kinds import write_hidden
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.labels import LabelCache
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import NamedCorpus, open_set
-from unlearn_ds.original import hidden_cache, relabel, sequence_nll
+from unlearn_ds.original import hidden_cache, relabel, sequence_nll, token_cache, token_log_prob
 
 CPU = torch.device("cpu")
 NOT_JSON = [b"", b"null", b"[]", b'{"key": ', b"\xff", b"[" * 5000 + b"]" * 5000]
@@ -32,13 +31,16 @@ class Made:
         self.config = RunConfig(
             unlearn_method="random_label", output_dir="o", target_model_name_or_path="m", seq_len=32, top_k=1
         )
-        monkeypatch.setattr(relabel, "_draw", self._draw)
+        monkeypatch.setattr(token_cache, "_fill", self._ask)
         monkeypatch.setattr(sequence_nll, "collect_table", self._table)
         monkeypatch.setattr(hidden_cache, "_fill", self._fill)
         monkeypatch.setattr(hidden_cache, "cache_key", lambda *given: {"dtype": "float32"})
 
     def labels(self):
         relabel.sampled_targets(self.config, self.corpus, self.sequences, None, "m", CPU)
+
+    def log_prob(self):
+        token_log_prob.reference_log_prob(self.config, self.corpus, self.sequences, None, "m", CPU)
 
     def nll(self):
         found = sequence_nll.reference_nll(self.config, self.corpus, self.sequences, None, "m", CPU)
@@ -48,9 +50,8 @@ class Made:
         options = {"rows_per_batch": 1, "cache_dir": None, "overwrite": False, "progress": False}
         hidden_cache.open_or_fill(self.sequences, SimpleNamespace(device=CPU), "m", torch.float32, **options)
 
-    def _draw(self, config, corpus, sequences, ask, path, key, device):
+    def _ask(self, cache, *given):
         self.count += 1
-        cache = LabelCache.create(path, corpus.corpus.num_tokens, np.dtype(np.uint16), key)
         cache.write(np.arange(3), np.arange(3))
         cache.flush()
         cache.commit()
@@ -70,6 +71,7 @@ class Made:
     ("what", "description", "data"),
     [
         ("labels", "labels-*.json", "labels-*.bin"),
+        ("log_prob", "log_prob-*.json", "log_prob-*.bin"),
         ("nll", "nll-*/cache.json", "nll-*/nll.bin"),
         ("hidden", "hidden-*/cache.json", "hidden-*/part_0.bin"),
     ],

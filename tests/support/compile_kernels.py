@@ -19,12 +19,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from unlearn_ds.kernels import rows_triton
+from unlearn_ds.kernels.token_losses import COMPLEMENT, FORMS, POWER
 from unlearn_ds.kernels.tuning import BIASED_KL_REGISTERS, LOAD_BYTES, launch
 
 VOCAB_SIZES = {"aligned": 128256, "odd": 50257}
 POINTERS = {
-    "cross_entropy": {"targets_ptr": "*i64", "weight_ptr": "*fp32", "nll_ptr": "*fp32"},
+    "cross_entropy": {
+        "targets_ptr": "*i64",
+        "weight_ptr": "*fp32",
+        "nll_ptr": "*fp32",
+        "takes_ptr": "*i1",
+        "log_q_ptr": "*fp32",
+    },
     "kl": {"z_ptr": "*fp32", "ref_ptr": "*fp32", "weight_ptr": "*fp32", "kl_ptr": "*fp32"},
+    "other_divergence": {"z_ptr": "*fp32", "ref_ptr": "*fp32", "weight_ptr": "*fp32", "kl_ptr": "*fp32"},
     "token_stats": {
         "z_ptr": "*fp32",
         "bias_ptr": "*bf16",
@@ -35,7 +43,12 @@ POINTERS = {
         "sum_p_logp2_ptr": "*fp32",
     },
 }
-READS = {"cross_entropy": (1, 1), "kl": (1, 1, 2), "token_stats": (1, 1)}  # rows of logits that each loop reads
+READS = {
+    "cross_entropy": (1, 1),
+    "kl": (1, 1, 2),
+    "other_divergence": (1, 1, 2, 2),
+    "token_stats": (1, 1),
+}  # rows of logits that each loop reads
 
 
 def variants():
@@ -49,9 +62,19 @@ def variants():
         common = {"FLIPPED": False} | ({} if softcap else {"softcap": None})
         flags = common | {"BACKWARD": backward} | ({} if bias else {"bias_ptr": None})
         pointers = POINTERS["cross_entropy"] | {"z_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
-        yield f"cross_entropy {marks}", rows_triton.cross_entropy_kernel, pointers, flags, size
+        plain_loss = {"FORM": None, "takes_ptr": None, "log_q_ptr": None}
+        yield f"cross_entropy {marks}", rows_triton.cross_entropy_kernel, pointers, flags | plain_loss, size
+        if (bias, softcap) in (plain, everything):
+            for form in FORMS:
+                formed = flags | {"FORM": FORMS.index(form)} | ({} if form == POWER else {"log_q_ptr": None})
+                name = "cross_entropy" + " two_passes" * (form == COMPLEMENT)
+                yield f"{name} {form} {marks}", rows_triton.cross_entropy_kernel, pointers, formed, size
         pointers = POINTERS["kl"] | dict.fromkeys(("bias_ptr", "ref_bias_ptr", "dz_ptr"), f"*{dtype}")
-        yield f"kl {marks}", rows_triton.kl_kernel, pointers, flags | ({} if bias else {"ref_bias_ptr": None}), size
+        flags |= {} if bias else {"ref_bias_ptr": None}
+        yield f"kl {marks}", rows_triton.kl_kernel, pointers, flags, size
+        for name, reverse in (("reverse_kl", True), ("jsd", False)) if (bias, softcap) in (plain, everything) else ():
+            kernel = rows_triton.other_divergence_kernel
+            yield f"{name} {marks}", kernel, pointers, flags | {"REVERSE": reverse}, size
         if dtype == "fp32" and not backward:
             flags = common | ({} if bias else {"bias_ptr": None})
             yield f"token_stats {marks}", rows_triton.token_stats_kernel, POINTERS["token_stats"], flags, size
@@ -64,8 +87,8 @@ def compile_one(kernel, pointers, flags, vocab_size, arch):
     constants = flags | {"BLOCK": chosen.block, "LINE": LOAD_BYTES // bytes_per_logit}
     signature = {}
     for name in kernel.arg_names:
-        scalars = {"stride": "i32", "V": "i32", "scale": "fp32", "softcap": "fp32"}
-        signature[name] = "constexpr" if name in constants else pointers.get(name) or scalars[name]
+        scalars = {"stride": "i32", "V": "i32"}
+        signature[name] = "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "fp32")
     divisible = [
         name
         for name in signature
@@ -73,7 +96,7 @@ def compile_one(kernel, pointers, flags, vocab_size, arch):
     ]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
-    limit = BIASED_KL_REGISTERS if kernel is rows_triton.kl_kernel and "bias_ptr" not in constants else None
+    limit = BIASED_KL_REGISTERS if "ref_ptr" in kernel.arg_names and "bias_ptr" not in constants else None
     options = {"num_warps": chosen.num_warps, "enable_fp_fusion": True, "maxnreg": limit}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:

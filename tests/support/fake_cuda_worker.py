@@ -24,14 +24,22 @@ from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
 from tests.support.fake_cuda import CUDA, Traffic, backward, pretend_one_device
 from tests.support.runs import write_corpora
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.batch import MicroBatch, PackedRows, StepBuilder, evaluation_batch, plan_layout, to_device
+from unlearn_ds.data.batch import StepBuilder, evaluation_batch, plan_layout
 from unlearn_ds.data.labels import RandomTargets
-from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora, with_reference_nll, with_targets
+from unlearn_ds.data.micro_batch import MicroBatch, PackedRows, to_device
+from unlearn_ds.data.sources import (
+    make_plan,
+    make_sources,
+    open_run_corpora,
+    with_reference_log_prob,
+    with_reference_nll,
+    with_targets,
+)
 from unlearn_ds.kernels import ops
 from unlearn_ds.model import attention
 from unlearn_ds.model.load import logit_shape
 from unlearn_ds.model.loss_head import HeadOptions, PackedCausalLM, SampleCall, StatsCall, attach
-from unlearn_ds.objectives import OBJECTIVES
+from unlearn_ds.objectives import OBJECTIVES, SAMPLED_TARGETS
 from unlearn_ds.original.reference import NoReference, _call
 from unlearn_ds.run.update import micro_sums
 
@@ -49,8 +57,11 @@ CASES = [
 
 def plan_of(config: RunConfig) -> Any:
     sources = make_sources(config, open_run_corpora(config, VOCAB_SIZE, None), VOCAB_SIZE, ())
-    sources = with_targets(config, sources, RandomTargets(0, VOCAB_SIZE, ()))
+    sources = with_targets(config, sources, RandomTargets(0, VOCAB_SIZE, ()), SAMPLED_TARGETS)
     sources = with_reference_nll(sources, np.ones(100))
+    sources = with_reference_log_prob(
+        sources, np.full(sources[0].sequences.corpora[0].num_tokens, -1.0, dtype=np.float32)
+    )
     return make_plan(config, sources, 1)
 
 

@@ -43,3 +43,38 @@ def naive_attention(
     distance = torch.arange(length)[:, None] - torch.arange(length)
     visible = (distance >= 0) & (distance < (window or length))
     return (scores.masked_fill(~visible.to(scores.device), float("-inf")).softmax(-1) @ value).transpose(0, 1)
+
+
+def naive_token_loss(
+    method: str,
+    log_p: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) int64
+    log_q: Tensor | None = None,  # (n,) of the labels, by the original model
+    *,
+    beta: float = 1.0,
+    beta2: float = 1.0,
+    alpha: float = 1.5,
+) -> Tensor:  # (n,)
+    """What the paper of a method writes for a token, with its sign; 1 - p is at least 1e-6 where it divides."""
+    p, size = log_p.exp(), log_p.shape[1]
+    onehot = torch.nn.functional.one_hot(labels, size).to(log_p.dtype)
+    ours = (p * onehot).sum(-1)
+    ce = -(log_p * onehot).sum(-1)
+    if method == "wga":
+        return -(ours**beta).detach() * ce
+    if method == "satimp":
+        return -(ours**beta * (1 - ours) ** beta2).detach() * ce
+    if method in ("tnpo", "wtnpo"):
+        q, more = log_q.exp(), alpha if method == "wtnpo" else 0.0
+        return -(2 * ours ** (beta + more) / (ours**beta + q**beta)).detach() * ce
+    if method == "unlikelihood":
+        return -(1 - ours).log()
+    if method == "ce_u":
+        target = log_p.masked_fill(onehot.bool(), -torch.inf).softmax(-1).detach()
+        return -(target * log_p).sum(-1)
+    if method == "unilogit":
+        target = (p * (1 - onehot) / (1 - ours)[:, None] * (1 - 1 / size) + onehot / size).detach()
+        return (p * (log_p - target.log())).sum(-1)
+    assert method == "jensun", method
+    middle = (p + onehot) / 2
+    return ((p * (log_p - middle.log())).sum(-1) - (onehot * middle.log()).sum(-1)) / 2

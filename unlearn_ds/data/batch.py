@@ -7,9 +7,9 @@ position whose next token is no target (`loss_mask`).
 
 import sys
 from collections import deque
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from unlearn_ds.data.labels import TrueTargets
 from unlearn_ds.data.loss_mask import KEPT, SCATTERED
+from unlearn_ds.data.micro_batch import EvaluationBatch, MicroBatch, PackedRows, SequenceRows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE
-
-Batch = TypeVar("Batch")
 
 # Few different shapes: on a CPU oneDNN compiles a kernel per shape of a bf16 product and keeps it (0.5 MB and more each).
 _TOKENS_MULTIPLE = 128
@@ -29,72 +28,6 @@ _BUFFER_MULTIPLE = 4096
 _MOST_BUFFERS = 512  # of one size
 _REFERENCES_OF_A_FREE_BUFFER = 3  # the pool's, the local variable's and getrefcount's own
 _FILLER = [(np.zeros(2, dtype=np.int64), 2)]  # the shortest sequence with a target
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Sequences end to end, as one row of T tokens with their boundaries."""
-
-    input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) int64, from 0 in every sequence
-    cu_seqlens: Tensor  # (S + 1,) int32
-    max_seqlen: int
-
-
-@dataclass(frozen=True)
-class SequenceRows:
-    """Sequences whose loss is a function of their whole NLL: `-(2/beta) log sigmoid(beta (nll_scale NLL - shift))`."""
-
-    rows: Tensor  # (M,) int64, one sequence after another
-    targets: Tensor  # (M,) int64
-    bounds: tuple[int, ...]  # S + 1 numbers: sequence i has the rows bounds[i] : bounds[i + 1]
-    weights: Tensor  # (S,) fp32: factor / B
-    nll_scale: Tensor  # (S,) fp64
-    shift: Tensor  # (S,) fp64
-    beta: float
-    part: int = 0  # which of the plan's sources they belong to
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward and backward of a rank. Rows and weights are never empty: filler has weight 0."""
-
-    rows: PackedRows
-    ce_rows: Tensor  # (M,) int64, positions in `rows`
-    ce_targets: Tensor  # (M,) int64
-    ce_weights: Tensor  # (M,) fp32: factor / (B * targets of the sequence)
-    ce_part: Tensor  # (M,) int8: which of the plan's sources each belongs to, and one number more for kept tokens
-    sequences: SequenceRows | None = None  # None without a term of whole sequences
-    kl_rows: Tensor | None = None  # (K,) int64, positions in `rows`; None without a KL term
-    kl_weights: Tensor | None = None  # (K,) fp32
-    kl_part: Tensor | None = None  # (K,) int8
-    reference: PackedRows | None = None  # the KL sequences alone
-    ref_rows: Tensor | None = None  # (K,) int64, positions in `reference`
-    ref_hidden: Tensor | None = None  # (K, D): in the place of these two, where hidden states are cached
-
-
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Sequences to be measured. Filler has no positions at all, but rows for the forward that every rank makes."""
-
-    rows: PackedRows
-    ce_rows: Tensor  # (M,) int64, positions in `rows`
-    ce_targets: Tensor  # (M,) int64
-    token_offsets: Tensor  # (M,) int64, where the targets lie in the corpora
-    row_sequence: Tensor  # (M,) int64, the sequence of each
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy every tensor of a batch to `device`; from pinned memory on CUDA, without waiting."""
-    if device.type == "cpu":
-        return batch
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.pin_memory().to(device, non_blocking=True)
-        return to_device(value, device) if isinstance(value, (PackedRows, SequenceRows)) else value
-
-    return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch)})
 
 
 class _Buffers:
@@ -225,6 +158,9 @@ class StepBuilder:
         self._loss = [source.loss for source in plan.sources]
         self._whole = next((source for source in plan.sources if source.loss == SEQUENCE), None)
         self._is_true = [isinstance(source.targets, TrueTargets) for source in plan.sources]
+        self._token_loss = [source.token_loss for source in plan.sources]
+        self._divergence = [source.divergence for source in plan.sources]
+        self._log_q = [source.reference_log_prob for source in plan.sources]
         self._view = [source.sequences.view for source in plan.sources]
         self._sequences_of = [source.sequences for source in plan.sources]
         sizes = [sum(c.num_tokens for c in s.sequences.corpora) * (s.loss == KL) for s in plan.sources]
@@ -240,7 +176,7 @@ class StepBuilder:
         rows, tokens, starts = self._layout.pack(views or _FILLER)
         kept = [(start, i) for start, i in zip(starts, chosen) if self._num_kept[i]] if self._any_kept else []
         if self._loss.count(CROSS_ENTROPY) == len(self._loss):
-            return MicroBatch(rows, *self._cross_entropy(tokens, starts, chosen, kept))
+            return self._with_cross_entropy(rows, tokens, starts, chosen, kept)
         of_loss: dict[str, list[int]] = {CROSS_ENTROPY: [], KL: [], SEQUENCE: []}  # positions in `chosen`
         for k, i in enumerate(chosen):
             of_loss[self._loss[source[i]]].append(k)
@@ -248,14 +184,18 @@ class StepBuilder:
         def part(loss: str) -> tuple[list[int], list[int]]:
             return [starts[k] for k in of_loss[loss]], [chosen[k] for k in of_loss[loss]]
 
-        batch = MicroBatch(rows, *self._cross_entropy(tokens, *part(CROSS_ENTROPY), kept))
+        batch = self._with_cross_entropy(rows, tokens, *part(CROSS_ENTROPY), kept)
         if self._whole is not None:
             batch = replace(batch, sequences=self._sequences(tokens, *part(SEQUENCE)))
         if KL not in self._loss:
             return batch
+        of_loss[KL].sort(
+            key=lambda k: source[chosen[k]]
+        )  # in the plan's order, so that each divergence is one run of rows
         kl_starts, kl = part(KL)
         kl_rows, kl_weights, kl_part = self._kl_rows(kl_starts, kl)
         batch = replace(batch, kl_rows=kl_rows, kl_weights=kl_weights, kl_part=kl_part)
+        batch = replace(batch, **self._divergences(tokens, kl_rows, kl))
         if self._hidden_cache is not None:
             first = [given if isinstance(given, int) else int(given[0]) for given in map(self._where, kl)]
             at = [self._kl_offset[source[i]] + self._start[i] + position for i, position in zip(kl, first)]
@@ -270,6 +210,34 @@ class StepBuilder:
 
     def _positions(self, i: int, what: int | None = None) -> np.ndarray:
         return self._sequences_of[self._source[i]].positions(self._start[i], self._length[i], what)
+
+    def _with_cross_entropy(
+        self,
+        rows: PackedRows,
+        tokens: np.ndarray,
+        starts: list[int],
+        chosen: list[int],
+        kept: list[tuple[int, int]],
+    ) -> MicroBatch:
+        """The micro-batch as far as its terms of cross-entropy, or what stands in its place, go."""
+        batch = MicroBatch(rows, *self._cross_entropy(tokens, starts, chosen, kept))
+        for number, form in enumerate(self._token_loss):
+            if form is not None:
+                log_q = self._reference(number, len(batch.ce_part), chosen) if form.needs_log_q else None
+                return replace(batch, token_loss=form, ce_takes=batch.ce_part == number, ce_log_q=log_q)
+        return batch
+
+    def _reference(self, source: int, size: int, chosen: list[int]) -> Tensor:  # (size,) fp32
+        """What the original model said of the targets of a source's sequences among `chosen`; 0 for what nobody compares."""
+        assert self._log_q[source] is not None, "the original model has not measured the tokens"
+        log_q, at = np.zeros(size, dtype=np.float32), 0
+        for i in chosen:
+            if self._source[i] == source:
+                where, first = self._where(i), self._start[i] + 1
+                which = slice(first + where, first + where + self._count[i]) if isinstance(where, int) else where + first
+                log_q[at : at + self._count[i]] = self._log_q[source][which]
+            at += self._count[i]
+        return torch.from_numpy(log_q)
 
     def _cross_entropy(
         self, tokens: np.ndarray, starts: list[int], chosen: list[int], kept: list[tuple[int, int]]
@@ -341,6 +309,22 @@ class StepBuilder:
         rows, targets, weights, scale, shift = map(torch.from_numpy, arrays)
         bounds = (0, *np.cumsum(counts).tolist())
         return SequenceRows(rows, targets, bounds, weights, scale, shift, form.beta, self._source[chosen[0]])
+
+    def _divergences(self, tokens: np.ndarray, kl_rows: Tensor, chosen: list[int]) -> dict[str, Any]:
+        """Of the fields of a micro-batch: which of its rows of KL take what; `chosen` stand in the order of their sources."""
+        parts, lowered, end = [], [], 0
+        for i in chosen:
+            form, count = self._divergence[self._source[i]], self._count[i]
+            name = "kl" if form is None else form.name
+            start = parts.pop()[1] if parts and parts[-1][0] == name else end
+            end += count
+            parts.append((name, start, end))
+            lowered.append(np.full(count, (form and form.beta) or 0.0, dtype=np.float32))
+        found: dict[str, Any] = {"kl_parts": tuple(parts)}
+        if any(form is not None and form.beta is not None for form in self._divergence) and chosen:
+            targets = torch.from_numpy(tokens[kl_rows.numpy() + 1])
+            found |= {"kl_targets": targets, "kl_lowered": torch.from_numpy(np.concatenate(lowered))}
+        return found
 
     def _kl_rows(self, starts: list[int], chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, weights and part of KL; filler of weight 0 if there are none."""

@@ -1,4 +1,4 @@
-"""What cross-entropy is taken against: the true next tokens, random ones, or labels that the original model drew.
+"""What cross-entropy is taken against: the true next tokens, random or substitute ones, or what the original model drew.
 
 Targets are callables `(tokens, sequences, positions, offsets) -> labels` over the target tokens of a micro-batch: the true
 token, the number of its sequence, its position there, and its token offset in the corpora; all (n,) int64.
@@ -6,7 +6,7 @@ token, the number of its sequence, its position there, and its token offset in t
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,16 +46,29 @@ class RandomTargets:
         return np.where(self._is_special[tokens], tokens, drawn.astype(np.int64))
 
 
+class SubstituteTargets:
+    """The same few tokens over and over, from the first in every sequence."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._ids = np.array(token_ids, dtype=np.int64)
+
+    def __call__(
+        self, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, offsets: np.ndarray
+    ) -> np.ndarray:
+        _, first, which = np.unique(sequences, return_index=True, return_inverse=True)
+        return self._ids[(np.arange(len(tokens)) - first[which]) % len(self._ids)]
+
+
 class LabelRecord(Record):
-    """The `.json` beside cached labels."""
+    """The `.json` beside cached labels, or other values of tokens."""
 
     num_tokens: Count
-    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32"]
     key: dict[Text, Any]  # all that the labels depend on
 
 
-class CachedTargets:
-    """Labels read from a committed `LabelCache`.
+class TokenValues:
+    """A value of every token that was asked for, read from a committed `LabelCache`.
 
     Raises `CorpusError` if there is none at `path`, if it is damaged, or was made for another `key`.
     """
@@ -76,16 +89,20 @@ class CachedTargets:
         size = labels.stat().st_size if labels.exists() else 0
         if not size or size != found.num_tokens * dtype.itemsize:
             raise CorpusError(f"{labels}: {size} bytes instead of {found.num_tokens * dtype.itemsize}: truncated")
-        self._labels = np.asarray(np.memmap(labels, dtype=dtype, mode="r"))
+        self.values = np.asarray(np.memmap(labels, dtype=dtype, mode="r"))  # (tokens of the corpus,)
+
+
+class CachedTargets(TokenValues):
+    """Labels that the original model drew."""
 
     def __call__(
         self, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, offsets: np.ndarray
     ) -> np.ndarray:
-        return self._labels[offsets].astype(np.int64)
+        return self.values[offsets].astype(np.int64)
 
 
 class LabelCache:
-    """Labels being drawn: every rank appends to a file of its own, and the main rank joins them.
+    """Labels being drawn, or other values of tokens: every rank appends to a file of its own, and the main rank joins them.
 
     No two ranks write to one file, so the folder may be on any shared file system.
     """
@@ -94,6 +111,7 @@ class LabelCache:
         self._path = path
         self._num_tokens = num_tokens
         self._dtype = np.dtype(dtype)
+        self._pair = np.dtype([("offset", "<i8"), ("value", self._dtype)])
         self._key = key
         self._file = _part(path, distributed.rank()).open("wb")
 
@@ -102,9 +120,11 @@ class LabelCache:
         """Start drawing labels for a corpus of `num_tokens`. Every rank calls this."""
         return cls(Path(path), num_tokens, dtype, key)
 
-    def write(self, offsets: np.ndarray, labels: np.ndarray) -> None:  # both (n,) int64
+    def write(self, offsets: np.ndarray, labels: np.ndarray) -> None:  # both (n,)
         """Add labels for the tokens at these offsets."""
-        self._file.write(np.stack([offsets, labels], axis=1).astype("<i8"))
+        pairs = np.empty(len(offsets), dtype=self._pair)
+        pairs["offset"], pairs["value"] = offsets, labels
+        self._file.write(pairs.tobytes())
 
     def flush(self) -> None:
         """Put this rank's labels on disk; a barrier and the main rank's `commit` follow."""
@@ -121,8 +141,8 @@ class LabelCache:
         labels = np.zeros(self._num_tokens, dtype=self._dtype)
         parts = [_part(self._path, rank) for rank in range(distributed.world_size())]
         for part in parts:
-            pairs = np.fromfile(part, dtype="<i8").reshape(-1, 2)
-            labels[pairs[:, 0]] = pairs[:, 1]
+            pairs = np.fromfile(part, dtype=self._pair)
+            labels[pairs["offset"]] = pairs["value"]
         content = {"num_tokens": self._num_tokens, "dtype": self._dtype.name, "key": self._key}
         written = []
         try:

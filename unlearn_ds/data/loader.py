@@ -15,16 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlearn_ds.data.batch import (
-    EvaluationBatch,
-    Layout,
-    MicroBatch,
-    PackedRows,
-    StepBuilder,
-    evaluation_batch,
-    plan_layout,
-    to_device,
-)
+from unlearn_ds.data.batch import Layout, StepBuilder, evaluation_batch, plan_layout
+from unlearn_ds.data.micro_batch import EvaluationBatch, MicroBatch, PackedRows, to_device
 from unlearn_ds.data.packing import deal_alike, pack_rows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex

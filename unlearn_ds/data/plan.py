@@ -16,7 +16,7 @@ import numpy as np
 from unlearn_ds.data.hashing import Permutation, derive_key
 from unlearn_ds.data.packing import deal_alike, deal_rows, pack_rows, row_costs
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.objectives import SequenceLoss
+from unlearn_ds.objectives import Divergence, SequenceLoss, TokenLoss
 from unlearn_ds.options import OptionError
 
 SEQUENCES, TOKENS = "sequence", "token"  # what the tokens of an update are averaged over
@@ -38,11 +38,16 @@ class Source:
     reference_nll: np.ndarray | None = (
         None  # (sequences,) fp64, for a sequence_loss that compares with the original model
     )
+    token_loss: TokenLoss | None = None  # in the place of cross-entropy
+    reference_log_prob: np.ndarray | None = (
+        None  # (tokens of the corpora,) fp32, for a token_loss that compares with the original model
+    )
+    divergence: Divergence | None = None  # with objectives.KL: another
 
 
 def _term(source: Source) -> list[Any]:
     """What a checkpoint must agree with."""
-    form = source.sequence_loss
+    form = source.sequence_loss or source.token_loss or source.divergence
     return [source.role, source.loss, source.factor, *([asdict(form)] if form is not None else [])]
 
 

@@ -13,7 +13,7 @@ from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
-from unlearn_ds.objectives import RANDOM_TARGETS, SAMPLED_TARGETS, SEQUENCE, Term
+from unlearn_ds.objectives import RANDOM_TARGETS, SEQUENCE, Term
 from unlearn_ds.options import OptionError, check_name
 from unlearn_ds.stored import ABSENT, Count, OpenRecord, Positive, Record, check, load
 
@@ -221,13 +221,15 @@ def make_sources(
                 Source(
                     role=term.role,
                     loss=term.loss,
-                    factor=term.factor * (1.0 if is_first else config.retain_weight),
+                    factor=term.factor * (config.forget_weight if is_first else config.retain_weight),
                     sequences=SequenceIndex([c.corpus for c in parts], config.seq_len, shortest_document(term.role)),
                     targets=targets,
                     ratio=1.0 if is_first else config.retain_ratio * share,
                     name="+".join(c.name for c in parts),
                     kept_factor=config.retain_weight,
-                    sequence_loss=config.sequence_loss if term.loss == SEQUENCE else None,
+                    sequence_loss=config.with_numbers(term.sequence),
+                    token_loss=config.with_numbers(term.token),
+                    divergence=config.with_numbers(term.divergence),
                 )
             )
     return sources
@@ -242,9 +244,9 @@ def _shares(config: RunConfig, term: Term, named: list[NamedCorpus]) -> list[tup
     return [([corpus], mixture[corpus.name] / total) for corpus in named]
 
 
-def with_targets(config: RunConfig, sources: list[Source], targets: Any) -> list[Source]:
-    """Put `targets` in the place of every source whose term asks for sampled labels."""
-    asking = {term.role for term in config.objective.terms if term.targets == SAMPLED_TARGETS}
+def with_targets(config: RunConfig, sources: list[Source], targets: Any, kind: str) -> list[Source]:
+    """Put `targets` in the place of every source whose term asks for targets of this kind."""
+    asking = {term.role for term in config.objective.terms if term.targets == kind}
     return [dataclasses.replace(source, targets=targets) if source.role in asking else source for source in sources]
 
 

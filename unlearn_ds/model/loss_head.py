@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from unlearn_ds.kernels import (
+    Lowered,
+    TokenLoss,
     linear_cross_entropy,
     linear_kl,
     linear_sample,
@@ -30,7 +32,7 @@ from unlearn_ds.model.weights import Loading
 _LENGTH_MULTIPLE = 8  # of a padded row: few different shapes
 
 if TYPE_CHECKING:
-    from unlearn_ds.data.batch import SequenceRows
+    from unlearn_ds.data.micro_batch import SequenceRows
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,20 @@ class HeadOptions:
 class LossCall:
     """Ask for `sum_t a_t * CE_t + sum_t b_t * KL_t + sum_i w_i * L(NLL_i)`.
 
-    Returns (loss, CE per row, KL per row, L per sequence); empty where there is no such term.
+    Returns (loss, CE per row, KL per row, L per sequence); empty where there is no such term. ce_loss: what stands in the place
+    of CE in the rows that take it.
     """
 
     ce_rows: Tensor  # (M,) int64
     ce_targets: Tensor  # (M,) int64
     ce_weights: Tensor  # (M,) fp32, signed
+    ce_loss: TokenLoss | None = None
     kl_rows: Tensor | None = None  # (K,) int64
     kl_weights: Tensor | None = None  # (K,) fp32
+    kl_parts: tuple[
+        tuple[str, int, int], ...
+    ] = ()  # rows of another divergence: (name, first, end); none: KL throughout
+    kl_lowered: Lowered | None = None  # of the K rows
     ref_hidden: Tensor | None = None  # (K, D), of the reference, in the order of kl_rows
     ref_weight: Tensor | None = None  # (V, D)
     ref_bias: Tensor | None = None  # (V,)
@@ -122,7 +130,9 @@ def _loss(
     call: LossCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cross_entropy = _bound(linear_cross_entropy, head, options)
-    loss, nll = cross_entropy(hidden, head.weight, call.ce_targets, call.ce_weights, rows=call.ce_rows)
+    loss, nll = cross_entropy(
+        hidden, head.weight, call.ce_targets, call.ce_weights, loss=call.ce_loss, rows=call.ce_rows
+    )
     kl = whole = nll.new_empty(0)
     if call.sequences is not None:
         some = call.sequences
@@ -140,17 +150,35 @@ def _loss(
         loss = loss + whole_loss
     if call.kl_rows is None:
         return loss, nll, kl, whole
-    divergence = _bound(linear_kl, head, options)
-    kl_loss, kl = divergence(
-        hidden,
-        head.weight,
-        call.ref_hidden,
-        call.ref_weight,
-        call.kl_weights,
-        rows=call.kl_rows,
-        ref_bias=call.ref_bias,
-    )
+    kl_loss, kl = _divergences(head, options, hidden, call)
     return loss + kl_loss, nll, kl, whole
+
+
+def _divergences(
+    head: nn.Module,
+    options: HeadOptions,
+    hidden: Tensor,  # (T, D)
+    call: LossCall,
+) -> tuple[Tensor, Tensor]:
+    """The terms that compare with the reference: their sum, and the divergence of each row (K,)."""
+    divergence = _bound(linear_kl, head, options)
+    losses, values = [], []
+    for name, start, stop in call.kl_parts or (("kl", 0, len(call.kl_rows)),):
+        lowered = call.kl_lowered and Lowered(*(part[start:stop] for part in call.kl_lowered))
+        loss, value = divergence(
+            hidden,
+            head.weight,
+            call.ref_hidden[start:stop],
+            call.ref_weight,
+            call.kl_weights[start:stop],
+            divergence=name,
+            lowered=lowered,
+            rows=call.kl_rows[start:stop],
+            ref_bias=call.ref_bias,
+        )
+        losses.append(loss)
+        values.append(value)
+    return sum(losses[1:], losses[0]), torch.cat(values) if len(values) > 1 else values[0]
 
 
 def _stats(

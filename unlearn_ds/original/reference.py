@@ -1,4 +1,4 @@
-"""The frozen original model, asked for the retain sequences of KL methods only."""
+"""The frozen original model, asked only for the sequences whose term compares with it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from unlearn_ds.data.loader import MicroBatch
 from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.kernels import Lowered, TokenLoss
 from unlearn_ds.marks import REFERENCE
 from unlearn_ds.model.lora import adapters_off
 from unlearn_ds.model.loss_head import LossCall
@@ -24,7 +25,7 @@ class NoReference:
     @contextmanager
     def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
         """The question that `batch` puts to the loss head."""
-        yield LossCall(batch.ce_rows, batch.ce_targets, batch.ce_weights, sequences=batch.sequences)
+        yield _call(batch)
 
 
 class LiveReference:
@@ -84,13 +85,19 @@ def _whole(head: nn.Module) -> Any:
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded))
 
 
-def _call(batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LossCall:
+def _call(
+    batch: MicroBatch, hidden: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
+) -> LossCall:
+    form = batch.token_loss
     return LossCall(
         batch.ce_rows,
         batch.ce_targets,
         batch.ce_weights,
+        ce_loss=form and TokenLoss(form.form, form.powers, batch.ce_takes, batch.ce_log_q),
         kl_rows=batch.kl_rows,
         kl_weights=batch.kl_weights,
+        kl_parts=batch.kl_parts,
+        kl_lowered=None if batch.kl_lowered is None else Lowered(batch.kl_targets, batch.kl_lowered),
         ref_hidden=hidden,
         ref_weight=weight,
         ref_bias=bias,

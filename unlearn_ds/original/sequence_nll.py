@@ -12,13 +12,14 @@ import torch
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex
+from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import NamedCorpus
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.measures.collect import collect_table
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.cache_key import cache_path, original_model, to_be_made
+from unlearn_ds.original.cache_key import cache_path, to_be_made
+from unlearn_ds.original.token_cache import common_key
 from unlearn_ds.stored import Count, Record, Text, read
 
 _MANIFEST = "cache.json"
@@ -34,13 +35,7 @@ class NllRecord(Record):
 
 def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
     """Everything the numbers depend on."""
-    return {
-        "corpus": corpus.corpus.fingerprint,
-        **original_model(model_fingerprint),
-        "bf16": config.bf16,
-        "seq_len": config.seq_len,
-        "shortest_document": MIN_FORGET_TOKENS,
-    }
+    return common_key(config, corpus, model_fingerprint)
 
 
 def reference_nll(

@@ -15,6 +15,7 @@ from unlearn_ds.config import RunConfig, profiled_steps
 from unlearn_ds.cost.fit import check_memory, model_facts, setting_of, settle_memory
 from unlearn_ds.cost.flops import ModelFlops, model_flops
 from unlearn_ds.cost.peak import state
+from unlearn_ds.data.labels import SubstituteTargets
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import (
@@ -23,6 +24,7 @@ from unlearn_ds.data.sources import (
     make_plan,
     make_sources,
     open_run_corpora,
+    with_reference_log_prob,
     with_reference_nll,
     with_targets,
 )
@@ -34,6 +36,7 @@ from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
 from unlearn_ds.engine.tf32 import EXACT, training_precision
+from unlearn_ds.methods import far_from_preset
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
@@ -41,12 +44,13 @@ from unlearn_ds.model.load import head_options, load_model
 from unlearn_ds.model.lora import add_adapters, lora_options, trainable_parameters
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size, num_parameters
-from unlearn_ds.objectives import KL
+from unlearn_ds.objectives import KL, SAMPLED_TARGETS, SUBSTITUTE_TARGETS
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.hidden_cache import open_or_fill
 from unlearn_ds.original.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.original.relabel import sampled_targets
 from unlearn_ds.original.sequence_nll import reference_nll
+from unlearn_ds.original.token_log_prob import reference_log_prob
 from unlearn_ds.run.folder import (
     earlier_record,
     find_checkpoint,
@@ -212,10 +216,25 @@ def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus
     """The terms of the objective over their corpora, and the run's updates."""
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
     sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
+    if config.objective.needs_substitute_targets:
+        targets = SubstituteTargets(substitute_ids(config.substitute_text, subject.tokenizer))
+        sources = with_targets(config, sources, targets, SUBSTITUTE_TARGETS)
     plan = make_plan(config, sources, distributed.world_size())
     if config.profile_steps is not None and profiled_steps(config.profile_steps)[1] > plan.num_steps:
         raise OptionError(f"--profile_steps {config.profile_steps}: the run has {plan.num_steps} updates")
+    if warning := far_from_preset(config, plan.num_steps):
+        distributed.say(warning)
     return sources, plan
+
+
+def substitute_ids(text: str, tokenizer: Any | None) -> list[int]:
+    """The tokens that forget tokens are pulled towards. Raises `OptionError` if there are none."""
+    if tokenizer is None:
+        raise OptionError(f"--substitute_text {text!r}: the model has no tokenizer: give --tokenizer_name_or_path")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise OptionError(f"--substitute_text {text!r}: the tokenizer makes no token of it")
+    return ids
 
 
 def facts_of(subject: Subject, plan: Plan, ds_file: dict[str, Any], corpora: list[list[NamedCorpus]]) -> Facts:
@@ -283,13 +302,15 @@ def ask_original(
     engine: TrainingEngine,
     device: torch.device,
 ) -> list[Source]:
-    """The sources with what the original model says of the forget set: sampled labels, or each sequence's NLL."""
+    """The sources with what the original model says of the forget set: sampled labels, NLLs of sequences, log p of tokens."""
     given = (config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
     if config.objective.needs_sampled_targets:
-        sources = with_targets(config, sources, sampled_targets(*given))
+        sources = with_targets(config, sources, sampled_targets(*given), SAMPLED_TARGETS)
     form = config.sequence_loss
     if form is not None and form.needs_reference_nll:
         sources = with_reference_nll(sources, reference_nll(*given))
+    if config.token_loss is not None and config.token_loss.needs_log_q:
+        sources = with_reference_log_prob(sources, reference_log_prob(*given).values)
     return sources
 
 

@@ -1,0 +1,205 @@
+"""What a run may say of its method: its names, its presets, the options that it has. A `config` is a `config.RunConfig`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unlearn_ds.objectives import KL, OBJECTIVES, Objective
+from unlearn_ds.options import OptionError, did_you_mean
+
+# Open-Unlearning's trainers -> the row of the table, and the retain term that their name implies.
+TRAINERS: dict[str, dict[str, Any]] = {
+    "GradAscent": {"unlearn_method": "gradient_ascent"},
+    "GradDiff": {"unlearn_method": "ascent_plus_descent"},
+    "NPO": {"unlearn_method": "npo_plus_descent"},
+    "SimNPO": {"unlearn_method": "simnpo_plus_descent"},
+    "WGA": {"unlearn_method": "wga", "retain_loss": "cross_entropy"},
+    "SatImp": {"unlearn_method": "satimp", "retain_loss": "cross_entropy"},
+    "CEU": {"unlearn_method": "ce_u"},
+    "UNDIAL": {"unlearn_method": "undial"},
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options as a source used them, and how many updates its run had, where it says so."""
+
+    options: dict[str, Any]
+    updates: int | None
+    source: str
+
+
+_SWEEP = "best of its method among 150 models in the sweep of arXiv 2605.24614 (TOFU forget10, Llama-3.2-1B)"
+_OPEN_UNLEARNING = "Open-Unlearning's defaults, on TOFU (github.com/locuslab/open-unlearning)"
+_TOFU_EPOCH = 12.5  # updates: 400 forget items, each with one of retain, 32 pairs an update
+
+
+def _tofu(source: str, epochs: int, learning_rate: float, **options: Any) -> Preset:
+    common = {"learning_rate": learning_rate, "num_train_epochs": float(epochs)}
+    pairs = {"global_batch_size": 64 if options.get("retain_loss") != "none" else 32}
+    return Preset(common | pairs | options, round(_TOFU_EPOCH * epochs), source)
+
+
+PRESETS = {
+    "grad_diff": _tofu(_SWEEP, 5, 2e-5, unlearn_method="ascent_plus_descent", retain_weight=5.0),
+    "npo": _tofu(_SWEEP, 10, 5e-5, unlearn_method="npo_plus_descent", beta=0.1, retain_weight=5.0),
+    "simnpo": _tofu(_SWEEP, 10, 5e-5, unlearn_method="simnpo_plus_descent", beta=3.5, forget_weight=0.125),
+    "wga": _tofu(_OPEN_UNLEARNING, 5, 1e-5, unlearn_method="wga", retain_loss="cross_entropy", beta=1.0),
+    "satimp": _tofu(
+        _OPEN_UNLEARNING, 10, 1e-5, unlearn_method="satimp", retain_loss="cross_entropy", beta=5.0, forget_weight=0.1
+    ),
+    "ce_u": _tofu(_OPEN_UNLEARNING, 10, 1e-5, unlearn_method="ce_u", retain_loss="none"),
+    "undial": _tofu(_OPEN_UNLEARNING, 10, 1e-4, unlearn_method="undial", retain_loss="none", beta=10.0),
+    "jensun": Preset(
+        {"learning_rate": 8e-6, "num_train_epochs": 10.0, "unlearn_method": "jensun", "retain_loss": "jsd"},
+        None,
+        "its authors (arXiv 2509.02820), with paraphrases among the forget documents",
+    ),
+}
+_FAR = 10.0  # times less, or more, than what a preset's source trained
+
+
+def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as the user gave them, with those of the preset behind them, and a trainer's name as what it stands for.
+
+    Raises `OptionError` for a preset that is not there, or is another method's.
+    """
+    given, name = dict(options), options.get("preset")
+    trainer = TRAINERS.get(given.get("unlearn_method"), {})
+    given = trainer | given | {key: trainer[key] for key in trainer.keys() & {"unlearn_method"}}
+    if name is None:
+        return given
+    if name not in PRESETS:
+        raise OptionError(f"--preset {name}: choose one of {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
+    preset = PRESETS[name].options
+    method = preset["unlearn_method"]
+    if given.get("unlearn_method", method) != method:
+        raise OptionError(f"--preset {name} is of --unlearn_method {method}, not of {given['unlearn_method']}")
+    return preset | given
+
+
+def far_from_preset(config: Any, num_steps: int) -> str | None:
+    """A warning where a run's learning rate times its updates is far from what its preset's source used; else None."""
+    preset = PRESETS.get(config.preset)
+    if preset is None or preset.updates is None:
+        return None
+    theirs, ours = preset.options["learning_rate"] * preset.updates, config.learning_rate * num_steps
+    if theirs / _FAR <= ours <= theirs * _FAR:
+        return None
+    what = "nothing may change" if ours < theirs else "the model may be destroyed"
+    return (
+        f"warning: --preset {config.preset}: its source made {preset.updates} updates at "
+        f"{preset.options['learning_rate']:g}, and "
+        f"this run makes {num_steps} at {config.learning_rate:g}, {ours / theirs:.2g} times as far: {what}"
+    )
+
+
+def needs(objective: Objective) -> str:
+    """What of the original model a method needs, in a few words."""
+    form = objective.sequence_loss or objective.token_loss
+    asked = [
+        (objective.needs_sampled_targets, "labels, drawn once (one forward of forget)"),
+        (getattr(form, "needs_reference_nll", False), "a number a sequence, once (one forward of forget)"),
+        (getattr(form, "needs_log_q", False), "a number a token, once (one forward of forget)"),
+        (objective.needs_reference, "a forward of it in every update"),
+    ]
+    return ", ".join(text for needed, text in asked if needed) or "nothing"
+
+
+def method_listing() -> str:
+    """All methods, what each needs of the original model beside its own forward and backward, and the presets."""
+    lines = ["methods (--unlearn_method), their own options, and what each needs of the original model:"]
+    for name, row in OBJECTIVES.items():
+        own = " ".join(f"--{number} {getattr(row.terms[0].form, number):g}" for number in row.numbers)
+        lines += [f"  {name:<27}{row.summary}", f"  {'':<27}{own + '; ' if own else ''}original model: {needs(row)}"]
+    lines += ["", "Open-Unlearning's trainers:"]
+    for name, options in TRAINERS.items():
+        lines.append(f"  {name:<27}{_flags(options)}")
+    lines += ["", "presets (--preset):"]
+    for name, preset in PRESETS.items():
+        lines += [f"  {name:<27}{_flags(preset.options)}", f"  {'':<27}{preset.source}"]
+    return "\n".join(lines)
+
+
+def _flags(options: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in options.items()
+    )
+
+
+def check_method(config: Any) -> None:
+    """Raise `OptionError` for options that the method has no use for, or that it lacks."""
+    method = config.unlearn_method
+    if method not in OBJECTIVES:
+        raise OptionError(
+            f"--unlearn_method {method}: choose one of {', '.join(OBJECTIVES)}."
+            f"{did_you_mean(method, [*OBJECTIVES, *TRAINERS])}"
+        )
+    if method == "retrain" and config.model_name_or_path is None:
+        raise OptionError("--unlearn_method retrain needs --model_name_or_path, the model to start from")
+    if method != "retrain" and config.target_model_name_or_path is None:
+        raise OptionError(f"--unlearn_method {method} needs --target_model_name_or_path, the model that must forget")
+    if config.train_on and method not in ("finetune", "retrain"):
+        raise OptionError(f"--train_on is for finetune and retrain, not for {method}")
+    if config.random_init and method not in ("finetune", "retrain"):
+        raise OptionError(f"--random_init is for finetune and retrain: {method} needs a trained model")
+    sampling = config.top_k is not None or config.top_p is not None or config.rm_groundtruth
+    if method == "random_label":
+        if config.completely_random and sampling:
+            raise OptionError("--completely_random takes no --top_k, --top_p or --rm_groundtruth")
+        if not config.completely_random and config.top_k is None and config.top_p is None:
+            raise OptionError(
+                "--unlearn_method random_label needs --completely_random True, or --top_k / --top_p to sample from the "
+                "original model (adversarial samples: --top_k 1 --rm_groundtruth True)"
+            )
+    elif sampling and method != "adversarial":
+        raise OptionError(f"--top_k, --top_p and --rm_groundtruth are for random_label, not for {method}")
+    elif config.completely_random:
+        raise OptionError(f"--completely_random is for random_label, not for {method}")
+    _check_terms(config)
+    if not config.do_unlearn:
+        raise OptionError(
+            "--do_unlearn False: there is nothing else to do; to measure a model use `unlearn-ds evaluate`"
+        )
+    if config.general and config.train_on:
+        raise OptionError("--general True and --train_on both choose the data; give one")
+    if config.retain_mixture and config.general:
+        raise OptionError("--general True and --retain_sets both choose retain data; give one")
+    if config.retain_mixture and "forget" in config.retain_mixture:
+        raise OptionError("--retain_sets forget: what is to be forgotten cannot be kept")
+    if config.retain_mixture and config.objective.roles != ("forget", "retain"):
+        raise OptionError(f"--retain_sets is for methods that pair forget with retain, not for {method}")
+
+
+def _check_terms(config: Any) -> None:
+    """What a method's forget and retain terms leave to choose."""
+    method, objective = config.unlearn_method, config.objective
+    for name in ("beta", "gamma", "beta2", "alpha"):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if name not in objective.numbers:
+            having = " and ".join(key for key, row in OBJECTIVES.items() if name in row.numbers and len(row.terms) == 1)
+            raise OptionError(f"--{name} is for {having}, not for {method}")
+        if name == "beta" and objective.sequence_loss is not None and value <= 0:
+            raise OptionError(f"--beta {value}: must be above 0")
+        if name != "gamma" and value < 0:
+            raise OptionError(f"--{name} {value}: must not be negative")
+    if config.reference == "cache" and sum(term.loss == KL for term in objective.terms) > 1:
+        raise OptionError(
+            f"--reference cache keeps the original model's hidden states of one set, and {method} with --retain_loss "
+            f"{config.retain_loss} compares with it on two: use --reference live"
+        )
+    if not objective.forgets and (config.retain_loss is not None or config.forget_weight != 1):
+        raise OptionError(f"--retain_loss and --forget_weight are for methods that forget, not for {method}")
+    if config.forget_weight <= 0:
+        raise OptionError(f"--forget_weight {config.forget_weight}: must be above 0")
+    if not config.substitute_text.strip():
+        raise OptionError("--substitute_text '': what forget tokens are pulled towards must have a token")
+    if config.general and "retain" not in objective.roles:
+        raise OptionError(f"--general True chooses retain data, and {method} uses none")
+    if len(objective.terms) < 2 and (config.retain_weight != 1 or config.retain_ratio != 1):
+        raise OptionError(
+            f"--retain_weight and --retain_ratio are for methods that pair forget with retain, not for {method} (--retain_loss "
+            "adds such a term)"
+        )
