@@ -258,6 +258,19 @@ def with_reference_nll(
     return [dataclasses.replace(s, reference_nll=nll) if s.loss == SEQUENCE else s for s in sources]
 
 
+def with_reference_log_prob(
+    sources: list[Source],
+    log_prob: np.ndarray,  # (tokens of the corpora,) fp32
+) -> list[Source]:
+    """Give the source that compares tokens with the original model what that model said."""
+    return [
+        dataclasses.replace(source, reference_log_prob=log_prob)
+        if source.token_loss is not None and source.token_loss.needs_log_q
+        else source
+        for source in sources
+    ]
+
+
 def make_plan(config: RunConfig, sources: list[Source], world_size: int) -> Plan:
     """The steps of the run."""
     # What an update sees does not depend on it: before `fit` has settled it, any number will do.
