@@ -234,7 +234,9 @@ class StepBuilder:
         for i in chosen:
             if self._source[i] == source:
                 where, first = self._where(i), self._start[i] + 1
-                which = slice(first + where, first + where + self._count[i]) if isinstance(where, int) else where + first
+                which = (
+                    slice(first + where, first + where + self._count[i]) if isinstance(where, int) else where + first
+                )
                 log_q[at : at + self._count[i]] = self._log_q[source][which]
             at += self._count[i]
         return torch.from_numpy(log_q)
