@@ -45,6 +45,7 @@ BENCHES = {
         "unlearn_ds.bench.evaluation",
         "all measures in one pass against a pass per attack with whole logits, on CPU",
     ),
+    "generation": ("unlearn_ds.bench.generation", "tokens/s of decoding with a cache against decoding without"),
 }
 
 

@@ -219,7 +219,9 @@ MEASURES = evaluate_tables({"forget": TABLE}) | {
 }
 JUDGED = MEASURES | {"verdict": {"sentence": "s", "forgotten": "forgotten", "certain": True}}
 EVALUATED = {
-    "generation.json": {"rouge_l": 0.5, "num_sequences": 3, "max_tokens": 9} | SUBJECT,
+    "generation.json": {"rouge_l": 0.5, "num_sequences": 3, "max_tokens": 9}
+    | {"temperature": 0.7, "top_p": 0.9, "num_samples": 2, "num_unstopped": 1}
+    | SUBJECT,
     "quantize.json": {"int4": JUDGED | SUBJECT},
     "relearn.json": {"updates": 8, "learning_rate": 1e-3, "batch_size": 4, "num_taught": 3}
     | {"before": MEASURES, "after": MEASURES}
