@@ -1,6 +1,7 @@
 """Metrics of answers: closed forms of a uniform, a perfect and a destroyed model, and a plain computation in another way."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -144,6 +145,12 @@ def test_rouge_stems_words_and_says_what_was_written():
     assert score(metric) == pytest.approx(0.25)
 
 
+def test_without_its_package_rouge_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(OptionError, match=r"needs the package rouge-score: `pip install unlearn-ds\[benchmarks\]`"):
+        m.rouge([0], ["a"], ["b"])
+
+
 # n, k, what TOFU's tables print
 TABLE = [
     *((40, k, p) for k, p in ((7, ".579"), (8, ".405"), (9, ".266"), (10, ".165"), (11, ".0971"), (14, ".0143"))),
@@ -196,7 +203,8 @@ def test_a_score_that_is_missing_is_a_broken_models():
 
 def test_other_questions_are_refused():
     with pytest.raises(
-        OptionError, match=r"has 5 questions and this evaluation 3, not the same \(it has 3, 4 beside them"
+        OptionError,
+        match=r"the retain log: has 5 questions and this evaluation 3, not the same \(it has 3, 4 beside them",
     ):
         forget_quality(ratios(range(3)), ratios(range(5)))
     with pytest.raises(OptionError, match=r"\(it lacks 1, 2\): it must be of the same split"):

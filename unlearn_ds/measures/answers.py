@@ -153,16 +153,20 @@ def _scored(answers: Answers, scores: np.ndarray, broken: np.ndarray) -> Metric:
     return _metric(values, scores, broken.sum())
 
 
-def rouge(index: Sequence[int], written: Sequence[str], truths: Sequence[str], kind: str = "rougeL_recall") -> Metric:
-    """ROUGE of written answers with stemmed words (package rouge-score); `kind` is aggregated: rouge1_recall, rougeL_f1 or
-    rougeL_recall. Raises `OptionError` without the package.
-    """
+def rouge_scorer() -> Any:
+    """What scores ROUGE, words stemmed. Raises `OptionError` without the package rouge-score."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise OptionError("ROUGE needs the package rouge-score: `pip install unlearn-ds[benchmarks]`") from error
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    values = {}
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+
+
+def rouge(index: Sequence[int], written: Sequence[str], truths: Sequence[str], kind: str = "rougeL_recall") -> Metric:
+    """ROUGE of written answers with stemmed words (package rouge-score); `kind` is aggregated: rouge1_recall, rougeL_f1 or
+    rougeL_recall. Raises `OptionError` without the package.
+    """
+    scorer, values = rouge_scorer(), {}
     for number, text, truth in zip(index, written, truths):
         found = scorer.score(truth, text)
         values[int(number)] = {

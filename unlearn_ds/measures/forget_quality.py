@@ -36,7 +36,6 @@ def ks_counts(
 ) -> np.ndarray:  # (R,)
     """n D: the largest difference of how many of both samples lie at or below a value."""
     places = np.unique(np.concatenate([first, second]))
-    largest = np.zeros(len(weights))
     below = []
     for values in (first, second):
         order = np.argsort(values, kind="stable")
@@ -44,8 +43,7 @@ def ks_counts(
             [np.zeros((len(weights), 1)), np.cumsum(weights[:, order], axis=1, dtype=np.float64)], 1
         )
         below.append(running[:, np.searchsorted(values[order], places, "right")])
-    np.maximum(largest, np.abs(below[0] - below[1]).max(1), out=largest)
-    return largest
+    return np.abs(below[0] - below[1]).max(1)
 
 
 def forget_quality(own: Metric, retain: Metric, seed: int = 0) -> Metric:
@@ -70,8 +68,8 @@ def forget_quality(own: Metric, retain: Metric, seed: int = 0) -> Metric:
     }
 
 
-def check_same_questions(own: Metric, retain: Metric) -> None:
-    """Raise `OptionError` if two metrics are not of the same questions."""
+def check_same_questions(own: Metric, retain: Metric, where: str = "the retain log") -> None:
+    """Raise `OptionError` if two metrics are not of the same questions. where: the log, for the message."""
     ours, theirs = own["value_by_index"], retain.get("value_by_index") or {}
     if ours.keys() == theirs.keys():
         return
@@ -79,7 +77,7 @@ def check_same_questions(own: Metric, retain: Metric) -> None:
     words = [f"it lacks {', '.join(missing[:_SHOWN])}"] if missing else []
     words += [f"it has {', '.join(more[:_SHOWN])} beside them"] if more else []
     raise OptionError(
-        f"the retain log has {len(theirs)} questions and this evaluation {len(ours)}, not the same ({'; '.join(words)}): it "
+        f"{where}: has {len(theirs)} questions and this evaluation {len(ours)}, not the same ({'; '.join(words)}): it "
         "must be of the same split: evaluate the retain model on the same files"
     )
 
