@@ -45,6 +45,7 @@ setup(
         "wandb": ["wandb>=0.19.0"],
         "lora": ["peft>=0.18.0"],
         "tasks": ["lm-eval>=0.4.9"],
+        "benchmarks": ["rouge-score>=0.1.2"],
         "bench": ["liger-kernel", "quack-kernels", "cut-cross-entropy"],
         "test": [
             "pytest>=8.0.0",
@@ -56,6 +57,7 @@ setup(
             "markdown-it-py>=3.0.0",
             "scikit-learn>=1.5.0",
             "lm-eval>=0.4.9",
+            "rouge-score>=0.1.2",
             "wandb>=0.19.0",
             "peft>=0.18.0",
         ],

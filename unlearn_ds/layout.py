@@ -20,6 +20,8 @@ PROFILE = "profile"
 STACKS = "stacks"
 RELEARNING = ".relearn"
 ROBUSTNESS = ("generation", "quantize", "relearn", "tasks")  # NAME.json each, if it was asked for
+SUITES = ("TOFU",)  # benchmarks of the field
+SUITE_FILES = ("EVAL", "SUMMARY", "MEASURED")  # SUITE_NAME.json each
 REPORT_FILES = ("report.json", "report.md", "report.html")
 DONE_FILE = "done.json"  # of a run of a sweep
 # Of all tokenizers; code that comes with one (trust_remote_code) is its own matter.
@@ -46,6 +48,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generat
 WRITTEN = (
     *(RUN_FILE, METRICS_FILE, EVALUATION_FILE, ROC_FILE, DONE_FILE, *REPORT_FILES),
     *(f"{name}.json" for name in ROBUSTNESS),
+    *(f"{suite}_{name}.json" for suite in SUITES for name in SUITE_FILES),
     f"{TABLES}/*.parquet",
     f"{PROFILE}/rank*.json",
     f"{PROFILE}/breakdown.json",

@@ -52,18 +52,11 @@ def evaluate(setting, output, *more, ranks=1):
 @pytest.fixture(scope="module")
 def measured(setting, tmp_path_factory):
     output = tmp_path_factory.mktemp("measured")
-    more = [
-        "--quantize",
-        "int8",
-        "int4",
-        "--relearn",
-        "8",
-        "--relearn_learning_rate",
-        "2e-2",
-        "--relearn_batch_size",
-        "4",
-    ]
-    finished = evaluate(setting, output, *more, "--generate", "3", "--generate_tokens", "5")
+    more = (
+        "--quantize int8 int4 --relearn 8 --relearn_learning_rate 2e-2 --relearn_batch_size 4 --generate 3 "
+        "--generate_tokens 5 --generate_temperature 0.8 --generate_top_p 0.9 --generate_samples 2"
+    )
+    finished = evaluate(setting, output, *more.split())
     assert finished.returncode == 0, finished.stderr[-3000:]
     return output
 
@@ -161,8 +154,10 @@ def test_relearning_measures_documents_that_it_did_not_teach(measured, naive):
 
 def test_generation_is_measured_within_its_bounds(measured):
     result = read(measured / "generation.json")
-    assert (result["num_sequences"], result["max_tokens"]) == (3, 5)
+    assert (result["num_sequences"], result["max_tokens"], result["num_samples"]) == (3, 5, 2)
+    assert (result["temperature"], result["top_p"]) == (0.8, 0.9)
     assert 0 <= result["rouge_l"] <= 1
+    assert 0 <= result["num_unstopped"] <= 6
 
 
 def test_verdict_against_evaluated_models(setting, measured, tmp_path):
@@ -172,30 +167,6 @@ def test_verdict_against_evaluated_models(setting, measured, tmp_path):
     assert (verdict["kept"], verdict["ppl_ratio"], verdict["ks_p_value"]) == ("kept", 1.0, 1.0)
     assert "reference" in read(tmp_path / "evaluation.json")["mia"]
     assert verdict["sentence"] in finished.stderr
-
-
-def test_greedy_continuation_is_the_models_own(setting):
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from unlearn_ds.evaluation.generation import continue_greedily
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(setting["model"], dtype=torch.float32)
-    prompt = np.array([5, 9, 33, 70])
-
-    def ask(rows, call):
-        return model(rows.input_ids).logits[0, call.rows].argmax(-1)
-
-    ours = continue_greedily(ask, prompt, 6, torch.device("cpu"))
-    own = model.generate(
-        torch.from_numpy(prompt)[None],
-        attention_mask=torch.ones(1, 4),
-        max_new_tokens=6,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    assert ours.tolist() == own[0, 4:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -364,6 +335,12 @@ def test_an_error_leaves_nothing_behind(setting, tmp_path):
         ({"quantize": ("int5",)}, "--quantize int5: choose from int8, int4. Did you mean 'int"),
         ({"relearn": -1}, "--relearn -1: must not be negative"),
         ({"relearn_batch_size": 0}, "--relearn_batch_size 0: must be above 0"),
+        ({"generate_tokens": 0}, "--generate_tokens 0: must be above 0"),
+        ({"generate_samples": 3}, "--generate_samples 3: has no effect on the most likely tokens: add --generate_temp"),
+        ({"generate_top_p": 0.5}, "--generate_top_p 0.5: has no effect on the most likely tokens"),
+        ({"generate_top_p": 1.5}, "--generate_top_p 1.5: a probability, at most 1"),
+        ({"generate_temperature": -1.0}, "--generate_temperature -1.0: must not be negative"),
+        ({"generate_stop": ("",)}, "--generate_stop '': an empty text is found everywhere"),
         ({"tasks_limit": 0}, "--tasks_limit 0: at least 1"),
         ({"max_sequences": 1}, "--max_sequences 1: at least 2, or a set has no spread"),
     ],

@@ -26,6 +26,7 @@ from unlearn_ds.evaluation.report_model import load_model_folder
 from unlearn_ds.evaluation.report_page import extra_columns, run_facts
 from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.measures.folder import check_same_model, check_same_subject, subject_statement, table_digests
+from unlearn_ds.measures.forget_quality import check_same_questions
 from unlearn_ds.measures.measured import check_comparable
 from unlearn_ds.measures.summary import evaluate_tables
 from unlearn_ds.measures.table import write_table
@@ -36,6 +37,8 @@ from unlearn_ds.original.hidden_cache import HiddenCache, read_whole
 from unlearn_ds.original.sequence_nll import _read as read_nll
 from unlearn_ds.run.folder import find_checkpoint, with_earlier_choices
 from unlearn_ds.stored import read
+from unlearn_ds.suites.log import Log, read_retain_log
+from unlearn_ds.suites.tofu import combined
 
 KEY = {"corpora": ["a"], "model": "m", "seq_len": 8, "dtype": "float32"}
 OVERLAP = {"forget": "f", "near_copies": True, "dropped": False, "exact": 1, "near": 0, "examples": [[1, 0, 1.0]]}
@@ -219,7 +222,9 @@ MEASURES = evaluate_tables({"forget": TABLE}) | {
 }
 JUDGED = MEASURES | {"verdict": {"sentence": "s", "forgotten": "forgotten", "certain": True}}
 EVALUATED = {
-    "generation.json": {"rouge_l": 0.5, "num_sequences": 3, "max_tokens": 9} | SUBJECT,
+    "generation.json": {"rouge_l": 0.5, "num_sequences": 3, "max_tokens": 9}
+    | {"temperature": 0.7, "top_p": 0.9, "num_samples": 2, "num_unstopped": 1}
+    | SUBJECT,
     "quantize.json": {"int4": JUDGED | SUBJECT},
     "relearn.json": {"updates": 8, "learning_rate": 1e-3, "batch_size": 4, "num_taught": 3}
     | {"before": MEASURES, "after": MEASURES}
@@ -297,6 +302,25 @@ def read_tensors(folder: Path) -> Any:
     return [stored.offset + sum(stored.shape) for stored in stored_tensors(weight_files(folder)).values()]
 
 
+RATIOS = {"agg_value": 0.5, "value_by_index": {"0": {"score": 0.5}, "1": {"score": 1.5}}}
+SUITE = {"model_fingerprint": "aa", "precision": "fp32", "split": "forget10", "template": {"style": "auto"}}
+SUITE |= {"generate_tokens": 9, "sets": {"forget": "f"}}
+
+
+def write_suite(folder: Path, name: str) -> Path:
+    log = Log(folder, "TOFU")
+    log.write({"forget_truth_ratio": RATIOS, "mia_min_k": {"agg_value": 0.6, "auc": 0.6}}, SUITE)
+    return folder / f"TOFU_{name}.json"
+
+
+def read_suite(folder: Path) -> Any:
+    """What another evaluation into the folder does with it, and one that is held against it."""
+    Log(folder, "TOFU").finished(SUITE)
+    retain = read_retain_log(folder / "TOFU_EVAL.json", SUITE, ("forget_truth_ratio", "mia_min_k"))
+    check_same_questions(RATIOS, retain["forget_truth_ratio"], str(folder))
+    combined({"forget_truth_ratio": RATIOS, "mia_min_k": {"agg_value": 0.7}}, retain, 0)
+
+
 EVALUATION = {"read": read_evaluated, "free": r"options\..*|verdict\.(?!sentence).*"}
 KINDS = {
     "corpus": Kind(write_corpus, read_corpus, free=r"prepared_from.*"),
@@ -313,6 +337,13 @@ KINDS = {
     "quantize": Kind(write_evaluated("quantize.json"), read_evaluated, free=r"int4\.verdict\.(?!sentence).*"),
     "relearn": Kind(write_evaluated("relearn.json"), **EVALUATION),
     "tasks": Kind(write_evaluated("tasks.json"), **EVALUATION),
+    "suite": Kind(
+        lambda folder: write_suite(folder, "EVAL"),
+        read_suite,
+        free=r"\w+\.(?!agg_value$|value_by_index).*|forget_truth_ratio\.value_by_index\.\d+\.(?!score$).*",
+        other=True,
+    ),
+    "suite's statement": Kind(lambda folder: write_suite(folder, "MEASURED"), read_suite),
     "cases": Kind(write_summary, read_cases, free=r"machine.*|left.*|results\.\d\.exit_code"),
     "rows": Kind(write_rows, read_rows, free=r"machine.*|results\.0\..*", other=True, kept=True),
     "demo": Kind(

@@ -192,11 +192,11 @@ def evaluation_batches(
     for begin in range(0, len(sequences), _WINDOW):
         sequences.check_unchanged()
         ids = np.arange(begin, min(begin + _WINDOW, len(sequences)))
-        for chosen in _evaluated_together(sequences.lengths(ids), rank, world_size, rows_per_batch, seq_len, packing):
+        for chosen in measured_together(sequences.lengths(ids), rank, world_size, rows_per_batch, seq_len, packing):
             yield to_device(evaluation_batch(sequences, ids[chosen], layout), device)
 
 
-def _evaluated_together(
+def measured_together(
     lengths: np.ndarray,  # (n,) tokens
     rank: int,
     world_size: int,

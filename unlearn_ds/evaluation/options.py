@@ -9,7 +9,8 @@ from unlearn_ds.options import OptionError, check_choices, check_name, did_you_m
 
 QUANTIZATIONS = ("int8", "int4")
 _POSITIVE = (
-    "seq_len per_device_eval_batch_size loss_workspace_mib relearn_learning_rate relearn_batch_size generate_tokens"
+    "seq_len per_device_eval_batch_size loss_workspace_mib relearn_learning_rate relearn_batch_size generate_tokens "
+    "generate_samples generate_batch_size generate_top_p"
 )
 
 
@@ -50,7 +51,17 @@ class EvaluateConfig(PublishedFlags, Thresholds):
     generate: int = 0
     """also let the model continue this many forget sequences from their first half, and compare by ROUGE-L"""
     generate_tokens: int = 64
-    """longest continuation, in tokens"""
+    """longest continuation, in tokens; how many never stopped is counted"""
+    generate_temperature: float = 0.0
+    """sample continuations at this temperature; 0: the most likely token each time"""
+    generate_top_p: float = 1.0
+    """sample among the most likely tokens that together have this probability"""
+    generate_samples: int = 1
+    """continuations of each sequence; several need a temperature"""
+    generate_stop: tuple[str, ...] = ()
+    """texts at which a continuation ends, beside the model's own end tokens"""
+    generate_batch_size: int = 16
+    """continuations that a rank decodes together"""
     tasks: tuple[str, ...] = ()
     """instead of the corpora, run these tasks of lm-eval, such as mmlu arc_challenge gsm8k (needs
     `pip install unlearn-ds[tasks]`; one process)"""
@@ -88,6 +99,7 @@ class EvaluateConfig(PublishedFlags, Thresholds):
         for name in ("relearn", "generate"):
             if getattr(self, name) < 0:
                 raise OptionError(f"--{name} {getattr(self, name)}: must not be negative")
+        self._check_sampling()
         for word in self.quantize:
             if word not in QUANTIZATIONS:
                 raise OptionError(
@@ -97,6 +109,21 @@ class EvaluateConfig(PublishedFlags, Thresholds):
             raise OptionError(f"--tasks_limit {self.tasks_limit}: at least 1")
         if self.max_sequences is not None and self.max_sequences < 2:
             raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")
+
+    def _check_sampling(self) -> None:
+        if self.generate_temperature < 0:
+            raise OptionError(f"--generate_temperature {self.generate_temperature}: must not be negative")
+        if self.generate_top_p > 1:
+            raise OptionError(f"--generate_top_p {self.generate_top_p}: a probability, at most 1")
+        if "" in self.generate_stop:
+            raise OptionError("--generate_stop '': an empty text is found everywhere: leave it out")
+        if self.generate_temperature == 0:
+            for name, neutral in (("generate_samples", 1), ("generate_top_p", 1.0)):
+                if getattr(self, name) != neutral:
+                    raise OptionError(
+                        f"--{name} {getattr(self, name)}: has no effect on the most likely tokens: add "
+                        "--generate_temperature 1"
+                    )
 
 
 @dataclass(frozen=True)

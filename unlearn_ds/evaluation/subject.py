@@ -39,6 +39,20 @@ def load_subject(
 
     examine: raises what is wrong with the sets, before anything is loaded.
     """
+
+    def check_data(model_config: PreTrainedConfig, tokenizer: Any | None) -> None:
+        # What is wrong with the data is said before anything is loaded.
+        examine(open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences))
+
+    return load_model_subject(config, device, check_data)
+
+
+def load_model_subject(
+    config: EvaluateConfig,
+    device: torch.device,
+    check_data: Callable[[PreTrainedConfig, Any | None], None] = lambda model_config, tokenizer: None,
+) -> Subject:
+    """The same for data of another kind: `check_data(config of the model, tokenizer)` raises what is wrong with it."""
     ds_file = load_ds_file(config.deepspeed)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
@@ -55,8 +69,7 @@ def load_subject(
     size, node = model_size(model_config, trust_remote_code=config.trust_remote_code), distributed.ranks_per_node()
     ds_config = inference_config(ds_file, bf16=config.bf16, size=size, ranks_per_node=node)
     head = head_options(model_config, config.loss_impl, config.loss_workspace_mib)
-    # What is wrong with the data is said before anything is loaded.
-    examine(open_sets(config, model_config.vocab_size, tokenizer, config.max_sequences))
+    check_data(model_config, tokenizer)
     engine = FrozenEngine(load_model(options, model_config, ds_config, head, device), ds_config)
     try:
         options = settle_rows(engine, options, config.seq_len, model_config.vocab_size)

@@ -106,6 +106,10 @@ class Generation(Subject):
     rouge_l: Value
     num_sequences: Count = ABSENT
     max_tokens: Count = ABSENT
+    temperature: float = ABSENT
+    top_p: float = ABSENT
+    num_samples: Count = ABSENT
+    num_unstopped: Count = ABSENT
 
 
 class RelearnedSets(OpenRecord):

@@ -1,0 +1,118 @@
+"""One pass of a model over answers: per-token statistics on all ranks, into the tables that every metric is computed from."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.data.loader import measured_together
+from unlearn_ds.engine.checks import pack
+from unlearn_ds.engine.engine import Ask
+from unlearn_ds.measures.answers import Answers
+from unlearn_ds.model.loss_head import StatsCall
+from unlearn_ds.options import OptionError
+from unlearn_ds.suites.qa import Template, qa_tokens
+from unlearn_ds.suites.questions import Question
+
+Key = tuple[str, str]  # set, column
+_LEAST_TARGETS = 2  # a token of the answer, and the one that ends it
+_FILLER = 2  # tokens for a rank that has nothing left
+
+
+@dataclass(frozen=True)
+class Item:
+    """An answer to be scored."""
+
+    key: Key
+    index: int  # its question
+    answer: str
+    tokens: np.ndarray  # (n,) prompt and answer
+    num_prompt: int  # tokens of them that are not scored
+
+
+def make_items(
+    sets: dict[str, list[Question]], tokenizer: Any, template: Template, seq_len: int
+) -> tuple[list[Item], int]:
+    """Every answer of every column, in order; and how many were left out, because their prompt's tokens swallow the answer.
+
+    Raises `OptionError` for one longer than `seq_len` tokens.
+    """
+    items, swallowed = [], 0
+    for name, questions in sets.items():
+        for question in questions:
+            for column, answers in question.answers.items():
+                for answer in answers:
+                    tokens, num_prompt = qa_tokens(tokenizer, question.text, answer, template)
+                    if len(tokens) > seq_len:
+                        raise OptionError(
+                            f"{name}: row {question.index + 1}: question and {column} have {len(tokens)} tokens: "
+                            f"--seq_len {len(tokens)} or more"
+                        )
+                    if len(tokens) - num_prompt < _LEAST_TARGETS or num_prompt == 0:
+                        swallowed += 1
+                    else:
+                        items.append(Item((name, column), question.index, answer, tokens, num_prompt))
+    return items, swallowed
+
+
+def collect_answers(
+    items: Sequence[Item],
+    ask: Ask,
+    device: torch.device,
+    *,
+    seq_len: int,
+    rows_per_batch: int,
+    packing: bool,
+) -> dict[Key, Answers]:
+    """The table of each set's column. Every rank calls this and gets all."""
+    lengths = np.array([len(item.tokens) for item in items])
+    rank, world = distributed.rank(), distributed.world_size()
+    batches = measured_together(lengths, rank, world, rows_per_batch, seq_len, packing)
+    mine: dict[int, list[np.ndarray]] = {}
+    for chosen in tqdm(batches, desc="scoring answers", unit="batch", disable=not distributed.is_main()):
+        mine |= _ask(items, chosen, ask, device)
+    parts = {number: stats for part in distributed.gather_objects(mine) for number, stats in part.items()}
+    groups: dict[Key, list[int]] = {}
+    for number, item in enumerate(items):
+        groups.setdefault(item.key, []).append(number)
+    return {key: _table(items, numbers, parts) for key, numbers in groups.items()}
+
+
+def _ask(items: Sequence[Item], chosen: list[int], ask: Ask, device: torch.device) -> dict[int, list[np.ndarray]]:
+    """Item -> log-probs, hits, E log p and E log^2 p of its targets; of nothing, the same calls."""
+    texts = [torch.from_numpy(items[number].tokens).to(device) for number in chosen]
+    rows = pack(texts or [torch.zeros(_FILLER, dtype=torch.int64, device=device)])
+    spans = list(_spans(items, chosen))
+    where = np.concatenate([np.arange(start, stop) for start, stop in spans]) if spans else np.zeros(0, np.int64)
+    places = torch.from_numpy(where).to(device)
+    call = StatsCall(places, torch.index_select(rows.input_ids[0], 0, places + 1))
+    stats = [part.cpu().double().numpy() for part in ask(rows, call)]
+    borders = np.cumsum([stop - start for start, stop in spans])[:-1]
+    return dict(zip(chosen, map(list, zip(*(np.split(part, borders) for part in stats))))) if spans else {}
+
+
+def _spans(items: Sequence[Item], chosen: list[int]) -> Iterator[tuple[int, int]]:
+    """Where in packed tokens the positions lie that predict each item's targets."""
+    start = 0
+    for number in chosen:
+        item = items[number]
+        yield start + item.num_prompt - 1, start + len(item.tokens) - 1
+        start += len(item.tokens)
+
+
+def _table(items: Sequence[Item], numbers: list[int], parts: dict[int, list[np.ndarray]]) -> Answers:
+    columns = [np.concatenate(column) for column in zip(*(parts[number] for number in numbers))]
+    return Answers(
+        index=np.array([items[number].index for number in numbers]),
+        bounds=np.cumsum([0, *(len(parts[number][0]) for number in numbers)]),
+        log_prob=columns[0],
+        correct=columns[1].astype(bool),
+        mean_logp=columns[2],
+        second_moment=columns[3],
+        zlib_bytes=np.array([len(zlib.compress(items[number].answer.encode())) for number in numbers]),
+    )

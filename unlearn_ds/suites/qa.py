@@ -1,0 +1,83 @@
+"""A question and its answer as tokens, as Open-Unlearning makes them (arXiv 2506.12618), so that checkpoints score alike."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+
+from unlearn_ds.options import OptionError
+
+Style = Literal["auto", "chat", "tags"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question becomes a prompt."""
+
+    style: Style = "auto"  # auto: the tokenizer's chat template if it has one, else tags
+    system_prompt: str = "You are a helpful assistant."  # of a chat; empty: none
+    date_string: str = "10 Apr 2025"  # what templates that print a date are told: else results change by day
+    question_start: str = "Question: "
+    question_end: str = "\n"
+    answer_start: str = "Answer: "
+
+
+def prompt_tokens(tokenizer: Any, question: str, template: Template) -> np.ndarray:  # (n,) int64
+    """The tokens that an answer follows. Raises `OptionError` where the tokenizer has no chat template and one is asked for."""
+    if _is_chat(tokenizer, template):
+        return _chat_tokens(tokenizer, _messages(question, template), template, opens_answer=True)
+    return _encoded(tokenizer, _tagged(question, template))
+
+
+def qa_tokens(tokenizer: Any, question: str, answer: str, template: Template) -> tuple[np.ndarray, int]:
+    """(tokens of prompt and answer (n,) int64, how many of them are the prompt's); an end token is added if there is none."""
+    prompt = prompt_tokens(tokenizer, question, template)
+    if _is_chat(tokenizer, template):
+        messages = [*_messages(question, template), {"role": "assistant", "content": answer}]
+        ids = _chat_tokens(tokenizer, messages, template, opens_answer=False)
+    else:
+        ids = _encoded(tokenizer, _tagged(question, template) + answer)
+    end = tokenizer.eos_token_id
+    if end is not None and (not len(ids) or ids[-1] != end):
+        ids = np.append(ids, end)
+    return ids, min(len(prompt), len(ids))
+
+
+def _is_chat(tokenizer: Any, template: Template) -> bool:
+    has = bool(getattr(tokenizer, "chat_template", None))
+    if template.style == "chat" and not has:
+        raise OptionError(
+            "--template chat: the tokenizer has no chat template: --template tags writes Question: and Answer:, as for a "
+            "base model"
+        )
+    return has if template.style == "auto" else template.style == "chat"
+
+
+def _messages(question: str, template: Template) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": template.system_prompt}] if template.system_prompt else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def _tagged(question: str, template: Template) -> str:
+    return template.question_start + question + template.question_end + template.answer_start
+
+
+def _chat_tokens(tokenizer: Any, messages: list[dict[str, str]], template: Template, opens_answer: bool) -> np.ndarray:
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            add_generation_prompt=opens_answer,
+            return_dict=False,
+            date_string=template.date_string,
+        )
+    except TemplateError as error:
+        raise OptionError(
+            f"the tokenizer's chat template refuses a question: {error}. If it knows no system prompt, give --system_prompt ''"
+        ) from error
+    return np.array(ids, np.int64)
+
+
+def _encoded(tokenizer: Any, text: str) -> np.ndarray:
+    return np.array(tokenizer(text, add_special_tokens=True)["input_ids"], np.int64)
