@@ -114,8 +114,12 @@ def check_model(
     faults: list[str | None] = []
     try:
         with torch.compiler.set_stance("force_eager"):
-            for half in (_single_sequence(module, single, seq_len, dtype), _packed_row(module, parts, dtype)):
-                faults.extend(half)
+            for part in (
+                _single_sequence(module, single, seq_len, dtype),
+                _packed_row(module, parts, dtype),
+                _order(module, parts[0]),
+            ):
+                faults.extend(part)
     except (OptionError, torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except Exception as error:  # whatever a model's own code raises where it is given packed rows and no mask
@@ -247,6 +251,20 @@ def _not_finite(logits: Tensor) -> str | None:
     if not (logits.isnan() | logits.isposinf()).any():
         return None
     return _NotFinite("its logits are not finite: a weight of it is not, or they overflow. Start from an intact model")
+
+
+def _order(module: PackedCausalLM, ids: Tensor) -> Iterator[str | None]:
+    """Whether the loss of the first half of a sequence depends on tokens that come behind those it is predicted from."""
+    half = len(ids) // 2
+    where = torch.arange(half, device=ids.device)
+    call = LossCall(where, ids[1 : half + 1], torch.ones(half, device=ids.device))
+    with own_gradient(module) as embedded:
+        module(pack([ids]), call)[0].backward()
+    if embedded[0].grad[0, half:].any():
+        yield (
+            "what it says of a token depends on the tokens behind it: it is not causal, and is not supported. A model that was "
+            'trained as a decoder says so in its config.json (BERT and its kin: "is_decoder": true)'
+        )
 
 
 def _unlike(

@@ -38,10 +38,13 @@ def head_options(config: PreTrainedConfig, loss_impl: str, workspace_mib: float)
 
 
 def logit_shape(config: PreTrainedConfig) -> LogitShape:
-    """What `config` says is done to the logits after the projection."""
+    """What `config` says is done to the logits after the projection.
+
+    By its fields alone: a property of one of these names (MiniCPM3) is a scale of what goes into the projection.
+    """
     scale = 1.0
     for name, convert in _SCALE_FIELDS.items():
-        value = getattr(config, name, None)
+        value = vars(config).get(name)
         if value is not None:
             scale *= convert(float(value))
     return LogitShape(scale=scale, softcap=getattr(config, _SOFTCAP_FIELD, None))
