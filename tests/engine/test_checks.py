@@ -128,7 +128,9 @@ def test_what_a_model_does_before_its_projection_is_its_own(kind, fields):
 
 
 def test_positions_that_a_model_counts_otherwise_are_refused_packed_and_kept_row_by_row():
-    with pytest.raises(PackingError, match="^roberta: log-probabilities of 48 tokens differ from those of the model's own"):
+    with pytest.raises(
+        PackingError, match=r"^roberta: log-probabilities of 48 tokens differ from those of the model's own"
+    ):
         check_architecture("roberta", torch.float32, spread=0.2, is_decoder=True)
     check_architecture("roberta", torch.float32, spread=0.2, packs=False, is_decoder=True)
 

@@ -122,6 +122,9 @@ def tiny_model(model_type: str, **changed: Any) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].normal_(std=0.2)  # at 0 the gradient of a norm is not finite
     return model.eval()
 
 
