@@ -40,10 +40,16 @@ def test_a_file_that_does_not_say_sums_gradients_in_fp32(tmp_path):
         ({"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none", "pin_memory": True}}, {}),
         ({"offload_optimizer": None, "offload_param": None}, {}),
         ({"offload_optimizer": {}}, {}),
-        ({"offload_optimizer": {"device": "cpu", "ratio": "0.5"}}, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+        (
+            {"offload_optimizer": {"device": "cpu", "ratio": "0.5"}},
+            {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        ),
         ({"cpu_offload": True}, {"offload_optimizer": {"device": "cpu"}}),
         ({"cpu_offload": False}, {}),
-        ({"zero_hpz_partition_size": "2", "sub_group_size": 1e6}, {"zero_hpz_partition_size": 2, "sub_group_size": 1000000}),
+        (
+            {"zero_hpz_partition_size": "2", "sub_group_size": 1e6},
+            {"zero_hpz_partition_size": 2, "sub_group_size": 1000000},
+        ),
         ({"zero_quantized_weights": "false"}, {"zero_quantized_weights": False}),
         ({"prefetch_bucket_size": 5}, {"stage3_prefetch_bucket_size": 5}),
         ({"prefetch_bucket_size": "auto"}, {"stage3_prefetch_bucket_size": "auto"}),

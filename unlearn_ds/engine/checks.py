@@ -197,8 +197,8 @@ def _single_sequence(module: PackedCausalLM, ids: Tensor, seq_len: int, dtype: t
         own.log_softmax(-1).gather(1, targets[:, None])[:, 0],
         own,
         dtype,
-        f"log-probabilities of {len(ids)} tokens differ from those of the model's own attention (eager) by {{}}: "
-        "it is computed otherwise here, and not supported",
+        f"log-probabilities of {len(ids)} tokens differ from those of the model's own attention (eager) and "
+        f"positions by {{}}: it is computed otherwise here, and not supported",
         _OfPacking,
     )
 

@@ -126,7 +126,9 @@ def check_keys(content: dict[str, Any], source: str) -> None:
                 f"--deepspeed {source}: unknown key {key!r} in 'zero_optimization'.{did_you_mean(key, known)}"
             )
     if zero.get("stage") not in (1, 2, 3) or type(zero["stage"]) is not int:
-        raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')!r}: choose 1, 2 or 3, as a number")
+        raise OptionError(
+            f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')!r}: choose 1, 2 or 3, as a number"
+        )
     given = {key: value for key, value in zero.items() if value != "auto"}
     try:
         check(given, DeepSpeedZeroConfig, "zero_optimization")  # DeepSpeed's own types

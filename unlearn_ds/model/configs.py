@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.composite import language_model
 from unlearn_ds.model.files import model_folder
 from unlearn_ds.options import OptionError
@@ -100,13 +102,25 @@ def open_config(options: ModelOptions, seq_len: int) -> PreTrainedConfig:
     return config
 
 
+def usable_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a sequence may have by `config`; RoBERTa and its kin begin to count behind the padding's."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or getattr(config, "rope_parameters", None):
+        return positions
+    tables = [module for module in blank_model(config).modules() if isinstance(module, nn.Embedding)]
+    first = [
+        table.padding_idx + 1 for table in tables if table.num_embeddings == positions and table.padding_idx is not None
+    ]
+    return positions - max(first, default=0) if positions != getattr(config, "vocab_size", None) else positions
+
+
 def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | None:
     """A warning, or None, about sequences longer than the model was made for.
 
     Raises `OptionError` where there is no way to compute on them: a table of learned positions that ends before, or a rotary
     embedding that changes, for all sequences of a row, with the longest of them.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = usable_positions(config)
     rotary = getattr(config, "rope_parameters", None) or {}
     for one in [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, dict)]:
         unchanged = one.get("original_max_position_embeddings") or positions

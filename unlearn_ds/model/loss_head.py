@@ -220,7 +220,9 @@ class PackedCausalLM(nn.Module):
         if self.packs:
             inputs, places = packed_inputs(rows), None
         else:
-            inputs, places = padded_inputs(rows, getattr(self.model.config, "max_position_embeddings", None))
+            config = self.model.config
+            positions, filler = getattr(config, "max_position_embeddings", None), getattr(config, "pad_token_id", None)
+            inputs, places = padded_inputs(rows, positions, filler if filler in range(config.vocab_size) else 0)
         if call is None and pick is None:
             return _in_place(self.model(**inputs).logits, places)
         hidden = _in_place(projected(self.model, inputs), places)
@@ -246,10 +248,12 @@ def packed_inputs(rows: Any) -> dict[str, Any]:
     }
 
 
-def padded_inputs(rows: Any, positions: int | None = None) -> tuple[dict[str, Any], Tensor]:
+def padded_inputs(rows: Any, positions: int | None = None, filler: int = 0) -> tuple[dict[str, Any], Tensor]:
     """The same with a row for each of the S sequences, L tokens long; and where each of the T tokens then lies in S * L.
 
-    positions: no row is longer. No device sync: L follows from the longest sequence, which the host knows.
+    positions: no row is longer. filler: the token behind a sequence; RoBERTa counts no position for its own.
+
+    No device sync: L follows from the longest sequence, which the host knows.
     """
     tokens, device = rows.input_ids[0], rows.input_ids.device
     lengths = rows.cu_seqlens.diff()
@@ -259,7 +263,7 @@ def padded_inputs(rows: Any, positions: int | None = None) -> tuple[dict[str, An
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(tokens))
     places = sequence * longest + rows.position_ids[0]
     size = len(lengths) * longest
-    ids = torch.zeros(size, dtype=tokens.dtype, device=device).index_copy_(0, places, tokens)
+    ids = torch.full((size,), filler, dtype=tokens.dtype, device=device).index_copy_(0, places, tokens)
     mask = torch.zeros(size, dtype=tokens.dtype, device=device).index_fill_(0, places, 1)
     shape = (len(lengths), longest)
     return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places

@@ -77,7 +77,7 @@ def export_model(
         fresh_folder(partial)
         if adapter is not None and not merge:
             save_file(adapter_state(state), partial / "adapter_model.safetensors")
-            adapter.save_pretrained(str(partial))
+            name_base(adapter, model).save_pretrained(str(partial))
         else:
             blank = blank_model(model.config, type(model))
             whole = merged_state(state, blank, adapter) if adapter is not None else state
@@ -108,6 +108,14 @@ def export_model(
             raise
 
     distributed.on_main(write_or_clean_up)
+
+
+def name_base(adapter: Any, model: nn.Module) -> Any:
+    """peft's configuration with what its loaders look for: the model that the adapter belongs to, and what that is."""
+    name = getattr(model.config, "_name_or_path", "")
+    adapter.base_model_name_or_path = str(Path(name).absolute()) if Path(name).is_dir() else name
+    adapter.task_type = "CAUSAL_LM"
+    return adapter
 
 
 def write_model(model: nn.Module, state: dict[str, Tensor], folder: Path, larger: Path | None) -> None:
