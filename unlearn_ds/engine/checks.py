@@ -224,6 +224,8 @@ def _packed_row(module: PackedCausalLM, parts: list[Tensor], dtype: torch.dtype)
     before, own, after = gradient[0].tensor_split((start, end)) if module.packs else gradient
     if not own.any():
         yield "its loss does not depend on its own tokens"
+    if not module.packs and own[len(parts[1]) :].any():
+        yield "a sequence's loss depends on what its row is padded with: it is not supported"
     for neighbour in (before, after):
         if neighbour.any():
             yield _OfPacking(
