@@ -4,7 +4,9 @@ import random
 
 import pytest
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from unlearn_ds.engine.checks import PackingError, check_model
 from unlearn_ds.model import attention
@@ -150,6 +152,15 @@ def test_a_look_ahead_that_no_mask_shows_is_refused():
 
     with pytest.raises(OptionError, match="depends on the tokens behind it: it is not causal"):
         check_architecture("llama", torch.float32, packs=False, change=look_ahead)
+
+
+def test_a_layer_that_runs_twice_and_is_gathered_in_one_piece_is_refused():
+    def run_it_twice(model):
+        set_z3_leaf_modules(model, [LlamaDecoderLayer])
+        model.model.layers[1] = model.model.layers[0]
+
+    with pytest.raises(OptionError, match=r"LlamaDecoderLayer runs several times in one forward.*--leaf_modules False"):
+        check_architecture("llama", torch.float32, change=run_it_twice)
 
 
 def test_a_projection_that_is_called_otherwise_is_refused():

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from deepspeed.utils import get_z3_leaf_modules
 from torch import Tensor, nn
 
 from unlearn_ds.cluster import distributed
@@ -115,6 +116,7 @@ def check_model(
     try:
         with torch.compiler.set_stance("force_eager"):
             for part in (
+                _repeated_layers(module, parts[0]),
                 _single_sequence(module, single, seq_len, dtype),
                 _packed_row(module, parts, dtype),
                 _order(module, parts[0]),
@@ -150,6 +152,25 @@ def checked_length(config: Any, seq_len: int) -> int:
         if isinstance(value, int) and any(word in field for word in _SIZES) and value < min(seq_len, _MOST)
     ]
     return min(seq_len, _MOST, max([_LEAST, *(size + _LEAST // 2 for size in sizes)]))
+
+
+def _repeated_layers(module: PackedCausalLM, ids: Tensor) -> Iterator[str | None]:
+    """Whether a layer that ZeRO-3 gathers in one piece runs more than once in a forward.
+
+    DeepSpeed 0.19.8 would reduce its gradient at each of its backwards, and stop in the middle of the first update.
+    """
+    leaves = get_z3_leaf_modules(module)
+    calls: list[nn.Module] = []
+    handles = [leaf.register_forward_pre_hook(lambda one, _: calls.append(one)) for leaf in leaves]
+    with torch.no_grad():
+        module(pack([ids]), StatsCall(torch.arange(len(ids), device=ids.device), ids))
+    for handle in handles:
+        handle.remove()
+    if len(calls) > len(set(calls)):
+        yield (
+            f"a {type(calls[0]).__name__} runs several times in one forward, which layers that are gathered in one piece may "
+            "not: use --leaf_modules False"
+        )
 
 
 def _single_sequence(module: PackedCausalLM, ids: Tensor, seq_len: int, dtype: torch.dtype) -> Iterator[str | None]:
