@@ -1,5 +1,6 @@
 """Options: types, YAML, defaults, and errors that say what to do."""
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,7 +78,7 @@ def test_the_home_folder(tmp_path, monkeypatch):
         ("name: y\nrate: fast", "option rate: 'fast' is not a valid float"),
         ("name: y\nrate:", "option rate: no value; leave the line out for its default"),
         ("name:", "option name: no value"),
-        ("name: y\ncount: 1.5", "option count: 1.5 is not a valid int"),
+        ("name: y\ncount: 1.5", "option count: '1.5' is not a valid int"),
     ],
 )
 def test_bad_yaml(tmp_path, content, message):
@@ -85,6 +86,55 @@ def test_bad_yaml(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(OptionError, match=message):
         parse(Sample, ["--config", str(file)], "t")
+
+
+WORDS = [
+    *(
+        "no",
+        "yes",
+        "on",
+        "off",
+        "true",
+        "True",
+        "0",
+        "1",
+        "007",
+        "3:5",
+        "1_000",
+        "1e3",
+        "1.0",
+        "2024-01-01",
+        "0x10",
+        ".5",
+    ),
+    *("1.", "+3", "2e-5", "inf", "0o17", "0b1", "12:30:45", "NO", "y", "auto", "AUTO", "linear", "a b", "é", "1,5"),
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("option", ["name", "rate", "count", "sets", "flag", "kind", "fast"])
+def test_a_word_means_the_same_in_yaml_in_json_and_on_the_command_line(tmp_path, option, word):
+    file = tmp_path / "run.yaml"
+
+    def meant(given):
+        try:
+            return getattr(parse(Sample, [*given, *(["--name=x"] if option != "name" else [])], "t"), option)
+        except OptionError as error:
+            return f"refused, {'by' if option in str(error) else 'without'} name"
+
+    in_words = meant([f"--{option}={word}"])
+    assert in_words != "refused, without name"
+    for content in (f"{option}: {word}\n", json.dumps({option: word})):
+        file.write_text(content)
+        assert meant(["--config", str(file)]) == in_words, content
+    if option == "name":
+        assert in_words == word
+    try:
+        number = json.loads(word)  # as JSON's own number or switch
+    except ValueError:
+        return
+    file.write_text(json.dumps({option: number}))
+    assert meant(["--config", str(file)]) == meant([f"--{option}={json.dumps(number)}"])
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_states_are_listed(tmp_path, capsys):
         ({"output_dir": None}, "output_dir is missing"),
         ({"grids": {}}, r"unknown key 'grids'\. Did you mean 'grid'\?"),
         ({"grid": {"learning_rat": [1]}}, r"unknown option 'learning_rat'\. Did you mean 'learning_rate'\?"),
-        ({"grid": {"learning_rate": 1e-4}}, r"grid\.learning_rate must be a list of values to try, got 0\.0001"),
+        ({"grid": {"learning_rate": 1e-4}}, r"grid\.learning_rate must be a list of values to try, got '0\.0001'"),
         ({"grid": {"seed": [1, 1]}}, "two runs have the same options"),
         ({"grid": {"resume": [True, False]}}, "resume is set by the sweep itself"),
         ({"grid": {"learning_rate": [-1.0]}}, r"--learning_rate -1\.0: must not be negative"),

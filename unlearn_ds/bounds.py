@@ -6,7 +6,7 @@ written. What exceeds a bound raises `ValueError` before a parser, or whoever us
 
 import re
 from json.decoder import scanstring
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -47,12 +47,24 @@ def check_nesting(text: str) -> None:
         raise ValueError(TOO_DEEP)
 
 
+class _AsWritten(yaml.SafeLoader):
+    """Leaves plain words as they were written, but for null: YAML would make 3:5 a number, 007 another one and no a switch."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def parse_yaml(text: str) -> Any:
-    """`yaml.safe_load` of a file of options. Raises `ValueError` in one line, whatever is wrong."""
+    """A file of options: mappings, lists, None, and texts as they were written, which whoever knows an option's type reads.
+
+    Raises `ValueError` in one line, whatever is wrong.
+    """
     if len(text) > _MAX_YAML_CHARS:
         raise ValueError(f"{len(text):,} characters: no file of options has more than {_MAX_YAML_CHARS:,}")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _AsWritten)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     _count_values(content, 0, 0)

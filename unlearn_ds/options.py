@@ -89,13 +89,11 @@ class WordOr:
             return word
         if self.is_switch:
             return _to_bool(value, self.words)
-        if self.kind is int and not isinstance(value, str) and value != int(value):
-            raise ValueError
         return self.kind(value)
 
 
 def _to_bool(text: str, or_words: Sequence[str] = ()) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    words = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
     if str(text).lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(('True', 'False', *or_words))}")
     return words[str(text).lower()]
@@ -175,7 +173,7 @@ def load_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
 
 
 def _coerce(config_class: type, name: str, value: Any) -> Any:
-    """Turn a YAML value into the field's type (YAML reads `2e-5` as a string, for one)."""
+    """Read a value of a YAML file as the same word is read on the command line."""
     kind, is_list = field_types(config_class)[name]
     if value is None:
         default = next(field.default for field in dataclasses.fields(config_class) if field.name == name)
@@ -192,13 +190,8 @@ def _coerce_one(name: str, kind: Any, value: Any) -> Any:
     try:
         if value is None or isinstance(value, (list, dict)):
             raise TypeError
-        if kind is bool:
-            return _to_bool(value)
-        if typing.get_origin(kind) is Literal:
-            return str(value)
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
+        read = _to_bool if kind is bool else str if typing.get_origin(kind) is Literal else kind
+        return read(str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         raise OptionError(f"option {name}: {value!r} is not a valid {getattr(kind, '__name__', kind)}") from error
 

@@ -108,7 +108,8 @@ def export_run(run: Run, evaluation: dict[str, Any] | None) -> None:
     merge = config.lora_export == "merged"
     sample = sample_logits(run.engine.ask, run.model_config.vocab_size, run.device)
     run.engine.at_rest()
-    export_model(run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge, sample)
+    given = (run.engine.engine.module.model, run.tokenizer, target, card, run.adapter, merge, sample, run.larger_model)
+    export_model(*given)
     if evaluation is not None and (target / "config.json").is_file():  # an adapter alone is no model
         distributed.on_main(lambda: stamp_model(run.run_dir, model_fingerprint(str(target))))
     distributed.say(f"model written to {target}")

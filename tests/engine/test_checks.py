@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from unlearn_ds.engine.checks import check_model
+from unlearn_ds.engine.checks import PackingError, check_model
 from unlearn_ds.model import attention
 from unlearn_ds.model.load import logit_shape
 from unlearn_ds.model.loss_head import HeadOptions, LogitShape, PackedCausalLM, attach
@@ -61,18 +63,19 @@ INDEXED = EXPERTS | LATENT | {"index_topk": 8, "index_head_dim": 16, "index_n_he
 MIXES, OTHER_MASK = "depends on another sequence of its packed row", "PhimoeAttention masks in a way .* not told of"
 
 
-def check_architecture(kind, dtype, seq_len=48, spread=0.02, change=None, **fields):
+def check_architecture(kind, dtype, seq_len=48, spread=0.02, change=None, packs=True, **fields):
     """Check a fresh model of two layers; `spread` is that of its weights, 0.02 where nothing has been trained."""
     torch.manual_seed(0)
     attention.register()
     config = CONFIG_MAPPING[kind](**SMALL | fields, initializer_range=spread)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.SDPA, dtype=dtype)
+    attn = attention.SDPA if packs else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=dtype)
     if change is not None:
         change(model)
     attach(model.get_output_embeddings(), HeadOptions(logit_shape(config)))
-    check_model(PackedCausalLM(model).train(), seq_len, 131, dtype, torch.device("cpu"), kind)
+    check_model(PackedCausalLM(model, packs=packs).train(), seq_len, 131, dtype, torch.device("cpu"), kind)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert config._attn_implementation == attention.SDPA
+    assert config._attn_implementation == attn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -112,6 +115,67 @@ def test_what_is_computed_as_it_is(kind, fields, dtype):
 def test_what_is_not_is_refused_by_name_with_fresh_weights_too(kind, fields, message, dtype):
     with pytest.raises(OptionError, match=f"^{kind}: .*{message}"):
         check_architecture(kind, dtype, **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("bert", {"is_decoder": True}),  # a dense layer and a norm before the projection
+        ("modernbert-decoder", {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}),
+        ("minicpm3", LATENT | {"dim_model_base": 8, "num_key_value_heads": 4}),  # a scale there
+    ],
+)
+def test_what_a_model_does_before_its_projection_is_its_own(kind, fields):
+    check_architecture(kind, torch.float32, spread=0.2, **fields)
+
+
+def test_positions_that_a_model_counts_otherwise_are_refused_packed_and_kept_row_by_row():
+    with pytest.raises(
+        PackingError, match=r"^roberta: log-probabilities of 48 tokens differ from those of the model's own"
+    ):
+        check_architecture("roberta", torch.float32, spread=0.2, is_decoder=True)
+    check_architecture("roberta", torch.float32, spread=0.2, packs=False, is_decoder=True)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_an_encoder_is_refused(kind, packs):
+    with pytest.raises(OptionError, match="is not causal"):
+        check_architecture(kind, torch.float32, packs=packs)
+
+
+def test_a_look_ahead_that_no_mask_shows_is_refused():
+    def look_ahead(model):
+        norm = model.model.norm
+        plain = norm.forward
+
+        def forward(hidden):
+            ahead = torch.zeros_like(hidden)
+            ahead[:, 11] = hidden[:, 12]
+            return plain(hidden + 1e-30 * ahead)
+
+        norm.forward = forward
+
+    with pytest.raises(OptionError, match="depends on the tokens behind it: it is not causal"):
+        check_architecture("llama", torch.float32, packs=False, change=look_ahead)
+
+
+def test_a_layer_that_runs_twice_and_is_gathered_in_one_piece_is_refused():
+    def run_it_twice(model):
+        set_z3_leaf_modules(model, [LlamaDecoderLayer])
+        model.model.layers[1] = model.model.layers[0]
+
+    with pytest.raises(OptionError, match=r"LlamaDecoderLayer runs several times in one forward.*--leaf_modules False"):
+        check_architecture("llama", torch.float32, change=run_it_twice)
+
+
+def test_a_projection_that_is_called_otherwise_is_refused():
+    def call_it_twice(model):
+        plain, embed = model.forward, model.get_input_embeddings()
+        model.forward = lambda **given: (model.lm_head(embed(given["input_ids"])), plain(**given))[1]
+
+    with pytest.raises(OptionError, match=r"LlamaForCausalLM calls its output projection in a way of its own \(with"):
+        check_architecture("llama", torch.float32, packs=False, change=call_it_twice)
 
 
 def test_a_window_beyond_what_is_tried_is_seen_too():

@@ -34,6 +34,42 @@ def test_a_file_that_does_not_say_sums_gradients_in_fp32(tmp_path):
     assert complete(str(file))["data_types"]["grad_accum_dtype"] == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none", "pin_memory": True}}, {}),
+        ({"offload_optimizer": None, "offload_param": None}, {}),
+        ({"offload_optimizer": {}}, {}),
+        (
+            {"offload_optimizer": {"device": "cpu", "ratio": "0.5"}},
+            {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        ),
+        ({"cpu_offload": True}, {"offload_optimizer": {"device": "cpu"}}),
+        ({"cpu_offload": False}, {}),
+        (
+            {"zero_hpz_partition_size": "2", "sub_group_size": 1e6},
+            {"zero_hpz_partition_size": 2, "sub_group_size": 1000000},
+        ),
+        ({"zero_quantized_weights": "false"}, {"zero_quantized_weights": False}),
+        ({"prefetch_bucket_size": 5}, {"stage3_prefetch_bucket_size": 5}),
+        ({"prefetch_bucket_size": "auto"}, {"stage3_prefetch_bucket_size": "auto"}),
+    ],
+)
+def test_a_value_means_what_it_means_to_deepspeed(tmp_path, given, read):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3} | given}))
+    assert load_ds_file(str(file))["zero_optimization"] == {"stage": 3} | read
+    assert ("offload_optimizer" in complete(str(file))["zero_optimization"]) == ("offload_optimizer" in read)
+
+
+@pytest.mark.parametrize("stage", ["3", 4, True, None])
+def test_a_stage_is_a_number(tmp_path, stage):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    with pytest.raises(OptionError, match=rf"zero_optimization.stage {stage!r}: choose 1, 2 or 3, as a number"):
+        load_ds_file(str(file))
+
+
 def test_buckets_follow_the_layer():
     zero = complete("zero3")["zero_optimization"]
     assert zero["stage3_prefetch_bucket_size"] == 2000

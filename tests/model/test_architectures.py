@@ -48,12 +48,6 @@ def test_logits_changed_in_an_unknown_way_are_refused(results):
     assert "changed after the output projection in a way that is not supported" in results["refused"]["message"]
 
 
-def test_what_describes_more_than_a_language_model_is_refused(tmp_path):
-    transformers.Gemma3Config().save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match="Gemma3Config describes more than a language model"):
-        load_config(ModelOptions(str(tmp_path)))
-
-
 @pytest.mark.parametrize("config", [transformers.MambaConfig(), transformers.GPTJConfig()])
 def test_a_class_that_cannot_pack_goes_row_by_row(config, capsys):
     options = with_rows(ModelOptions("m"), config)

@@ -114,7 +114,7 @@ def test_cost_is_per_sequence_not_per_row():
 
 def test_attention_sinks_are_refused():
     *parts, bounds = case([4])
-    with pytest.raises(ValueError, match="uses attention sinks: use --attn flash_attention_3"):
+    with pytest.raises(ValueError, match="uses attention sinks, which attention over packed rows does not compute"):
         packed_sdpa(torch.nn.Module(), *parts, None, cu_seq_lens_q=bounds, s_aux=torch.zeros(4))
 
 

@@ -11,9 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.support.runs import save_tiny_model, tiny_config
+from unlearn_ds.bench.tiny import tiny_config as tiny_bench_config
+from unlearn_ds.engine.checks import pack
+from unlearn_ds.model import attention
 from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.configs import check_length
 from unlearn_ds.model.files import model_fingerprint, weight_files
+from unlearn_ds.model.load import _missing, logit_shape
+from unlearn_ds.model.loss_head import HeadOptions, PackedCausalLM, attach
 from unlearn_ds.model.weights import match_parameters, stored_tensors
 from unlearn_ds.options import OptionError
 
@@ -54,6 +59,25 @@ def test_a_rotary_embedding_that_depends_on_the_row_is_refused() -> None:
     config.rope_parameters = {"full_attention": longrope, "sliding_attention": {"rope_type": "default"}}
     with pytest.raises(OptionError, match=r"beyond 32 positions M embeds them otherwise \(longrope\)"):
         check_length(config, 33, "M")
+
+
+def test_positions_that_are_counted_from_behind_the_padding_are_fewer() -> None:
+    config = tiny_bench_config("roberta")  # a table of 128, its padding at 2
+    assert check_length(config, 125, "M") is None
+    with pytest.raises(OptionError, match="M has 125 learned positions: --seq_len 125, or less"):
+        check_length(config, 126, "M")
+    # As many as there are, in a row that is padded to a multiple of eight.
+    attention.register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    attach(model.get_output_embeddings(), HeadOptions(logit_shape(config)))
+    rows = pack([torch.full((125,), 7), torch.full((9,), 8)])
+    assert PackedCausalLM(model, packs=False)(rows).shape == (1, 134, 131)
+
+
+def test_a_weight_that_transformers_renames_wrongly_is_not_called_missing() -> None:
+    stored = {"model.norm.weight": None}
+    assert _missing("model.x.weight", stored) == "its files hold no 'model.x.weight'"
+    assert "its files hold 'model.norm.weight', and transformers 5" in _missing("model.norm.weight", stored)
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -173,6 +174,23 @@ def test_merged_adapters_are_exported(tmp_path, make):
     export_model(model, None, tmp_path / "model", "card", adapter, sample=sample)
     read, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info.values())
+    with torch.no_grad():
+        torch.testing.assert_close(read(sample.ids[None]).logits[0], sample.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_opens_an_adapter_without_being_told_its_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path / "start")
+    model = AutoModelForCausalLM.from_pretrained("start").eval()
+    adapter = add_adapters(model, LoraOptions(r=4, alpha=8.0, targets=()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(0, 0.1)
+    sample = sample_of(model)
+    export_model(model, None, tmp_path / "model", "card", adapter, merge=False)
+    monkeypatch.chdir("/")
+    read = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         torch.testing.assert_close(read(sample.ids[None]).logits[0], sample.logits, rtol=1e-4, atol=1e-4)
 

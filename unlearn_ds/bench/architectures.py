@@ -142,22 +142,25 @@ def compare(folder: Path, model: Any, expected: float, gradients: dict[str, Any]
     from transformers import AutoModelForCausalLM
 
     from unlearn_ds.engine.checks import settle_rows
+    from unlearn_ds.model.composite import is_part, text_names
     from unlearn_ds.run.export import export_model
 
-    engine, options, _ = open_engine(folder / "given")
+    engine, options, config = open_engine(folder / "given")
     packing = settle_rows(engine, options, SEQ_LEN, VOCAB_SIZE).packing
     loss = one_update(engine)
     module = engine.engine.module.model
+    larger = folder / "given" if is_part(folder / "given", config) else None
+    places = text_names(gradients, module) if larger else {name: name for name in gradients}
     error, norm = 0.0, 0.0
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        ours, truth = safe_get_full_grad(parameter), gradients[name]
+        ours, truth = safe_get_full_grad(parameter), gradients[places[name]]
         truth = torch.zeros_like(ours) if truth is None else truth
         error += float((ours - truth).norm() ** 2)
         norm += float(truth.norm() ** 2)
     gradient_error = (error / max(norm, 1e-12)) ** 0.5
-    export_model(module, None, folder / "exported", "")
+    export_model(module, None, folder / "exported", "", larger=larger)
     reopened = AutoModelForCausalLM.from_pretrained(folder / "exported").eval()
     text = next(documents())[None]
     with torch.no_grad():

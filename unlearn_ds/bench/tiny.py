@@ -34,9 +34,19 @@ _SIZES = {
 }
 _VALUES = {name: value for value, names in _SIZES.items() for name in names.split()}
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+_ZAMBA_ATTENTION = {"attention_head_dim": 16, "attention_hidden_size": 64}  # twice the hidden size
 # What the defaults of an architecture's config do not say, or say in a way that does not fit the sizes above.
 _OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_experts": 4, "num_local_experts": 4, "n_group": 2, "topk_group": 1, "layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    # Without a token whose embedding is 0: there the gradient of its norms is not finite.
+    "gemma3n_text": {
+        "pad_token_id": None,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "hunyuan_v1_dense": {"rope_parameters": _ROTARY, "head_dim": 8},
     "hunyuan_v1_moe": {"rope_parameters": _ROTARY, "head_dim": 8, "moe_topk": 2},
@@ -46,6 +56,19 @@ _OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "ministral": {"rope_parameters": _ROTARY, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "reformer": {"axial_pos_embds": False},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 64,
+        "hc_lowrank": 8,
+    },
+    "xlm": {"causal": True},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2} | _ZAMBA_ATTENTION,
+    "zamba2": {"n_mamba_heads": 4} | _ZAMBA_ATTENTION,
     "zaya": {"num_experts_per_tok": 1},
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

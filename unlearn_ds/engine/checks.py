@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from deepspeed.utils import get_z3_leaf_modules
 from torch import Tensor, nn
 
 from unlearn_ds.cluster import distributed
@@ -114,8 +115,13 @@ def check_model(
     faults: list[str | None] = []
     try:
         with torch.compiler.set_stance("force_eager"):
-            for half in (_single_sequence(module, single, seq_len, dtype), _packed_row(module, parts, dtype)):
-                faults.extend(half)
+            for part in (
+                _repeated_layers(module, parts[0]),
+                _single_sequence(module, single, seq_len, dtype),
+                _packed_row(module, parts, dtype),
+                _order(module, parts[0]),
+            ):
+                faults.extend(part)
     except (OptionError, torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except Exception as error:  # whatever a model's own code raises where it is given packed rows and no mask
@@ -146,6 +152,25 @@ def checked_length(config: Any, seq_len: int) -> int:
         if isinstance(value, int) and any(word in field for word in _SIZES) and value < min(seq_len, _MOST)
     ]
     return min(seq_len, _MOST, max([_LEAST, *(size + _LEAST // 2 for size in sizes)]))
+
+
+def _repeated_layers(module: PackedCausalLM, ids: Tensor) -> Iterator[str | None]:
+    """Whether a layer that ZeRO-3 gathers in one piece runs more than once in a forward.
+
+    DeepSpeed 0.19.8 would reduce its gradient at each of its backwards, and stop in the middle of the first update.
+    """
+    leaves = get_z3_leaf_modules(module)
+    calls: list[nn.Module] = []
+    handles = [leaf.register_forward_pre_hook(lambda one, _: calls.append(one)) for leaf in leaves]
+    with torch.no_grad():
+        module(pack([ids]), StatsCall(torch.arange(len(ids), device=ids.device), ids))
+    for handle in handles:
+        handle.remove()
+    if len(calls) > len(set(calls)):
+        yield (
+            f"a {type(calls[0]).__name__} runs several times in one forward, which layers that are gathered in one piece may "
+            "not: use --leaf_modules False"
+        )
 
 
 def _single_sequence(module: PackedCausalLM, ids: Tensor, seq_len: int, dtype: torch.dtype) -> Iterator[str | None]:
@@ -193,8 +218,8 @@ def _single_sequence(module: PackedCausalLM, ids: Tensor, seq_len: int, dtype: t
         own.log_softmax(-1).gather(1, targets[:, None])[:, 0],
         own,
         dtype,
-        f"log-probabilities of {len(ids)} tokens differ from those of the model's own attention (eager) by {{}}: "
-        "it is computed otherwise here, and not supported",
+        f"log-probabilities of {len(ids)} tokens differ from those of the model's own attention (eager) and "
+        f"positions by {{}}: it is computed otherwise here, and not supported",
         _OfPacking,
     )
 
@@ -220,6 +245,8 @@ def _packed_row(module: PackedCausalLM, parts: list[Tensor], dtype: torch.dtype)
     before, own, after = gradient[0].tensor_split((start, end)) if module.packs else gradient
     if not own.any():
         yield "its loss does not depend on its own tokens"
+    if not module.packs and own[len(parts[1]) :].any():
+        yield "a sequence's loss depends on what its row is padded with: it is not supported"
     for neighbour in (before, after):
         if neighbour.any():
             yield _OfPacking(
@@ -247,6 +274,20 @@ def _not_finite(logits: Tensor) -> str | None:
     if not (logits.isnan() | logits.isposinf()).any():
         return None
     return _NotFinite("its logits are not finite: a weight of it is not, or they overflow. Start from an intact model")
+
+
+def _order(module: PackedCausalLM, ids: Tensor) -> Iterator[str | None]:
+    """Whether the loss of the first half of a sequence depends on tokens that come behind those it is predicted from."""
+    half = len(ids) // 2
+    where = torch.arange(half, device=ids.device)
+    call = LossCall(where, ids[1 : half + 1], torch.ones(half, device=ids.device))
+    with own_gradient(module) as embedded:
+        module(pack([ids]), call)[0].backward()
+    if embedded[0].grad[0, half:].any():
+        yield (
+            "what it says of a token depends on the tokens behind it: it is not causal, and is not supported. A model that was "
+            'trained as a decoder says so in its config.json (BERT and its kin: "is_decoder": true)'
+        )
 
 
 def _unlike(

@@ -71,7 +71,30 @@ def load_ds_file(name_or_path: str) -> dict[str, Any]:
     except StoredError as error:
         raise OptionError(f"--deepspeed {error}") from error
     check_keys(content, str(path))
-    return content
+    return content | {"zero_optimization": as_deepspeed_reads(content["zero_optimization"])}
+
+
+def as_deepspeed_reads(zero: dict[str, Any]) -> dict[str, Any]:
+    """A checked section of ZeRO with the names, types and meaning that DeepSpeed gives to what stands in it.
+
+    "8" is 8, a deprecated key is the one that took its place, and a device "none" is no offloading. "auto" stays.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    aliases = {name: field.alias or name for name, field in fields.items()}
+    left = {aliases.get(key, key): value for key, value in zero.items() if value == "auto"}
+    given = {key: value for key, value in zero.items() if value != "auto"}
+    read = DeepSpeedZeroConfig(**given).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for name, field in fields.items():
+        if (field.json_schema_extra or {}).get("deprecated"):
+            read.pop(aliases[name], None)
+    if "overlap_comm" not in given:
+        read.pop("overlap_comm", None)  # DeepSpeed's own default, which depends on the stage
+    for key in ("offload_optimizer", "offload_param"):
+        if (read.get(key) or {}).get("device", "none") == "none":
+            read.pop(key, None)
+    return read | left
 
 
 def check_keys(content: dict[str, Any], source: str) -> None:
@@ -103,7 +126,9 @@ def check_keys(content: dict[str, Any], source: str) -> None:
                 f"--deepspeed {source}: unknown key {key!r} in 'zero_optimization'.{did_you_mean(key, known)}"
             )
     if zero.get("stage") not in (1, 2, 3) or type(zero["stage"]) is not int:
-        raise OptionError(f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')}: choose 1, 2 or 3")
+        raise OptionError(
+            f"--deepspeed {source}: zero_optimization.stage {zero.get('stage')!r}: choose 1, 2 or 3, as a number"
+        )
     given = {key: value for key, value in zero.items() if value != "auto"}
     try:
         check(given, DeepSpeedZeroConfig, "zero_optimization")  # DeepSpeed's own types

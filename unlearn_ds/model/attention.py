@@ -254,7 +254,9 @@ def packed_varlen(
 
 def _refuse(module: nn.Module, s_aux: Tensor | None) -> None:
     if s_aux is not None:
-        raise ValueError(f"{type(module).__name__} uses attention sinks: use --attn flash_attention_3")
+        raise ValueError(
+            f"{type(module).__name__} uses attention sinks, which attention over packed rows does not compute"
+        )
 
 
 def register() -> None:

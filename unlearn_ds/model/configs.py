@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.composite import language_model
 from unlearn_ds.model.files import model_folder
 from unlearn_ds.options import OptionError
 from unlearn_ds.stored import check, load
@@ -45,7 +48,7 @@ def parameter_dtype(bf16: bool) -> torch.dtype:
 
 
 def load_config(options: ModelOptions) -> PreTrainedConfig:
-    """Read a model's config, as it is: it is also what is exported.
+    """Read a model's config, as it is: it is also what is exported. Of a larger model (Gemma 3) that of its language model.
 
     Raises `OptionError` if there is no such model, or if it is one that cannot be trained.
     """
@@ -56,12 +59,6 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(options.name_or_path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"cannot read the model {options.name_or_path!r}: {error}") from error
-    if config.get_text_config(decoder=True) is not config:
-        raise OptionError(
-            f"{options.name_or_path}: {type(config).__name__} describes more than a language model "
-            f"({', '.join(config.sub_configs)}): only text models are trained. Save its text part as a model of its own "
-            f"({type(config.get_text_config(decoder=True)).__name__}) and give that folder"
-        )
     if (quantized := getattr(config, "quantization_config", None)) is not None:
         method = (
             quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
@@ -75,7 +72,7 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
             f"{options.name_or_path}: its config.json keeps its weights in {config.transformers_weights!r} "
             "(transformers_weights), which is not supported: give them one of the usual names"
         )
-    return config
+    return language_model(config, options.name_or_path)
 
 
 def packing_problem(config: PreTrainedConfig) -> str | None:
@@ -105,13 +102,25 @@ def open_config(options: ModelOptions, seq_len: int) -> PreTrainedConfig:
     return config
 
 
+def usable_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a sequence may have by `config`; RoBERTa and its kin begin to count behind the padding's."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or getattr(config, "rope_parameters", None):
+        return positions
+    tables = [module for module in blank_model(config).modules() if isinstance(module, nn.Embedding)]
+    first = [
+        table.padding_idx + 1 for table in tables if table.num_embeddings == positions and table.padding_idx is not None
+    ]
+    return positions - max(first, default=0) if positions != getattr(config, "vocab_size", None) else positions
+
+
 def check_length(config: PreTrainedConfig, seq_len: int, name: str) -> str | None:
     """A warning, or None, about sequences longer than the model was made for.
 
     Raises `OptionError` where there is no way to compute on them: a table of learned positions that ends before, or a rotary
     embedding that changes, for all sequences of a row, with the longest of them.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = usable_positions(config)
     rotary = getattr(config, "rope_parameters", None) or {}
     for one in [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, dict)]:
         unchanged = one.get("original_max_position_embeddings") or positions

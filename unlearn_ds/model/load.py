@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from unlearn_ds.model import attention, weights
 from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.composite import is_part, read_all, text_tensors
 from unlearn_ds.model.configs import ModelOptions
 from unlearn_ds.model.files import model_folder, weight_files
 from unlearn_ds.model.fixed_tensors import fixed_tensors, restore
@@ -38,10 +40,13 @@ def head_options(config: PreTrainedConfig, loss_impl: str, workspace_mib: float)
 
 
 def logit_shape(config: PreTrainedConfig) -> LogitShape:
-    """What `config` says is done to the logits after the projection."""
+    """What `config` says is done to the logits after the projection.
+
+    By its fields alone: a property of one of these names (MiniCPM3) is a scale of what goes into the projection.
+    """
     scale = 1.0
     for name, convert in _SCALE_FIELDS.items():
-        value = getattr(config, name, None)
+        value = vars(config).get(name)
         if value is not None:
             scale *= convert(float(value))
     return LogitShape(scale=scale, softcap=getattr(config, _SOFTCAP_FIELD, None))
@@ -91,7 +96,11 @@ def _load(
     """Read a pretrained model: rank by rank from its files where their layout allows it, else through transformers."""
     folder = model_folder(options.name_or_path)
     blank = blank_model(config, **common)
-    found, problem = weights.match_parameters(blank, weights.stored_tensors(weight_files(folder)))
+    stored = weights.stored_tensors(weight_files(folder))
+    part = is_part(folder, config)
+    if part:
+        stored = text_tensors(stored, blank)
+    found, problem = weights.match_parameters(blank, stored)
     weights.check_ties(blank, found)
     reason = weights.why_not_direct(blank, ds_config, problem)
     if reason is None and options.loading == "transformers":
@@ -106,14 +115,37 @@ def _load(
                 model.generation_config = GenerationConfig.from_pretrained(folder)
             loading = watch.loading("direct", "each rank reads its own slices", num_bytes)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                options.name_or_path, config=config, output_loading_info=True, **common
-            )
+            model, info = _through_transformers(options, config, type(blank), stored if part else None, common)
             if info["missing_keys"]:
-                raise OptionError(f"its files hold no {sorted(info['missing_keys'])[0]!r}")
+                raise OptionError(_missing(sorted(info["missing_keys"])[0], stored))
             restore(model, fixed_tensors(blank))
             loading = watch.loading("transformers", reason)
     finally:
         unset_hf_deepspeed_config()
     weights.verify(model, found)
     return model, loading
+
+
+def _through_transformers(
+    options: ModelOptions,
+    config: PreTrainedConfig,
+    model_class: Any,
+    part: dict[str, weights.Stored] | None,
+    common: dict[str, Any],
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and loading info as transformers loads it; of a larger model's language model from its tensors, `part`."""
+    told = {"config": config, "output_loading_info": True, **common}
+    if part is None:
+        return AutoModelForCausalLM.from_pretrained(options.name_or_path, **told)
+    told.pop("trust_remote_code")
+    return model_class.from_pretrained(None, state_dict=read_all(part), **told)
+
+
+def _missing(name: str, stored: dict[str, weights.Stored]) -> str:
+    """What is wrong where transformers did not find the weight `name` in a model's files."""
+    if name not in stored:
+        return f"its files hold no {name!r}"
+    return (
+        f"its files hold {name!r}, and transformers {transformers.__version__} looks for it under another name: a fault of its "
+        "rules for this model. Another version of transformers may read it"
+    )

@@ -26,7 +26,7 @@ from unlearn_ds.kernels import (
     linear_token_stats,
 )
 from unlearn_ds.marks import LOSS
-from unlearn_ds.model.layers import backbone
+from unlearn_ds.model.projected import projected
 from unlearn_ds.model.weights import Loading
 
 _LENGTH_MULTIPLE = 8  # of a padded row: few different shapes
@@ -216,7 +216,7 @@ _ANSWERS = {LossCall: _loss, StatsCall: _stats, SampleCall: _sample}
 class PackedCausalLM(nn.Module):
     """A causal LM as the engine calls it: packed rows in, the head's answer out.
 
-    One call is one pass through the backbone and the head, which is what ZeRO-3's prefetch trace wants. packs: the backbone
+    One call is one pass through the model and the head, which is what ZeRO-3's prefetch trace wants. packs: the backbone
     keeps the sequences of a packed row apart; without it each sequence is a row of its own, padded at its right end, under the
     model's own attention and mask. The model in it is never in training mode: all that transformers draws at random (dropout,
     jitter and sampling of routers, dropped layers) is off there, so that an update depends neither on how rows are packed nor
@@ -242,16 +242,18 @@ class PackedCausalLM(nn.Module):
     def forward(self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None) -> Any:
         """Run `rows` (a `PackedRows`) and return the head's answer to `call`.
 
-        Without a call: the final hidden states (len(pick), D) of the positions `pick`, or, without `pick` either, the
+        Without a call: what the head would be given, (len(pick), D), at the positions `pick`, or, without `pick` either, the
         model's own logits (1, T, V), which only the check on a few tokens wants.
         """
         if self.packs:
             inputs, places = packed_inputs(rows), None
         else:
-            inputs, places = padded_inputs(rows, getattr(self.model.config, "max_position_embeddings", None))
+            config = self.model.config
+            positions, filler = getattr(config, "max_position_embeddings", None), getattr(config, "pad_token_id", None)
+            inputs, places = padded_inputs(rows, positions, filler if filler in range(config.vocab_size) else 0)
         if call is None and pick is None:
             return _in_place(self.model(**inputs).logits, places)
-        hidden = _in_place(backbone(self.model)(**inputs).last_hidden_state, places)
+        hidden = _in_place(projected(self.model, inputs), places)
         if call is None:
             return torch.index_select(hidden[0], 0, pick)
         return self.head(hidden, call)
@@ -260,16 +262,13 @@ class PackedCausalLM(nn.Module):
 def packed_inputs(rows: Any) -> dict[str, Any]:
     """What a backbone is called with that attends inside the boundaries of a `PackedRows`.
 
-    Without boundaries it is one sequence, for the model's own attention (`engine.checks`).
+    Without boundaries it is one sequence, for the model's own attention and positions (`engine.checks`).
     """
-    inputs = {
-        "input_ids": rows.input_ids,
-        "position_ids": rows.position_ids,
-        "use_cache": False,  # with a cache transformers builds no packed attention, silently
-    }
+    inputs = {"input_ids": rows.input_ids, "use_cache": False}  # with a cache there is no packed attention, silently
     if rows.cu_seqlens is None:
         return inputs
     return inputs | {
+        "position_ids": rows.position_ids,
         "cu_seq_lens_q": rows.cu_seqlens,
         "cu_seq_lens_k": rows.cu_seqlens,
         "max_length_q": rows.max_seqlen,
@@ -277,10 +276,12 @@ def packed_inputs(rows: Any) -> dict[str, Any]:
     }
 
 
-def padded_inputs(rows: Any, positions: int | None = None) -> tuple[dict[str, Any], Tensor]:
+def padded_inputs(rows: Any, positions: int | None = None, filler: int = 0) -> tuple[dict[str, Any], Tensor]:
     """The same with a row for each of the S sequences, L tokens long; and where each of the T tokens then lies in S * L.
 
-    positions: no row is longer. No device sync: L follows from the longest sequence, which the host knows.
+    positions: no row is longer. filler: the token behind a sequence; RoBERTa counts no position for its own.
+
+    No device sync: L follows from the longest sequence, which the host knows.
     """
     tokens, device = rows.input_ids[0], rows.input_ids.device
     lengths = rows.cu_seqlens.diff()
@@ -290,7 +291,7 @@ def padded_inputs(rows: Any, positions: int | None = None) -> tuple[dict[str, An
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(tokens))
     places = sequence * longest + rows.position_ids[0]
     size = len(lengths) * longest
-    ids = torch.zeros(size, dtype=tokens.dtype, device=device).index_copy_(0, places, tokens)
+    ids = torch.full((size,), filler, dtype=tokens.dtype, device=device).index_copy_(0, places, tokens)
     mask = torch.zeros(size, dtype=tokens.dtype, device=device).index_fill_(0, places, 1)
     shape = (len(lengths), longest)
     return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places

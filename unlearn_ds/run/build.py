@@ -37,8 +37,10 @@ from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
 from unlearn_ds.engine.tf32 import EXACT, training_precision
 from unlearn_ds.methods import far_from_preset
+from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.composite import check_writable, is_part
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
-from unlearn_ds.model.files import model_fingerprint
+from unlearn_ds.model.files import model_fingerprint, model_folder
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import head_options, load_model
 from unlearn_ds.model.lora import add_adapters, lora_options, trainable_parameters
@@ -79,6 +81,7 @@ class Run:
     run_dir: Path
     device: torch.device
     model_config: PreTrainedConfig
+    larger_model: Path | None  # the folder of the model of which the trained one is a part
     tokenizer: Any | None
     model_fingerprint: str
     num_parameters: int  # of the whole model, without adapters
@@ -103,6 +106,7 @@ class Subject:
 
     options: ModelOptions
     config: PreTrainedConfig
+    larger_model: Path | None  # the folder of the model of which this is a part
     tokenizer: Any | None
     fingerprint: str
     size: ModelSize
@@ -123,7 +127,6 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     config = settle(config, device, before.bf16)
     check_options(before, config, config.run_dir)
     torch.manual_seed(config.seed)
-
     subject = open_subject(config)
     corpora = open_run_corpora(config, subject.config.vocab_size, subject.tokenizer)
     world = distributed.world_size()
@@ -153,6 +156,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         run_dir=config.run_dir,
         device=device,
         model_config=subject.config,
+        larger_model=subject.larger_model,
         tokenizer=subject.tokenizer,
         model_fingerprint=subject.fingerprint,
         num_parameters=subject.num_parameters,
@@ -193,12 +197,32 @@ def open_subject(config: RunConfig) -> Subject:
     return Subject(
         options=options,
         config=model_config,
+        larger_model=larger_model_of(config, model_config),
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
         size=model_size(model_config, **trusted),
         num_parameters=parameters,
         num_trainable=parameters if adapters is None else adapters,
     )
+
+
+def larger_model_of(config: RunConfig, model_config: PreTrainedConfig) -> Path | None:
+    """The folder of the model of which the one to train is a part, if it is one; says so.
+
+    Raises `OptionError` where it could not be written back into that folder.
+    """
+    if config.random_init or not is_part(folder := model_folder(config.start_model), model_config):
+        return None
+    if config.lora_r and config.lora_export == "adapter":
+        raise OptionError(
+            f"--lora_export adapter: {config.start_model} is more than a language model, and an adapter of its text part does "
+            "not fit it: use --lora_export merged"
+        )
+    check_writable(folder, blank_model(model_config))
+    distributed.say(
+        f"{config.start_model}: its text part ({model_config.model_type}) is trained, the rest stays as it is"
+    )
+    return folder
 
 
 def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:

@@ -23,6 +23,7 @@ from unlearn_ds.layout import TOKENIZER_FILES
 from unlearn_ds.markup import markdown, markdown_code
 from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.composite import put_back, whole_class
 from unlearn_ds.model.lora import adapter_state, merged_state, wrong_names
 from unlearn_ds.options import OptionError
 from unlearn_ds.run.transformers_4 import for_transformers_4
@@ -60,12 +61,14 @@ def export_model(
     adapter: Any | None = None,
     merge: bool = True,
     sample: Sample | None = None,
+    larger: Path | None = None,
 ) -> None:
     """Write `target` (complete or absent) with the causal LM `model`, its tokenizer and a README. Every rank calls this.
 
     adapter: peft's configuration of the adapters in the model, which are merged into its weights or, unless `merge`, written
-    alone, as peft reads them. sample: what the files must compute when transformers reads them. Raises `OSError` on every rank
-    if it cannot be written, and `ExportError` if the files are not the model; what was there before stays.
+    alone, as peft reads them. sample: what the files must compute when transformers reads them. larger: the folder of a model
+    whose language part `model` is: it is written as it is but for that part's weights. Raises `OSError` on every rank if it
+    cannot be written, and `ExportError` if the files are not the model; what was there before stays.
     """
     state = gathered_state_dict(model)
     partial = target.with_name(f".{target.name}.partial")
@@ -74,18 +77,18 @@ def export_model(
         fresh_folder(partial)
         if adapter is not None and not merge:
             save_file(adapter_state(state), partial / "adapter_model.safetensors")
-            adapter.save_pretrained(str(partial))
+            name_base(adapter, model).save_pretrained(str(partial))
         else:
             blank = blank_model(model.config, type(model))
             whole = merged_state(state, blank, adapter) if adapter is not None else state
             if (wrong := wrong_names(whole, blank)) is not None:
                 raise ExportError(f"of what would be written {wrong}")
-            model.save_pretrained(partial, state_dict=whole, max_shard_size="5GB")
+            write_model(model, whole, partial, larger)
             state.clear()
-            whole.clear()
-            add_keys_of_transformers_4(partial / "config.json")
             if sample is not None:
-                check_files(partial, model, sample)  # raises what keeps the files from getting their name
+                check_files(
+                    partial, model, sample, larger is not None
+                )  # raises what keeps the files from getting their name
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -107,8 +110,30 @@ def export_model(
     distributed.on_main(write_or_clean_up)
 
 
-def check_files(folder: Path, model: nn.Module, sample: Sample) -> None:
+def name_base(adapter: Any, model: nn.Module) -> Any:
+    """peft's configuration with what its loaders look for: the model that the adapter belongs to, and what that is."""
+    name = getattr(model.config, "_name_or_path", "")
+    adapter.base_model_name_or_path = str(Path(name).absolute()) if Path(name).is_dir() else name
+    adapter.task_type = "CAUSAL_LM"
+    return adapter
+
+
+def write_model(model: nn.Module, state: dict[str, Tensor], folder: Path, larger: Path | None) -> None:
+    """Write config and weights of `model` into `folder`, or the whole of the model that it is a part of; `state` is emptied."""
+    written = folder if larger is None else fresh_folder(folder / ".language_model")
+    model.save_pretrained(written, state_dict=state, max_shard_size="5GB")
+    state.clear()
+    if larger is None:
+        add_keys_of_transformers_4(folder / "config.json")
+    else:
+        put_back(larger, written, blank_model(model.config, type(model)), folder)
+        shutil.rmtree(written)
+
+
+def check_files(folder: Path, model: nn.Module, sample: Sample, larger: bool = False) -> None:
     """Raise `ExportError` unless transformers finds every weight of `model` in `folder`, and computes what `sample` says.
+
+    larger: `model` is a part of what lies in `folder`.
 
     The model is read whole into the memory of this process, on the CPU; where there is no room for it, that is said instead.
     """
@@ -120,9 +145,10 @@ def check_files(folder: Path, model: nn.Module, sample: Sample) -> None:
             f"of which {free / 2**30:.1f} are free"
         )
         return
-    read, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    model_class = whole_class(folder) if larger else type(model)
+    read, info = model_class.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
+        if info[what] and not larger:  # a larger model's folder may lack or have too much of its other parts
             raise ExportError(f"transformers reads {what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}")
     with torch.no_grad():
         logits = read.eval()(sample.ids[None], use_cache=False).logits[0].float()
