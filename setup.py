@@ -45,6 +45,7 @@ setup(
         "wandb": ["wandb>=0.19.0"],
         "lora": ["peft>=0.18.0"],
         "tasks": ["lm-eval>=0.4.9"],
+        "tune": ["optuna>=5.0.0"],
         "bench": ["liger-kernel", "quack-kernels", "cut-cross-entropy"],
         "test": [
             "pytest>=8.0.0",
@@ -58,6 +59,7 @@ setup(
             "lm-eval>=0.4.9",
             "wandb>=0.19.0",
             "peft>=0.18.0",
+            "optuna>=5.0.0",
         ],
     },
     entry_points={"console_scripts": ["unlearn-ds=unlearn_ds.cli:main"]},
