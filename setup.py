@@ -46,6 +46,7 @@ setup(
         "lora": ["peft>=0.18.0"],
         "tasks": ["lm-eval>=0.4.9"],
         "benchmarks": ["rouge-score>=0.1.2"],
+        "tune": ["optuna>=5.0.0"],
         "bench": ["liger-kernel", "quack-kernels", "cut-cross-entropy"],
         "test": [
             "pytest>=8.0.0",
@@ -60,6 +61,7 @@ setup(
             "rouge-score>=0.1.2",
             "wandb>=0.19.0",
             "peft>=0.18.0",
+            "optuna>=5.0.0",
         ],
     },
     entry_points={"console_scripts": ["unlearn-ds=unlearn_ds.cli:main"]},

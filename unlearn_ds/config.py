@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from unlearn_ds.conditions import parse_condition, parse_share
+from unlearn_ds.conditions import check_guards
 from unlearn_ds.methods import check_method, expanded
 from unlearn_ds.mixture import parse_mixture
 from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss, TokenLoss
@@ -189,9 +189,16 @@ class RunConfig:
     """sequences of each corpus in that subset"""
     stop_when: tuple[str, ...] = ()
     """stop at the first of these that holds: 'forget_ppl>=approximate' (what the starting model had there),
-    'mia_auc<=0.5', 'retain_acc<=30'; needs eval_steps"""
+    'forget_ppl>=retrained' (what the retrained_model has there), 'mia_auc<=0.5', 'retain_acc<=30'; needs eval_steps"""
+    stop_tolerance: str | None = None
+    """how near to what stop_when names the run must end, such as 5%: if the last updates went past it, the weights between the
+    last two measured states that hit it are taken, or else the nearest"""
+    retrained_model: str | None = None
+    """evaluated folder (or the model/ in it) of a model that never saw the forget set: what stop_when compares with, what
+    load_best aims at, what limits of damage allow for, and the yardstick of do_eval"""
     max_retain_ppl_increase: str | None = None
-    """stop when retain perplexity rose by more than this, such as 10%, and go back to the last state where it had not"""
+    """stop when retain perplexity rose by more than this, such as 10%, over the start (or a worse retrained_model's), and go
+    back to the last state where it had not"""
     load_best: bool = False
     """end with the measured state nearest to a good verdict: forget like approximate was, retain like it was"""
     profile_steps: str | None = None
@@ -222,7 +229,7 @@ class RunConfig:
         check_method(self)
         _check_numbers(self)
         _check_checkpointing(self)
-        _check_guards(self)
+        check_guards(self)
 
     @classmethod
     def expanded(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -359,20 +366,3 @@ def _check_checkpointing(config: RunConfig) -> None:
             f"--{'resume' if config.resume else 'auto_resume'} and --overwrite_output_dir contradict each other: one keeps "
             "the folder, one clears it"
         )
-
-
-def _check_guards(config: RunConfig) -> None:
-    if config.eval_steps < 0:
-        raise OptionError(
-            f"--eval_steps {config.eval_steps}: a number of updates, or 0 for no evaluation while training"
-        )
-    if config.eval_sequences < 2:
-        raise OptionError(f"--eval_sequences {config.eval_sequences}: at least 2, or a set has no spread")
-    for text in config.stop_when:
-        parse_condition(text)
-    if config.max_retain_ppl_increase is not None:
-        parse_share("max_retain_ppl_increase", config.max_retain_ppl_increase)
-    guards = {name: getattr(config, name) for name in ("stop_when", "max_retain_ppl_increase", "load_best")}
-    for name, value in guards.items():
-        if value and not config.eval_steps:
-            raise OptionError(f"--{name} needs --eval_steps: it is decided by evaluations between updates")

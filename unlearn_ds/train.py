@@ -78,6 +78,7 @@ def carry_out_run(config: RunConfig, held: ExitStack) -> Path:
     stop = StopRequest()
     run = build_run(with_followed_output(config), held)
     config = run.config  # with what was left to the program decided
+    check_comparison(run)
     distributed.on_main(lambda: clear_run_dir(config))  # all that is read was read
     write_run_json(run)
     announce(run)
@@ -93,6 +94,15 @@ def carry_out_run(config: RunConfig, held: ExitStack) -> Path:
         if config.export:
             export_run(run, evaluation)
     return run.run_dir
+
+
+def check_comparison(run: Run) -> None:
+    """Raise `OptionError` now for what --do_eval would find wrong with --retrained_model after the last update."""
+    if run.config.do_eval and run.config.retrained_model is not None:
+        from unlearn_ds.measures.collect import open_sets
+        from unlearn_ds.measures.result import compare_run
+
+        compare_run(run.config, open_sets(run.config, run.model_config.vocab_size, run.tokenizer))
 
 
 def with_followed_output(config: RunConfig) -> RunConfig:
@@ -146,10 +156,14 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             done = step.index + 1
             applied = carry_out(run, step, metrics, profiler)
             skips.count(done, applied)
-            save_or_stop(run, watchdog, stop, done)
-            if guard.due(done):
+            stopping = stop.agreed(run.engine.device) and done < plan.num_steps
+            saving = stopping or (config.save_steps and done % config.save_steps == 0)
+            if guard.due(done, saving):
                 with watchdog.paused():
                     guard.measure(done)
+            # Where the guard ends the run there is nothing to go on from: a resume takes the last updates again.
+            if not guard.stopped:
+                save_or_stop(run, watchdog, stopping, done)
             watchdog.step(done + 1)
         guard.finish()
 
@@ -190,10 +204,9 @@ class SkippedUpdates:
             )
 
 
-def save_or_stop(run: Run, watchdog: Watchdog, stop: StopRequest, done: int) -> None:
+def save_or_stop(run: Run, watchdog: Watchdog, stopping: bool, done: int) -> None:
     """Save where a checkpoint is due after update `done`; if a rank was asked to stop, save and raise `StopRequested`."""
     every, last = run.config.save_steps, run.plan.num_steps
-    stopping = stop.agreed(run.engine.device) and done < last
     if stopping or (every and (done % every == 0 or done == last)):
         save_checkpoint(run, watchdog, done, must=stopping)
     if stopping:

@@ -12,6 +12,7 @@ from tests.support.cluster import require
 from tests.support.evaluations import random_tables, save_evaluation, save_models
 from tests.support.patience import finish
 from unlearn_ds.evaluation.report import main, write_report
+from unlearn_ds.evaluation.report_page import mood
 from unlearn_ds.plots.models import draw_tradeoff
 from unlearn_ds.plots.style import colours, new_figure, to_svg
 from unlearn_ds.stored import StoredError
@@ -71,6 +72,44 @@ def test_json_holds_what_other_tools_read(report_dir, models):
     }
     assert "reference" in report["models"]["adversarial"]["mia"]
     assert "reference" not in report["models"]["original"]["mia"]
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "possible", "kept", "colour"),
+    [
+        ("forgotten", ["forgotten"], "kept", "good"),
+        ("forgotten", ["forgotten"], "uncertain", "warn"),
+        ("uncertain", ["forgotten", "over-forgotten"], "kept", "warn"),
+        ("forgotten", ["forgotten"], "damaged", "warn"),
+        ("uncertain", ["forgotten", "over-forgotten"], "damaged", "warn"),
+        ("uncertain", ["not forgotten", "over-forgotten"], "damaged", "bad"),
+        ("not forgotten", ["not forgotten"], "damaged", "bad"),
+        ("over-forgotten", ["over-forgotten"], "damaged", "bad"),
+    ],
+)
+def test_the_colour_follows_the_words(forgotten, possible, kept, colour):
+    assert mood({"forgotten": forgotten, "possible": possible, "kept": kept}) == colour
+
+
+@pytest.mark.parametrize(("word", "colour"), [("broken", "bad"), ("unknown", "warn")])
+def test_the_colour_of_a_model_without_a_word_for_forgetting(word, colour):
+    assert mood({"forgotten": word, "kept": "kept"}) == colour
+
+
+def test_words_and_colour_stand_in_the_page(tmp_path):
+    """Retraining cost 16 % on retain: who equals it is green; who is in doubt is neither green nor red."""
+    original, retrained = random_tables(forget=0.8), random_tables(forget=2.05, retain=2.15)
+    torn = random_tables(forget=2.05)
+    torn["general"]["log_prob"] -= np.linspace(-0.6, 0.8, 40)
+    made = {"original": original, "retrained": retrained, "torn": torn}
+    folders = {name: save_evaluation(tmp_path / name, tables) for name, tables in made.items()}
+    write_report(tmp_path, folders, original="original", retrained="retrained")
+    page = (tmp_path / "report.html").read_text()
+    assert '<span class="good-text">forgotten, kept</span>' in page
+    assert '<span class="warn-text">forgotten, domain kept, general uncertain</span>' in page
+    assert '<li class="warn"><b>torn:</b> Forgotten, domain kept, general uncertain: ' in page
+    assert "above that of the worse of original and retrained" in page
+    assert "| torn | forgotten, domain kept, general uncertain |" in (tmp_path / "report.md").read_text()
 
 
 def test_markdown_table_has_a_row_per_model(report_dir, models):

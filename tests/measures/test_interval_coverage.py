@@ -7,8 +7,8 @@ from scipy.stats import norm
 from unlearn_ds.measures import bootstrap
 from unlearn_ds.measures.attacks import Scores, measure_attack
 from unlearn_ds.measures.bootstrap import resample, stream
+from unlearn_ds.measures.known import compare_ppl
 from unlearn_ds.measures.summary import together
-from unlearn_ds.measures.verdict import compare_ppl
 
 NUM_DRAWS = 400  # of the data: 92 % and 98 % lie 2.8 standard errors from 95 %
 SHIFT = 0.4  # of the forget set's mean log-prob over the approximate set's, in standard deviations of a sequence
@@ -56,8 +56,8 @@ def intervals(forget, approximate, other_model, seed):
     found = {name: measured[f"{name}_interval"] for name in ("auc", "tpr_at_1_fpr", "tpr_at_5_fpr")}
     return found | {
         "perplexity": np.exp(bootstrap.interval(means, drawn[0].num_documents)),
-        "ratio": compare_ppl(forget, approximate, seed)[1],
-        "paired ratio": compare_ppl(forget | {"log_prob": other_model}, forget, seed)[1],
+        "ratio": compare_ppl(forget, [approximate], seed)[1],
+        "paired ratio": compare_ppl(forget | {"log_prob": other_model}, [forget], seed)[1],
     }
 
 

@@ -8,9 +8,10 @@ import pytest
 from scipy.stats import ks_2samp
 
 from tests.support.evaluations import random_table, random_tables
+from unlearn_ds.measures.known import compare_ppl
 from unlearn_ds.measures.summary import evaluate_tables
 from unlearn_ds.measures.thresholds import Thresholds
-from unlearn_ds.measures.verdict import Comparison, compare_ppl, document_changes, judge
+from unlearn_ds.measures.verdict import Comparison, document_changes, judge, verdict_words
 from unlearn_ds.options import OptionError
 
 
@@ -74,18 +75,71 @@ def test_utility_may_lose_ten_percent(original, rise, word):
     assert (verdict["kept"], verdict["utility"]["retain"]["kept"]) == (word, "kept")
 
 
+@pytest.mark.parametrize("rise", [0.15, 0.6])
+def test_a_model_equal_to_the_retrained_one_is_forgotten_and_kept(original, retrained, rise):
+    """Whatever retraining cost: nobody can ask an unlearned model to be better than one that never saw the forget set."""
+    costly = retrained | {name: shifted(original[name], rise) for name in ("retain", "general")}
+    verdict = verdict_of(costly, original, costly)
+    assert verdict_words(verdict) == "forgotten, kept"
+    assert verdict["sentence"].startswith("Forgotten, kept: ")
+    assert "retain perplexity +0.0 % against the retrained model's" in verdict["sentence"]
+    assert verdict_of(costly, original)["kept"] == "damaged"
+
+
+def test_each_set_is_held_against_the_worse_of_original_and_retrained(original, retrained):
+    """Here the original is the worse one on general, the retrained one on retain."""
+    other = retrained | {"retain": shifted(original["retain"], 0.15), "general": shifted(original["general"], -0.5)}
+    tables = other | {"retain": shifted(original["retain"], 0.2), "general": shifted(original["general"], 0.05)}
+    utility = verdict_of(tables, original, other)["utility"]
+    assert {name: (one["kept"], one["against"]) for name, one in utility.items()} == {
+        "retain": ("kept", "retrained"),
+        "general": ("kept", "original"),
+    }
+    assert utility["retain"]["ppl_ratio"] == pytest.approx(np.exp(0.05))
+    assert utility["general"]["ppl_ratio_interval"] == pytest.approx([np.exp(0.05)] * 2)
+
+
+def test_the_worse_of_two_models_is_found_again_in_every_resample(original):
+    """Two models that are equally bad on average and take turns: the worse of them is no constant."""
+    turns = {name: column.copy() for name, column in original["retain"].items()}
+    turns["log_prob"] = turns["log_prob"] + np.where(np.arange(40) % 2, 0.5, -0.5)
+    _, bounds = compare_ppl(original["retain"], [original["retain"], turns], 0)
+    assert bounds[0] < 0.9
+    assert bounds[1] == 1.0
+
+
+def test_domain_and_general_are_told_apart(original, retrained):
+    tables = retrained | {"general": shifted(original["general"], 0.5)}
+    verdict = verdict_of(tables, original, retrained)
+    assert verdict_words(verdict) == "forgotten, domain kept, general damaged"
+    assert (verdict["kept"], verdict["kept_certain"]) == ("damaged", True)
+    assert verdict["sentence"].startswith("Forgotten, domain kept, general damaged: ")
+
+
+def test_what_one_model_is_broken_on_is_held_against_the_other(original, retrained):
+    broken = retrained | {"retain": shifted(retrained["retain"], np.nan)}
+    utility = verdict_of(original, original, broken)["utility"]
+    assert (utility["retain"]["kept"], utility["retain"]["against"]) == ("kept", "original")
+    alone = verdict_of(original, None, retrained)["utility"]
+    assert {one["against"] for one in alone.values()} == {"retrained"}
+
+
 def test_a_paired_comparison_is_sharper_than_an_unpaired_one(original):
     worse = shifted(original["retain"], 0.05)
-    ratio, bounds = compare_ppl(worse, original["retain"], 0)
+    ratio, bounds = compare_ppl(worse, [original["retain"]], 0)
     assert ratio == pytest.approx(np.exp(0.05))
     assert bounds[1] - bounds[0] < 1e-9
-    _, wide = compare_ppl(worse, random_table("retain", 41, 2.0, 9), 0)
+    _, wide = compare_ppl(worse, [random_table("retain", 41, 2.0, 9)], 0)
     assert wide[1] - wide[0] > 0.05
 
 
 def test_an_interval_across_a_threshold_is_said(original, retrained):
     doubtful = verdict_of(retrained, original, auc_tolerance=0.04)
-    assert doubtful["sentence"].startswith("Perhaps forgotten, kept: ")
+    assert (doubtful["forgotten"], doubtful["possible"]) == (
+        "uncertain",
+        ["forgotten", "not forgotten", "over-forgotten"],
+    )
+    assert doubtful["sentence"].startswith("Uncertain (forgotten or not forgotten or over-forgotten), kept: ")
     assert re.search(
         r"in doubt: the interval of the AUC minus 0.50, -0.\d\d to \+0.\d\d, reaches across .*: measure more documents",
         doubtful["sentence"],
@@ -111,7 +165,7 @@ def test_too_few_documents_are_said_for_every_word(count, said):
     tables = few_documents(count)
     verdict = verdict_of(tables, tables, ppl_tolerance=50, auc_tolerance=0.99, max_ppl_increase=50)
     assert (verdict["certain"], verdict["kept_certain"]) == (False, False)
-    assert verdict["sentence"].startswith("Perhaps forgotten, perhaps kept: ")
+    assert re.match(r"Uncertain \(forgotten or .*\), uncertain: ", verdict["sentence"])
     assert f"in doubt: {said}" in verdict["sentence"]
     assert f"retain has {count} document" in verdict["sentence"]
     enough = few_documents(10)
@@ -122,8 +176,8 @@ def test_a_doubt_about_retain_stands_in_the_sentence(original):
     noisy = random_table("retain", 40, 2.0, 2)
     noisy["log_prob"] = noisy["log_prob"] - np.linspace(-0.3, 0.4, 40)
     verdict = verdict_of(original | {"retain": noisy}, original)
-    assert (verdict["kept"], verdict["kept_certain"]) == ("kept", False)
-    assert "perhaps kept" in verdict["sentence"]
+    assert (verdict["kept"], verdict["kept_certain"]) == ("uncertain", False)
+    assert verdict["sentence"].startswith("Not forgotten, domain uncertain, general kept: ")
     assert "in doubt: the interval of the retain perplexity ratio, " in verdict["sentence"]
 
 
@@ -138,7 +192,7 @@ def test_one_number_that_is_sure_outweighs_one_that_is_not(original):
 def test_without_an_attack_nothing_is_surely_forgotten(retrained):
     tables = {name: retrained[name] for name in ("forget", "retain")}
     verdict = verdict_of(tables, None, retrained)
-    assert (verdict["forgotten"], verdict["certain"]) == ("forgotten", False)
+    assert (verdict["forgotten"], verdict["certain"]) == ("uncertain", False)
     assert "in doubt: without an approximate set no attack was tried" in verdict["sentence"]
 
 

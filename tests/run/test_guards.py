@@ -139,6 +139,7 @@ def test_load_best_passes_over_what_went_too_far():
         config=SimpleNamespace(load_best=True), engine=SimpleNamespace(engine=SimpleNamespace(module=module))
     )
     guard._start = {"forget_ppl": 10.0, "approximate_ppl": 100.0, "retain_ppl": 10.0}
+    guard._tolerance = None
     guard._increase, guard._allowed, guard._utility = 0.1, 0.1, "retain"
     guard._best, guard._best_distance, guard._last_good = None, math.inf, None
     guard._keep(1, {"forget_ppl": 20.0, "retain_ppl": 10.5}, too_far=False)
@@ -185,7 +186,7 @@ def guard_of(**config):
     """A guard of a run that has prepared no set and measured nothing."""
     guard = object.__new__(Guard)
     guard._run = SimpleNamespace(config=SimpleNamespace(**config), run_dir=config.get("run_dir"))
-    guard._conditions, guard._sets, guard._utility, guard._increase = [], {}, None, 0.1
+    guard._conditions, guard._sets, guard._utility, guard._increase, guard._retrained = [], {}, None, 0.1, {}
     return guard
 
 
@@ -206,8 +207,11 @@ def test_a_resumed_run_must_have_measured_its_start(tmp_path):
     [
         ("forget_ppl", "expected METRIC>=VALUE or METRIC<=VALUE"),
         ("forgot_ppl>=3", "unknown metric 'forgot_ppl'.*Did you mean 'forget_ppl'"),
-        ("forget_ppl>=aproximate", "the value 'aproximate' is not a number or one of .*Did you mean 'approximate'"),
-        ("mia_auc<=retain", "the value 'retain' is not a number"),
+        (
+            "forget_ppl>=aproximate",
+            "the value 'aproximate' is not a number or one of .*retrained.*Did you mean 'approximate'",
+        ),
+        ("mia_auc<=retain", "the value 'retain' is not a number or retrained"),
     ],
 )
 def test_malformed_conditions(text, message):
@@ -245,6 +249,14 @@ def test_malformed_shares(text):
         ({"eval_sequences": 1}, "--eval_sequences 1: at least 2"),
         ({"eval_steps": 2, "stop_when": ("x",)}, "--stop_when 'x': expected"),
         ({"eval_steps": 2, "max_retain_ppl_increase": "x"}, "a share above 0"),
+        ({"eval_steps": 2, "stop_when": ("mia_auc<=retrained",)}, "'mia_auc<=retrained' needs --retrained_model"),
+        ({"retrained_model": "x"}, "--retrained_model is compared with by --eval_steps and --do_eval"),
+        ({"eval_steps": 2, "stop_tolerance": "5%"}, "--stop_tolerance is how near to --stop_when"),
+        ({"eval_steps": 2, "stop_when": ("forget_ppl>=9",), "stop_tolerance": "-5%"}, "--stop_tolerance -5%: a share"),
+        (
+            {"eval_steps": 2, "stop_when": ("forget_ppl>=9",), "stop_tolerance": "5%", "load_best": True},
+            "--stop_tolerance and --load_best both choose",
+        ),
     ],
 )
 def test_guard_options_are_checked(options, message):
@@ -275,7 +287,7 @@ def test_a_recorded_start_that_decides_nothing_is_named(tmp_path, recorded, name
     rows = [{"step": 1}, {"step": 0} | {f"eval_{metric}": value for metric, value in recorded.items()}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     guard = object.__new__(Guard)
-    guard._run, guard._utility = SimpleNamespace(run_dir=tmp_path), "retain"
+    guard._run, guard._utility, guard._retrained = SimpleNamespace(run_dir=tmp_path), "retain", {}
     guard._sets = dict.fromkeys(("forget", "approximate", "retain", "general"))
     guard._conditions = [parse_condition("forget_acc<=general"), parse_condition("forget_ppl>=9")]
     with pytest.raises(StoredError, match=rf"metrics\.jsonl: step 0: {name}: is missing, or below 0"):

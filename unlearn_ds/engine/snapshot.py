@@ -40,3 +40,17 @@ class Snapshot:
             assert len(stores) == len(copies), "a parameter is gathered now and was not then, or the reverse"
             for store, copy in zip(stores, copies):
                 store.copy_(copy)
+
+    @torch.no_grad()
+    def restore_part(self, later: "Snapshot", share: float) -> None:
+        """Bring back the weights `share` of the way from these to those of `later`. Every rank calls this, between steps.
+
+        Weight by weight, in fp32, so that each rank needs its own shard alone.
+        """
+        for parameter, copies, ends in zip(self._parameters, self._copies, later._copies):
+            stores = _stores(parameter)
+            assert len(stores) == len(copies) == len(ends), (
+                "a parameter is gathered now and was not then, or the reverse"
+            )
+            for store, copy, end in zip(stores, copies, ends):
+                store.copy_(torch.lerp(copy.float(), end.float(), share))

@@ -31,7 +31,7 @@ class EvaluateConfig(PublishedFlags, Thresholds):
     against; adds the reference attack"""
     retrained_model: str | None = None
     """evaluated folder (or the model/ in it) of a model that never saw the forget set: the verdict's yardstick, in place of
-    the original on approximate"""
+    the original on approximate; retain and general are held against the worse of the two"""
     seq_len: int = 4096
     """longest sequence, in tokens"""
     per_device_eval_batch_size: int = 4

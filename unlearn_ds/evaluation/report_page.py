@@ -36,6 +36,7 @@ def render_page(title: str, report: dict[str, Any], models: dict[str, Model]) ->
         "bounds": bounds,
         "breakable": breakable,
         "words": verdict_words,
+        "mood": mood,
     }
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
@@ -50,6 +51,15 @@ def render_page(title: str, report: dict[str, Any], models: dict[str, Model]) ->
         runs={name: run_facts(model) for name, model in models.items()},
         version=__version__,
     )
+
+
+def mood(verdict: dict[str, Any]) -> str:
+    """The colour of a verdict: good where both words are, bad where neither can be or the model is broken, else warn."""
+    words = verdict["forgotten"], verdict["kept"]
+    if words == ("forgotten", "kept"):
+        return "good"
+    missed = "forgotten" not in verdict.get("possible", ["forgotten"])
+    return "bad" if words[0] == "broken" or (missed and words[1] == "damaged") else "warn"
 
 
 def attack_name(attack: str) -> str:
@@ -127,8 +137,9 @@ def _tradeoff(report: dict[str, Any], ink: dict[str, str]) -> dict[str, str] | N
         return None
     targets = {one["verdict"]["target_ppl"] for one in report["models"].values() if "target_ppl" in one["verdict"]}
     target = targets.pop() if len(targets) == 1 else None  # without a common yardstick there is no common target
-    start = report["models"].get(report["original"], {}).get("sets", {}).get("retain", {}).get("ppl")
-    limit = None if start is None else start * (1 + report["thresholds"]["max_ppl_increase"])
+    known = [report["models"].get(report[which], {}).get("sets", {}) for which in ("original", "retrained")]
+    retain = [ppl for sets in known if (ppl := sets.get("retain", {}).get("ppl")) is not None]
+    limit = max(retain) * (1 + report["thresholds"]["max_ppl_increase"]) if retain else None
     figure, (axes,) = style.new_figure(6.4, 4.8)
     plots.draw_tradeoff(axes, points, ink, target, limit)
     text = "Right is forgotten, up is damaged. "

@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
+from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.durable import make_folder, naming, replacing_together
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.layout import EVALUATION_FILE, TABLES
 from unlearn_ds.measures.collect import collect_tables, open_sets
-from unlearn_ds.measures.folder import as_json, file_digest
-from unlearn_ds.measures.measured import statement
+from unlearn_ds.measures.folder import as_json, evaluated, file_digest
+from unlearn_ds.measures.measured import check_comparable, statement
 from unlearn_ds.measures.roc import save_roc
 from unlearn_ds.measures.summary import evaluate_tables, show
 from unlearn_ds.measures.table import Table, write_parquet
@@ -28,10 +29,24 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure the model of a run through its own engine and write the result into the run's folder."""
     sets = open_sets(config, model_config.vocab_size, tokenizer)
+    comparison, notes = compare_run(config, sets)
     tables = collect_tables(sets, ask, device, config, tokenizer)
+    header = {"model": str(config.run_dir), "measured": statement(sets, config.seq_len, config.seed, config.bf16)}
+    return finish(config.run_dir, tables, header, comparison, config.seed, notes)
+
+
+def compare_run(config: RunConfig, sets: dict[str, SequenceIndex]) -> tuple[Comparison, list[str]]:
+    """What the model of a run is held against, and what must be said of it. sets: those that are measured after training.
+
+    Raises `OptionError` for a --retrained_model without an evaluation of the same.
+    """
+    if config.retrained_model is None:
+        return Comparison(), []
+    retrained = evaluated(Path(config.retrained_model))
     measured = statement(sets, config.seq_len, config.seed, config.bf16)
-    header = {"model": str(config.run_dir), "measured": measured}
-    return finish(config.run_dir, tables, header, Comparison(), config.seed)
+    label = f"--retrained_model {retrained.folder}"
+    notes = check_comparable("this run's evaluation", measured, label, retrained.statement)
+    return Comparison(retrained=retrained.tables), notes
 
 
 def finish(

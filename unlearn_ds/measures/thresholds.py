@@ -14,7 +14,7 @@ class Thresholds:
     auc_tolerance: float = 0.1
     """forgotten: AUC of the Min-40% attack within this of the yardstick's"""
     max_ppl_increase: float = 0.1
-    """kept: perplexity on retain and general at most the original's x (1 + this)"""
+    """kept: perplexity on retain, and on general, at most x (1 + this) that of the worse of original and retrained"""
 
     def __post_init__(self) -> None:
         for name, value in self.limits().items():

@@ -29,8 +29,8 @@ _NAMES = {
     FREE: """preset output_dir output_sufix trust_remote_code packing cache_dir overwrite_cache max_skipped_steps attn
         activation_checkpointing leaf_modules torch_compile reference lora_export loss_impl loss_workspace_mib loading
         num_threads save_steps save_total_limit resume auto_resume hang_timeout overwrite_output_dir export do_eval
-        per_device_eval_batch_size eval_steps stop_when max_retain_ppl_increase load_best profile_steps logging_steps report_to
-        run_name disable_tqdm do_unlearn fsdp fsdp_transformer_layer_cls_to_wrap""",
+        per_device_eval_batch_size eval_steps stop_when stop_tolerance retrained_model max_retain_ppl_increase load_best
+        profile_steps logging_steps report_to run_name disable_tqdm do_unlearn fsdp fsdp_transformer_layer_cls_to_wrap""",
     MODEL: "target_model_name_or_path model_name_or_path",
     TOKENIZER: "tokenizer_name_or_path",
     DATA: "data_dir",

@@ -1,0 +1,119 @@
+"""The number that the search minimises, and the options of the search."""
+
+import math
+
+import pytest
+
+from unlearn_ds.measures.thresholds import Thresholds
+from unlearn_ds.options import OptionError
+from unlearn_ds.tune import tune
+from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
+from unlearn_ds.tune.options import TuneConfig, trial_config
+from unlearn_ds.tune.tune import closing, searched
+
+LIMITS = Thresholds()
+START = {
+    **{"forget_ppl": 30.0, "approximate_ppl": 90.0, "retain_ppl": 28.0, "general_ppl": 110.0, "mia_auc": 0.94},
+}
+RETRAINED = START | {
+    **{"retrained_forget_ppl": 105.0, "retrained_mia_auc": 0.48},
+    **{"retrained_retain_ppl": 32.0, "retrained_general_ppl": 100.0},
+}
+
+
+def test_a_model_equal_to_the_retrained_one_is_there():
+    now = {"forget_ppl": 105.0, "retain_ppl": 32.0, "general_ppl": 110.0, "mia_auc": 0.48}
+    assert distance_to_verdict(now, RETRAINED, LIMITS).worst == pytest.approx(0)
+
+
+def test_each_part_counts_in_what_is_allowed():
+    now = {"forget_ppl": 105 * 1.25, "retain_ppl": 32.0 * 1.21, "general_ppl": 110.0, "mia_auc": 0.58}
+    parts = distance_to_verdict(now, RETRAINED, LIMITS)
+    assert (parts.loss, parts.auc, parts.damage) == pytest.approx((1, 1, 2))
+    alone = distance_to_verdict(now, START, LIMITS)  # without a retrained model: approximate, chance, and the start
+    assert alone.loss == pytest.approx(math.log(131.25 / 90) / math.log(1.25))
+    assert alone.auc == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("distance", "past", "hopeless"),
+    [
+        (Distance(-2, 3, 0), False, False),
+        (Distance(0.1, 0.5, 0), True, False),
+        (Distance(0.1, 3, 0), False, False),  # the attack still tells
+        (Distance(1.5, 3, 0), True, False),
+        (Distance(-2, 3, 5), False, True),
+        (Distance(math.inf, 0, 0), True, True),
+    ],
+)
+def test_when_a_trial_ends(distance, past, hopeless):
+    assert (distance.is_past_the_target, distance.is_hopeless) == (past, hopeless)
+
+
+def test_compute_breaks_ties_alone():
+    near, far = Distance(0.2, 0.1, 0.0), Distance(0.4, 0.4, 0.3)
+    assert value_of(far, 10, 60) < value_of(near, 20, 60)
+    assert value_of(Distance(0.6, 0, 0), 60, 60) > value_of(far, 60, 60)
+    assert value_of(Distance(2, 0, 0), 60, 60) < value_of(Distance(2.1, 0, 0), 1, 60)
+
+
+def test_rates_are_searched_by_what_they_add_up_to():
+    config = TuneConfig(base="b", output_dir="o", max_updates=50)
+    found = {"rates": [1e-4, 1e-3, 1e-2, 1e-1], "begins": 1e-3, "breaks": 1e-1}
+    assert searched(config, found) == pytest.approx([1.1e-3 / 50, 0.1111 / 8])
+    never = {"rates": [1e-4], "begins": 1e-4, "breaks": 1e-4}
+    low, high = searched(TuneConfig(base="b", output_dir="o", max_updates=2, eval_steps=1), never)
+    assert low < high
+
+
+def test_what_is_missing_is_said():
+    one = {"number": 3, "best_update": 8, "distance": {"loss": -0.5, "auc": 1.7, "damage": 0.1}}
+    said = closing(TuneConfig(base="b", output_dir="o"), [one])
+    assert "best of 1 trials: 3, 8 updates: not reached: auc (" in said[0]
+    assert closing(TuneConfig(base="b", output_dir="o"), [one | {"distance": None}]) == [
+        "no trial could be measured: lower --highest_rate"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"methods": ("npo_plus_decent",)},
+            "--methods npo_plus_decent: choose from .* Did you mean 'npo_plus_descent'",
+        ),
+        ({"methods": ("gradient_ascent",)}, "--methods gradient_ascent: choose from"),
+        ({"methods": ()}, "--methods: give at least one"),
+        ({"num_trials": 0}, "--num_trials 0: at least 1"),
+        ({"lowest_rate": 1.0}, "two rates above 0, the lower one first"),
+        ({"eval_steps": 61}, "a trial of 60 updates would never be measured"),
+        ({"budget_updates": 83}, "too small for the range test and one trial: at least 84"),
+        ({"sampler": "best"}, "--sampler best"),
+        ({"ppl_tolerance": 0.0}, "--ppl_tolerance 0.0: must be above 0"),
+    ],
+)
+def test_options_of_the_search_are_checked(options, message):
+    with pytest.raises(OptionError, match=message):
+        TuneConfig(base="b", output_dir="o", **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: 1e-4", "learning_rate is set by the tuner itself"),
+        ("max_steps: 3", "max_steps is set by the tuner itself"),
+        ("save_steps: 3", "save_steps has no effect in a trial"),
+        ("learning_rat: 1e-4", "unknown option 'learning_rat'"),
+    ],
+)
+def test_a_base_that_says_what_the_search_decides_is_refused(tmp_path, line, message):
+    base = tmp_path / "base.yaml"
+    base.write_text(f"target_model_name_or_path: m\n{line}\n")
+    with pytest.raises(OptionError, match=message):
+        trial_config(TuneConfig(base=str(base), output_dir="o"), tmp_path, {"unlearn_method": "ascent_plus_descent"})
+
+
+def test_without_optuna_it_is_said_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"tune needs Optuna: install it with `pip install unlearn-ds\[tune\]`"):
+        tune.tune(TuneConfig(base="b", output_dir="o"))

@@ -1,0 +1,59 @@
+"""What the search minimises: how far a state is from the verdict, in what the verdict allows."""
+
+import math
+from dataclasses import dataclass
+
+from unlearn_ds.measures.thresholds import Thresholds
+from unlearn_ds.measures.utility import UTILITY_SETS
+from unlearn_ds.run.guards import worst_start
+from unlearn_ds.run.target import Metrics
+
+ENOUGH = 0.5  # of what is allowed: nearer than that no state is better than another
+HOPELESS = 4.0  # times the damage that is allowed
+_COMPUTE = 0.01  # what the updates of a whole trial count: they break ties
+
+
+@dataclass(frozen=True)
+class Distance:
+    """From a state to the verdict, each part in what is allowed: at most 1 is "forgotten, kept", as far as numbers tell."""
+
+    loss: float  # signed: above 0 the forget set's loss is beyond its target
+    auc: float  # signed: above 0 the attack still tells; 0 where there is none
+    damage: float  # of the worse of retain and general; at least 0
+
+    @property
+    def worst(self) -> float:
+        return max(abs(self.loss), abs(self.auc), self.damage)
+
+    @property
+    def is_past_the_target(self) -> bool:
+        """Whether to go on would lead away: the loss has arrived and the attack fails, or the loss is too high."""
+        return self.loss > 1 or (self.loss >= 0 and self.auc <= 1)
+
+    @property
+    def is_hopeless(self) -> bool:
+        return not math.isfinite(self.worst) or self.damage > HOPELESS
+
+
+def distance_to_verdict(now: Metrics, start: Metrics, thresholds: Thresholds) -> Distance:
+    """start: the starting model's metrics, and as `retrained_METRIC` those of a retrained model."""
+    target = start.get("retrained_forget_ppl") or start.get("approximate_ppl")
+    damage = 0.0
+    for name in UTILITY_SETS:
+        worst = worst_start(start, name)
+        if worst is not None:
+            damage = max(damage, _ratio(now[f"{name}_ppl"], worst, thresholds.max_ppl_increase))
+    auc, aim = now.get("mia_auc"), start.get("retrained_mia_auc")
+    off = 0.0 if start["mia_auc"] is None else math.inf
+    if auc is not None:
+        off = (auc - (0.5 if aim is None else aim)) / thresholds.auc_tolerance
+    return Distance(_ratio(now["forget_ppl"], target, thresholds.ppl_tolerance), off, damage)
+
+
+def value_of(distance: Distance, updates: int, max_updates: int) -> float:
+    """The number that Optuna minimises."""
+    return max(ENOUGH, distance.worst) + _COMPUTE * updates / max_updates
+
+
+def _ratio(ppl: float | None, of: float, allowed: float) -> float:
+    return math.inf if ppl is None else math.log(ppl / of) / math.log1p(allowed)

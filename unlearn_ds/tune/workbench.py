@@ -1,0 +1,174 @@
+"""One model in memory on which trials are carried out: each begins from the same weights, with nothing loaded again."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.loader import Loader
+from unlearn_ds.data.sources import make_plan
+from unlearn_ds.engine.ds_config import load_ds_file
+from unlearn_ds.engine.rewind import Rewind
+from unlearn_ds.measures.collect import collect_tables, open_sets
+from unlearn_ds.measures.measured import statement
+from unlearn_ds.options import OptionError
+from unlearn_ds.original.reference import NoReference, Reference
+from unlearn_ds.run.build import Run, ask_original, build_run, make_reference, open_subject, plan_run
+from unlearn_ds.run.target import Metrics, metrics_of, retrained_tables
+from unlearn_ds.run.update import accumulate
+from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
+from unlearn_ds.tune.options import TuneConfig, trial_config
+
+Report = Callable[[int, float], bool]  # (updates done, value) -> whether to give the trial up
+
+
+@dataclass
+class Outcome:
+    """What a trial came to: its state nearest to the verdict, and what it cost."""
+
+    value: float = float("inf")
+    best_update: int = 0
+    distance: Distance | None = None
+    metrics: Metrics = field(default_factory=dict)
+    updates: int = 0
+    given_up: str = ""  # why
+    update_s: float = 0.0
+    measure_s: float = 0.0
+    overhead_s: float = 0.0  # beyond the two
+
+
+class Workbench:
+    """The model, the sets that are measured, and the state that every trial begins from. Every rank makes the same calls."""
+
+    def __init__(self, config: TuneConfig, folder: Path, held: ExitStack) -> None:
+        """Raises what `build_run` does, and `OptionError` where there is no yardstick, or nothing to forget."""
+        self.config, self.folder = config, folder
+        base = trial_config(config, folder, {"unlearn_method": config.methods[0]})
+        self.run = build_run(base, held)
+        self._subject = open_subject(self.run.config)
+        rows = replace(self._subject.options, packing=self.run.config.packing)
+        self._subject = replace(self._subject, options=rows)
+        self._rewind = Rewind(self.run.engine)
+        self._references: dict[str, Reference] = {}
+        if not isinstance(self.run.reference, NoReference):
+            self._references[base.reference] = self.run.reference
+        self._sets = open_sets(base, self.run.model_config.vocab_size, self.run.tokenizer, base.eval_sequences)
+        retrained = metrics_of(retrained_tables(base, self._sets))
+        self.start = self.measure() | {f"retrained_{name}": value for name, value in retrained.items()}
+        self._check_yardstick()
+
+    def _check_yardstick(self) -> None:
+        if "forget" not in self._sets or self.start.get("forget_ppl") is None:
+            raise OptionError(
+                f"tune needs a forget corpus, and a starting model with a finite perplexity on it: {self.start}"
+            )
+        if self.start.get("retrained_forget_ppl") is None and self.start.get("approximate_ppl") is None:
+            raise OptionError(
+                "tune needs to know what forgotten is: prepare `--approximate` documents, or name an evaluated retrained_model "
+                f"in {self.config.base}"
+            )
+        here = distance_to_verdict(self.start, self.start, self.config)
+        if abs(here.loss) <= 1 and abs(here.auc) <= 1:
+            auc = self.start["mia_auc"]
+            raise OptionError(
+                f"nothing to forget: the starting model has perplexity {self.start['forget_ppl']:.4g} on the forget set, "
+                f"within what the verdict allows of its target{'' if auc is None else f', and attack AUC {auc:.2f}'}"
+            )
+
+    def subject(self) -> dict[str, Any]:
+        """What a study is of: the model, the data and what is measured of it."""
+        config = self.run.config
+        return {
+            "model": self.run.model_fingerprint,
+            "measured": statement(self._sets, config.seq_len, config.seed, config.bf16),
+            "retrained": self.start.get("retrained_forget_ppl"),
+            "thresholds": self.config.limits(),
+            "methods": list(self.config.methods),
+            "max_updates": self.config.max_updates,
+        }
+
+    def measure(self) -> Metrics:
+        """The metrics of the weights as they are."""
+        run = self.run
+        return metrics_of(collect_tables(self._sets, run.engine.ask, run.device, run.config, progress=False))
+
+    def trial(self, options: dict[str, Any], report: Report) -> Outcome:
+        """Carry out one trial from the starting weights. Every rank calls this."""
+        began, outcome = time.perf_counter(), Outcome()
+        run = self._prepare(options, self.config.max_updates)
+
+        def look(done: int) -> bool:
+            now = self.measure()
+            distance = distance_to_verdict(now, self.start, self.config)
+            value = value_of(distance, done, self.config.max_updates)
+            if value < outcome.value:
+                outcome.value, outcome.best_update, outcome.distance, outcome.metrics = value, done, distance, now
+            outcome.given_up = "hopeless" if distance.is_hopeless else ""
+            if report(done, value) and not distance.is_past_the_target:
+                outcome.given_up = outcome.given_up or "worse than the trials before it"
+            return bool(outcome.given_up) or distance.is_past_the_target
+
+        self._updates(run, outcome, look)
+        outcome.overhead_s = time.perf_counter() - began - outcome.update_s - outcome.measure_s
+        return outcome
+
+    def range_test(self, rates: list[float]) -> list[Metrics]:
+        """The metrics after each of as many updates, each at the next of rising rates; ends where the model breaks."""
+        rows: list[Metrics] = []
+        run = self._prepare({"unlearn_method": self.config.methods[0], "learning_rate": rates[0]}, len(rates))
+
+        def look(done: int) -> bool:
+            rows.append(self.measure())
+            return distance_to_verdict(rows[-1], self.start, self.config).is_hopeless
+
+        self._updates(run, Outcome(), look, rates)
+        return rows
+
+    def _prepare(self, options: dict[str, Any], num_steps: int) -> Run:
+        """The run of a trial on the engine that is here, which begins anew."""
+        config = trial_config(self.config, self.folder, {**options, "max_steps": num_steps})
+        config = replace(self.run.config, **{name: getattr(config, name) for name in (*options, "max_steps")})
+        self._rewind.restore(config, num_steps)
+        subject = self._subject
+        corpora = self.run.corpora  # those of every method that pairs forget with retain
+        sources, _ = plan_run(config, subject, corpora)
+        sources = ask_original(config, subject, sources, corpora[0][0], self.run.engine, self.run.device)
+        plan = make_plan(config, sources, distributed.world_size())
+        return replace(self.run, config=config, plan=plan, reference=self._reference(config, sources))
+
+    def _reference(self, config: RunConfig, sources: list[Any]) -> Reference:
+        if not config.objective.needs_reference:
+            return NoReference()
+        if config.reference not in self._references:
+            run, ds_file = self.run, load_ds_file(config.deepspeed)
+            made = make_reference(config, self._subject, sources, run.engine, run.adapter, ds_file, run.device)
+            self._references[config.reference] = made
+        return self._references[config.reference]
+
+    def _updates(
+        self, run: Run, outcome: Outcome, look: Callable[[int], bool], rates: list[float] | None = None
+    ) -> None:
+        """Update until `look`, asked where it is time to measure, says that it is enough."""
+        every = self.config.eval_steps if rates is None else 1
+        with Loader(run.plan, distributed.rank(), run.device, 0, run.reference.hidden_cache) as loader:
+            for step in loader:
+                started, done = time.perf_counter(), step.index + 1
+                accumulate(run, step)
+                if rates is not None:
+                    self._rewind.set_rate(rates[step.index])
+                applied = run.engine.update().applied
+                outcome.updates = done
+                outcome.update_s += time.perf_counter() - started
+                if not applied:
+                    outcome.given_up = "hopeless"
+                    return
+                if done % every == 0 or done == run.plan.num_steps:
+                    started = time.perf_counter()
+                    enough = look(done)
+                    outcome.measure_s += time.perf_counter() - started
+                    if enough:
+                        return
