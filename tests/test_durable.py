@@ -13,13 +13,11 @@ from unlearn_ds.durable import (
     followed,
     fresh_folder,
     make_folder,
-    publish_files,
     publish_folder,
     remove,
     remove_folder,
     remove_litter,
     replacing,
-    replacing_together,
 )
 
 
@@ -45,39 +43,6 @@ def test_an_error_half_way_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_half()
     assert path.read_text() == "old"
-
-
-def test_files_that_belong_together_come_together(tmp_path):
-    paths = [tmp_path / name for name in ("a", "b", "last")]
-    for path in paths:
-        path.write_text("old")
-
-    def write(what: str, fail: bool) -> None:
-        with replacing_together(paths) as partials:
-            for partial in partials:
-                partial.write_text(what)
-                if fail and partial is partials[1]:
-                    raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write("half", fail=True)
-    assert [path.read_text() for path in paths] == ["old"] * 3
-    write("new", fail=False)
-    assert [path.read_text() for path in paths] == ["new"] * 3
-    assert sorted(tmp_path.iterdir()) == paths
-
-
-def test_a_group_is_published_only_if_all_of_it_is_there(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).write_text("old")
-    (tmp_path / ".a").write_text("new")
-    group = [(tmp_path / f".{name}", tmp_path / name) for name in ("a", "b")]
-    with pytest.raises(FileNotFoundError):
-        publish_files(group)
-    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "old"
-    (tmp_path / ".b").write_text("new")
-    publish_files(group)
-    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "new"
 
 
 def test_two_processes_never_write_one_partial_file(tmp_path):

@@ -58,6 +58,7 @@ WRITTEN = (
     # what is under way, or was when its writer died
     f"{RELEARNING}/**",
     ".*owner.json*",
+    ".*.moves",
     ".*.partial/**",
     *(f".{MODEL}.{end}/**" for end in ("old", "doomed")),
     *(f"{CHECKPOINTS}/.step_*.{end}/**" for end in ("partial", "old", "doomed")),

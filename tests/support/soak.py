@@ -89,15 +89,22 @@ def disk_full(soak: Soak, run: ForkedRun) -> None:
 
 
 def read_only(soak: Soak, run: ForkedRun) -> None:
-    def remount(mode: str) -> bool:
-        command = ["mount", "-o", f"remount,{mode}", str(soak.disk)]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    """The folder of checkpoints, for some updates: a mount of its own, as a disk refuses while a file of it is written to."""
+    folder = soak.out / "checkpoints"
 
-    while not run.ended() and not remount("ro"):  # as long as it writes
-        time.sleep(0.005)
-    time.sleep(soak.rng.random() * 0.3)
-    soak.kill_all(run)
-    assert remount("rw")
+    def mount(*words: str) -> bool:
+        return subprocess.run(["mount", *words, str(folder)], capture_output=True, check=False).returncode == 0
+
+    run.wait_for(folder.exists, "the first checkpoint")
+    assert mount("--bind", str(folder))
+    try:
+        while not mount("-o", "remount,bind,ro"):  # as long as it writes
+            assert not run.ended(), run.output()
+            time.sleep(0.005)
+        time.sleep(soak.rng.random() * 0.3)
+        soak.kill_all(run)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def newest_damaged(soak: Soak, run: ForkedRun) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.caches import explained
-from unlearn_ds.durable import naming, replacing_together
+from unlearn_ds.durable import naming
 from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
@@ -22,6 +22,7 @@ from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.measures.verdict import Comparison, document_changes, judge
 from unlearn_ds.options import OptionError, did_you_mean, parse, with_flag_of_first
 from unlearn_ds.ownership import entry_file, owned
+from unlearn_ds.together import replacing_together
 
 _NUM_DOCUMENTS = 5  # shown at each end of the list of documents
 
