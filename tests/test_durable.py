@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.killed import deaths
 from unlearn_ds.caches import explained
 from unlearn_ds.durable import (
     bring_all_back,
@@ -123,6 +124,25 @@ def test_a_death_between_the_two_renames_of_a_publish(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         publish_folder(partial, tmp_path / "model")
     assert (tmp_path / ".model.old" / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("publish", "after"), [(publish_folder, "new"), (lambda partial, final: remove_folder(final), "none")]
+)
+def test_a_folder_is_whole_whenever_its_writer_is_killed(tmp_path, publish, after):
+    """The old one, and from some moment on the new one, or none where it is removed."""
+    folder(tmp_path / "before", "")
+    folder(tmp_path / "before" / "model", "old")
+    folder(tmp_path / "before" / ".model.partial", "new")
+    now, found = tmp_path / "now", []
+    for _ in deaths(tmp_path / "before", now, lambda now: publish(now / ".model.partial", now / "model")):
+        bring_all_back(now)
+        whole = (now / "model").exists()
+        found.append((now / "model" / "config.json").read_text() if whole else "none")
+    num_old = found.count("old")
+    assert found == ["old"] * num_old + [after] * (len(found) - num_old)
+    assert num_old >= 2
+    assert len(found) - num_old >= 2
 
 
 def test_all_files_of_a_folder_get_the_modes_of_the_umask(tmp_path):

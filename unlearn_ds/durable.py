@@ -6,14 +6,14 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from unlearn_ds import ownership
 
-_LITTER = re.compile(r"\.\d+-[0-9a-f]{8}\.partial$")
+_LITTER = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.partial")
 
 
 @contextmanager
@@ -63,10 +63,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
 
 
-def remove_litter(folder: Path) -> None:
-    """Take away what a process that was killed inside `replacing` left in a folder that is this process's own."""
+def remove_litter(folder: Path, is_own: Callable[[str], bool] = lambda name: True) -> None:
+    """Take away what a process that was killed inside `writing` left in a folder that is this process's own.
+
+    is_own: by the name of the file in the making, where others write in the folder, too.
+    """
     for path in folder.glob(".*.partial"):
-        if _LITTER.search(path.name):
+        if (match := _LITTER.fullmatch(path.name)) and is_own(match[1]):
             remove(path)
 
 

@@ -67,6 +67,11 @@ WRITTEN = (
 )
 
 
+def is_of_a_report(name: str) -> bool:
+    """Whether a file, or what lies beside one in the making, is a report's: it may be written while another has the folder."""
+    return name.removeprefix(".").removesuffix(".moves") in REPORT_FILES
+
+
 def foreign(run_dir: Path) -> list[Path]:
     """Files and folders, relative to a run's folder, that no run would have written. Links are not followed."""
     found = []

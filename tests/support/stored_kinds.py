@@ -74,6 +74,15 @@ def write_corpus(folder: Path) -> Path:
     return folder / "forget.json"
 
 
+def write_moves(folder: Path) -> Path:
+    """Of a corpus that was killed before its last move."""
+    write_corpus(folder)
+    (folder / "forget.idx").rename(folder / ".forget.idx.partial")
+    return write_json(
+        folder / ".forget.idx.moves", {"moves": {"forget.idx": ".forget.idx.partial"}, "removed": ["old"]}
+    )
+
+
 def read_corpus(folder: Path) -> Any:
     corpus = Corpus(folder / "forget")
     overlap, made_with = corpus.manifest.get("overlap", OVERLAP), corpus.manifest.get("tokenizer", {"name": "n"})
@@ -300,6 +309,7 @@ def read_tensors(folder: Path) -> Any:
 EVALUATION = {"read": read_evaluated, "free": r"options\..*|verdict\.(?!sentence).*"}
 KINDS = {
     "corpus": Kind(write_corpus, read_corpus, free=r"prepared_from.*"),
+    "moves": Kind(write_moves, read_corpus),
     "progress": Kind(write_progress, read_progress, kept=True, changes=True),
     "labels": Kind(write_labels, read_labels, kept=True),
     "hidden": Kind(write_hidden, read_hidden, kept=True),

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.caches import explained
-from unlearn_ds.durable import naming
+from unlearn_ds.durable import naming, remove_litter
 from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
-from unlearn_ds.layout import REPORT_FILES
+from unlearn_ds.layout import REPORT_FILES, is_of_a_report
 from unlearn_ds.markup import tell
 from unlearn_ds.measures.folder import as_json
 from unlearn_ds.measures.measured import check_comparable
@@ -99,6 +99,7 @@ def write_report(
     }
     rendered = (as_json(report), render_markdown(report), render_page(title, report, loaded))  # as REPORT_FILES
     with owned(entry_file(output_dir / "report"), "wait for it", wait=True):  # beside whoever has the folder
+        remove_litter(output_dir, is_of_a_report)
         paths = [output_dir / file for file in REPORT_FILES]
         with replacing_together(paths) as partials:
             for path, partial, text in zip(paths, partials, rendered):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.durable import bring_all_back, make_folder, remove_litter, replacing
-from unlearn_ds.layout import EVALUATION_FILE, ROBUSTNESS, TABLES
+from unlearn_ds.layout import EVALUATION_FILE, ROBUSTNESS, TABLES, is_of_a_report
 from unlearn_ds.measures.files import KINDS
 from unlearn_ds.measures.table import Table, read_table
 from unlearn_ds.options import OptionError
@@ -150,7 +150,7 @@ def mend(folder: Path) -> None:
     bring_all_back(folder)
     settle_all(folder)
     for place in (folder, folder / TABLES):
-        remove_litter(place)
+        remove_litter(place, lambda name: not is_of_a_report(name))
 
 
 def write_text(path: Path, text: str) -> None:
