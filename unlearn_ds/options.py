@@ -239,6 +239,17 @@ def check_name(option: str, value: str) -> None:
         raise OptionError(f"--{option} {value[:20]!r}...: a name of at most {_LONGEST_NAME} bytes")
 
 
+def check_utf8(config: Any, *options: str) -> None:
+    """Raise `OptionError` for a path that the Rust libraries of models and tokenizers cannot open: they take UTF-8 alone."""
+    for option in options:
+        given = getattr(config, option)
+        if given is not None and (path := str(given)) != path.encode(errors="ignore").decode():
+            raise OptionError(
+                f"--{option} {path}: this name is not UTF-8, and the libraries that read and write models take no other: "
+                "rename it, or choose another"
+            )
+
+
 def parser_for(config_class: type, prog: str, description: str) -> argparse.ArgumentParser:
     """Build the parser of a command whose options are `config_class`, with `--config FILE`."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
