@@ -163,7 +163,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 def test_a_file_beside_its_compressed_self_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.GZ", "b.jsonl.zst", "c.jsonl"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
     find_sources([str(tmp_path)])
     said = capsys.readouterr().err
     assert f"{tmp_path}/a.jsonl and {tmp_path}/a.jsonl.gz are both read (and 1 more such pairs)" in said
