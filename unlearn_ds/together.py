@@ -40,13 +40,13 @@ def replacing_together(paths: Sequence[Path], removed: Sequence[Path] = ()) -> I
     _carry_out(moves)
 
 
-def publish_files(parts: Sequence[tuple[Path, Path]]) -> None:
-    """Put finished, flushed files (the first of each pair) in the place of older ones (the second).
+def publish_files(parts: Sequence[tuple[Path, Path]], removed: Sequence[Path] = ()) -> None:
+    """Put finished, flushed files (the first of each pair) in the place of older ones (the second); `removed` go.
 
     The others lie in or below the folder of the last. Raises `FileNotFoundError`, with what was published before untouched, if
     a part is not there.
     """
-    _carry_out(_agree(parts, ()))
+    _carry_out(_agree(parts, removed))
 
 
 def standing(path: Path, last: Path) -> Path:

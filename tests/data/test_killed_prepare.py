@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.killed import deaths
-from unlearn_ds.data.corpus import Corpus, corpus_exists
+from unlearn_ds.data.corpus import Corpus, CorpusWriter, corpus_exists
 from unlearn_ds.data.inspect import find_corpora
 from unlearn_ds.data.labels import CachedTargets, LabelCache
 from unlearn_ds.data.prepare import PrepareConfig, prepare
 from unlearn_ds.demo.data import write_tokenizer
+from unlearn_ds.together import settle_all
 
 TEXTS = {
     "old": ["a first document of some words", "and a second one"],
@@ -81,3 +82,24 @@ def test_cached_labels_that_replace_others_are_never_a_mixture(tmp_path):
     for _ in deaths(tmp_path / "before", tmp_path / "now", lambda folder: draw(folder, 2)):
         labels = set(CachedTargets(tmp_path / "now" / "labels", key)._labels.tolist())
         assert labels in ({1}, {2})
+
+
+@pytest.mark.parametrize(("old", "new"), [("qa", "text"), ("text", "qa")])
+def test_a_corpus_and_what_lies_beside_it_are_never_of_two(tmp_path, old, new):
+    def write(folder: Path, form: str) -> None:
+        with CorpusWriter(folder / "forget", 50, form=form) as writer:
+            for record in range(2):
+                writer.add([1, 2, 3], *([[0, 1, 1], record] if form == "qa" else []))
+
+    (tmp_path / "before").mkdir()
+    write(tmp_path / "before", old)
+    found = []
+    for _ in deaths(tmp_path / "before", tmp_path / "now", lambda folder: write(folder, new)):
+        corpus = Corpus(tmp_path / "now" / "forget")
+        corpus.verify()
+        assert (corpus.mask is None) == (corpus.form == "text")
+        found.append(corpus.form)
+        settle_all(tmp_path / "now")
+        assert Corpus(tmp_path / "now" / "forget").fingerprint == corpus.fingerprint
+        assert (tmp_path / "now" / "forget.mask").exists() == (corpus.form == "qa")
+    assert set(found) == {old, new}

@@ -367,7 +367,9 @@ class CorpusWriter:
             flush_file(file)
         publish_files(
             [(self._partial(suffix), with_suffix(self.path, suffix)) for suffix in suffixes],
-            removed=[with_suffix(self.path, suffix) for suffix in SIDECARS if suffix not in suffixes],  # of another form
+            removed=[
+                with_suffix(self.path, suffix) for suffix in SIDECARS if suffix not in suffixes
+            ],  # of another form
         )
 
     def _partial(self, suffix: str) -> Path:
