@@ -11,7 +11,7 @@ from typing import Literal
 from unlearn_ds.conditions import parse_condition, parse_share
 from unlearn_ds.mixture import parse_mixture
 from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss
-from unlearn_ds.options import OptionError, check_choices, check_name, check_utf8, did_you_mean
+from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_name("domain", self.domain)
-        check_utf8(self, "target_model_name_or_path", "model_name_or_path", "tokenizer_name_or_path")
         if self.output_sufix:
             check_name("output_sufix", self.output_sufix)
         _check_method(self)

@@ -37,7 +37,7 @@ from unlearn_ds.data.tokenise import Encoder
 from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
 from unlearn_ds.durable import remove_litter, replacing
 from unlearn_ds.markup import tell
-from unlearn_ds.options import OptionError, check_choices, check_name, check_utf8, parse
+from unlearn_ds.options import OptionError, check_choices, check_name, parse
 from unlearn_ds.ownership import OWNER_FILE, owned
 from unlearn_ds.together import settle_all
 
@@ -87,7 +87,6 @@ class PrepareConfig(FormOptions):
         check_choices(self)
         self.check_forms()
         check_name("domain", self.domain)
-        check_utf8(self, "tokenizer_name_or_path")
         if self.drop_overlap and self.overlap == "off":
             raise OptionError("--drop_overlap drops what --overlap finds, and --overlap off finds nothing")
         if self.domain == "general":

@@ -5,7 +5,7 @@ from typing import Literal
 
 from unlearn_ds.evaluation.published import PublishedFlags
 from unlearn_ds.measures.thresholds import Thresholds
-from unlearn_ds.options import OptionError, check_choices, check_name, check_utf8, did_you_mean
+from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
 
 QUANTIZATIONS = ("int8", "int4")
 _POSITIVE = (
@@ -81,7 +81,6 @@ class EvaluateConfig(PublishedFlags, Thresholds):
         super().__post_init__()
         check_choices(self)
         check_name("domain", self.domain)
-        check_utf8(self, "model_name_or_path")
         self.check_published()
         for name in _POSITIVE.split():
             if getattr(self, name) <= 0:
