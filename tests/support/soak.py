@@ -24,6 +24,7 @@ from tests.support.ranks import ForkedRun
 
 UPDATES_PER_EVENT = 12  # more than it comes further from one event to the next
 _LEAVES_S = 60.0
+_END_S = 3600.0  # after the last event most updates are left
 STRANGERS = "tests.support.run_with_strangers"
 
 
@@ -170,7 +171,7 @@ def soak(tiny: TinyRun, disk: Path, events: int, seed: int, everything: bool = F
         EVENTS[name].strike(state, run)
         print(f"{number + 1:4} {name}, at update {len(metrics(state.out))}", flush=True)
     run = state.start()
-    assert run.wait() == [0, 0], run.output()
+    assert run.wait(_END_S) == [0, 0], run.output()
     tiny.assert_same_as_uninterrupted(state.out)
     return Counter(chosen)
 
