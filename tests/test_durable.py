@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.killed import deaths
 from unlearn_ds.caches import explained
 from unlearn_ds.durable import (
     bring_all_back,
@@ -13,13 +14,11 @@ from unlearn_ds.durable import (
     followed,
     fresh_folder,
     make_folder,
-    publish_files,
     publish_folder,
     remove,
     remove_folder,
     remove_litter,
     replacing,
-    replacing_together,
 )
 
 
@@ -45,39 +44,6 @@ def test_an_error_half_way_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_half()
     assert path.read_text() == "old"
-
-
-def test_files_that_belong_together_come_together(tmp_path):
-    paths = [tmp_path / name for name in ("a", "b", "last")]
-    for path in paths:
-        path.write_text("old")
-
-    def write(what: str, fail: bool) -> None:
-        with replacing_together(paths) as partials:
-            for partial in partials:
-                partial.write_text(what)
-                if fail and partial is partials[1]:
-                    raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write("half", fail=True)
-    assert [path.read_text() for path in paths] == ["old"] * 3
-    write("new", fail=False)
-    assert [path.read_text() for path in paths] == ["new"] * 3
-    assert sorted(tmp_path.iterdir()) == paths
-
-
-def test_a_group_is_published_only_if_all_of_it_is_there(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).write_text("old")
-    (tmp_path / ".a").write_text("new")
-    group = [(tmp_path / f".{name}", tmp_path / name) for name in ("a", "b")]
-    with pytest.raises(FileNotFoundError):
-        publish_files(group)
-    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "old"
-    (tmp_path / ".b").write_text("new")
-    publish_files(group)
-    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "new"
 
 
 def test_two_processes_never_write_one_partial_file(tmp_path):
@@ -158,6 +124,25 @@ def test_a_death_between_the_two_renames_of_a_publish(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         publish_folder(partial, tmp_path / "model")
     assert (tmp_path / ".model.old" / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("publish", "after"), [(publish_folder, "new"), (lambda partial, final: remove_folder(final), "none")]
+)
+def test_a_folder_is_whole_whenever_its_writer_is_killed(tmp_path, publish, after):
+    """The old one, and from some moment on the new one, or none where it is removed."""
+    folder(tmp_path / "before", "")
+    folder(tmp_path / "before" / "model", "old")
+    folder(tmp_path / "before" / ".model.partial", "new")
+    now, found = tmp_path / "now", []
+    for _ in deaths(tmp_path / "before", now, lambda now: publish(now / ".model.partial", now / "model")):
+        bring_all_back(now)
+        whole = (now / "model").exists()
+        found.append((now / "model" / "config.json").read_text() if whole else "none")
+    num_old = found.count("old")
+    assert found == ["old"] * num_old + [after] * (len(found) - num_old)
+    assert num_old >= 2
+    assert len(found) - num_old >= 2
 
 
 def test_all_files_of_a_folder_get_the_modes_of_the_umask(tmp_path):

@@ -6,14 +6,14 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from unlearn_ds import ownership
 
-_LITTER = re.compile(r"\.\d+-[0-9a-f]{8}\.partial$")
+_LITTER = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.partial")
 
 
 @contextmanager
@@ -30,53 +30,47 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def writing(*paths: Path) -> Iterator[list[Path]]:
+    """Paths of files to be written beside `paths`; they are taken away again if the block ends with an error.
+
+    No other process has the same ones. Raises `OwnerLost` in a folder that was taken from this process.
+    """
+    ownership.check()
+    partials = [path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial") for path in paths]
+    try:
+        yield partials
+    except BaseException as error:
+        for partial in partials:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)  # half a file would take room that is missing
+        for path, partial in zip(paths, partials):
+            if isinstance(error, OSError) and error.filename == str(partial):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The path of a file to be written, which takes the place of `path` if the block ends without an error.
 
     No other process has the same one. Raises `OwnerLost` in a folder that was taken from this process.
     """
-    ownership.check()
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
+    with writing(path) as (partial,):
         with naming(path):
             yield partial
+            flush(partial)
         ownership.check()
         partial.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)  # half a file would take room that is missing
-        if isinstance(error, OSError) and error.filename == str(partial):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
-@contextmanager
-def replacing_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """`replacing` for files that belong together: none takes its place before all are written, and the last comes last."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(replacing(path)) for path in reversed(paths)][::-1]
+def remove_litter(folder: Path, is_own: Callable[[str], bool] = lambda name: True) -> None:
+    """Take away what a process that was killed inside `writing` left in a folder that is this process's own.
 
-
-def remove_litter(folder: Path) -> None:
-    """Take away what a process that was killed inside `replacing` left in a folder that is this process's own."""
-    for path in folder.glob(".*.partial"):
-        if _LITTER.search(path.name):
-            remove(path)
-
-
-def publish_files(parts: Sequence[tuple[Path, Path]]) -> None:
-    """Put finished, flushed files in the place of older ones. The last makes the group complete: its old one goes first.
-
-    Raises `FileNotFoundError`, with what was published before untouched, if a part is not there.
+    is_own: by the name of the file in the making, where others write in the folder, too.
     """
-    ownership.check()
-    for partial, _ in parts:
-        partial.stat()
-    final = parts[-1][1]
-    final.unlink(missing_ok=True)
-    for partial, place in parts:
-        partial.replace(place)
-    flush(final.parent)
+    for path in folder.glob(".*.partial"):
+        if (match := _LITTER.fullmatch(path.name)) and is_own(match[1]):
+            remove(path)
 
 
 def start_writing_back(file: IO[bytes], offset: int, num_bytes: int) -> None:

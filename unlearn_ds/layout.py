@@ -61,12 +61,18 @@ WRITTEN = (
     # what is under way, or was when its writer died
     f"{RELEARNING}/**",
     ".*owner.json*",
+    ".*.moves",
     ".*.partial/**",
     *(f".{MODEL}.{end}/**" for end in ("old", "doomed")),
     *(f"{CHECKPOINTS}/.step_*.{end}/**" for end in ("partial", "old", "doomed")),
     *(f"{CHECKPOINTS}/step_*/.{UNIVERSAL}.{end}/**" for end in ("partial", "old", "doomed")),
     *(f"{folder}/.*.partial" for folder in (TABLES, PROFILE, MODEL)),
 )
+
+
+def is_of_a_report(name: str) -> bool:
+    """Whether a file, or what lies beside one in the making, is a report's: it may be written while another has the folder."""
+    return name.removeprefix(".").removesuffix(".moves") in REPORT_FILES
 
 
 def foreign(run_dir: Path) -> list[Path]:

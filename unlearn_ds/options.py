@@ -203,8 +203,21 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
+def check_utf8(config: Any, *options: str) -> None:
+    """Raise `OptionError` for a path that the Rust libraries of models and tokenizers cannot open: they take UTF-8 alone."""
+    for option in options:
+        given = getattr(config, option)
+        if given is not None and (path := str(given)) != path.encode(errors="ignore").decode():
+            raise OptionError(
+                f"--{option} {path}: this name is not UTF-8, and the libraries that read and write models take no other: "
+                "rename it, or choose another"
+            )
+
+
 def check_choices(config: Any) -> None:
-    """Raise `OptionError` for a value outside its field's `Literal`, and for NaN and infinity, which pass every comparison."""
+    """Raise `OptionError` for a value outside its field's `Literal`, for NaN and infinity, which pass every comparison, and for
+    models and tokenizers that nothing can open."""
+    check_utf8(config, *(name for name in field_types(type(config)) if name.endswith("_name_or_path")))
     for name, (kind, _) in field_types(type(config)).items():
         value = getattr(config, name)
         if isinstance(kind, WordOr) and isinstance(value, str) and value not in kind.words:

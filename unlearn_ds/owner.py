@@ -9,27 +9,30 @@ import secrets
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from unlearn_ds.stored import OpenRecord, StoredError, Text, check, parse
 
 _LONGEST_RECORD = 1 << 16
 _SHOWN_COMMAND = 160  # characters
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(OpenRecord):
     """What an owner file says."""
 
-    token: str  # of this one taking
-    host: str
+    token: Annotated[str, Field(pattern="^[0-9A-Za-z]+$")]  # of this one taking; a part of a file's name
+    host: Text
     boot: str  # of the machine since its last start; "" where it does not say
     pid_space: str  # container in which `pid` counts; "" where there are none
-    pid: int
+    pid: Annotated[int, Field(ge=0, lt=1 << 31)]
     started: int  # of the process, in clock ticks since the boot; -1 where it is not known
     flocked: bool
-    user: str
-    command: str
+    user: Text
+    command: Text
     since: str
 
     def __str__(self) -> str:
@@ -39,7 +42,9 @@ class Owner:
         return "".join(character if character.isprintable() else "?" for character in text)
 
 
-UNKNOWN = Owner("unreadable", "", "", "", 0, -1, False, "", "", "")  # of a file without a record
+UNKNOWN = Owner(  # of a file without a record
+    token="unreadable", host="", boot="", pid_space="", pid=0, started=-1, flocked=False, user="", command="", since=""
+)
 
 
 def sign(descriptor: int) -> Owner:
@@ -62,7 +67,7 @@ def sign(descriptor: int) -> Owner:
         command=command if len(command) <= _SHOWN_COMMAND else command[: _SHOWN_COMMAND - 3] + "...",
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
-    os.write(descriptor, json.dumps(asdict(owner)).encode())
+    os.write(descriptor, json.dumps(owner.model_dump()).encode())
     os.fsync(descriptor)
     return owner
 
@@ -78,12 +83,9 @@ def read(path: Path) -> tuple[Owner, int] | None:
     except PermissionError:  # another user's, who lets nobody read it
         return UNKNOWN, path.stat().st_mtime_ns
     try:
-        content = json.loads(raw)
-        given = {one.name: content[one.name] for one in fields(Owner)}
-    except (ValueError, KeyError, TypeError):
+        return check(parse(raw, str(path)), Owner, str(path)), touched
+    except StoredError:
         return UNKNOWN, touched  # being written, or never finished
-    typed = all(type(given[one.name]) is one.type for one in fields(Owner))
-    return Owner(**given) if typed and given["token"].isalnum() else UNKNOWN, touched
 
 
 def is_alive(owner: Owner, path: Path) -> bool | None:

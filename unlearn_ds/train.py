@@ -43,7 +43,7 @@ from unlearn_ds.measures.folder import stamp_model
 from unlearn_ds.methods import method_listing
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.objectives import KL
-from unlearn_ds.options import parse
+from unlearn_ds.options import check_utf8, parse
 from unlearn_ds.run.build import Run, build_run
 from unlearn_ds.run.export import export_model, model_card, sample_logits
 from unlearn_ds.run.folder import clear_run_dir
@@ -69,6 +69,7 @@ def train(config: RunConfig) -> Path:
     Raises `ValueError` (or a subclass) for what the user can mend: options, data, models, checkpoints; `StopRequested` after
     a signal, with the state saved; `FolderInUse` while another process writes to the output folder.
     """
+    check_utf8(config, "output_dir")  # the model will be written there at the end
     with ExitStack() as held:
         return carry_out_run(config, held)
 

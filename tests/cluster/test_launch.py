@@ -14,7 +14,7 @@ from tests.support.patience import finish
 from tests.support.ranks import is_running, processes_of
 from tests.support.slurm import end_with_parent
 from unlearn_ds.cluster.hosts import EXPORT, exported, read_hostfile
-from unlearn_ds.cluster.processes import rank_environment
+from unlearn_ds.cluster.processes import deepspeed_command, free_port, rank_environment
 
 CONDITION = {"stop_when": "forget_ppl>=approximate", "eval_steps": 1}
 
@@ -30,6 +30,22 @@ def test_words_reach_the_ranks_of_the_script_for_one_machine_as_they_are(tmp_pat
     assert all(line["words"] == ODD_WORDS for line in ranks)
     assert all(line["variables"]["ODD"] == "\n".join(ODD_WORDS) for line in ranks)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault(
+    "a rank of launch/train.sh or launch/multinode.sh that fails, with secrets in its words and in `NCCL_*`",
+    "`a rank exits with return code = 2`",
+    "neither words nor variables stand in the log",
+)
+def test_the_launcher_logs_what_became_of_a_rank_but_neither_words_nor_variables(tmp_path):
+    environment = rank_environment(NCCL_PASSWORD="s3cr3t-1")
+    command = deepspeed_command("unlearn_ds.cli", ["nothing", "s3cr3t-2"], {"localhost": 2}, free_port())
+    finished = finish(command, tmp_path, environment)
+    said = finished.stdout + finished.stderr
+    assert finished.returncode == 2, said
+    assert "unlearn-ds: error: unknown command 'nothing'" in said
+    assert "a rank exits with return code = 2" in said
+    assert "s3cr3t" not in said
 
 
 @pytest.mark.fault("`kill -9` of launch/train.sh", "none is left to say it", "its ranks end; `--auto_resume` goes on")

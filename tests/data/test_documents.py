@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from unlearn_ds.data.documents import DocumentError, find_sources, read_documents
@@ -157,3 +159,35 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DocumentError, match=r"torn.parquet: cannot be read as parquet after document 0"):
         read(tmp_path / "torn.parquet")
+
+
+def test_a_file_beside_its_compressed_self_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.GZ", "b.jsonl.zst", "c.jsonl"):
+        (tmp_path / name).write_text("{}")
+    find_sources([str(tmp_path)])
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/a.jsonl and {tmp_path}/a.jsonl.gz are both read (and 1 more such pairs)" in said
+    find_sources([str(tmp_path / "c.jsonl"), str(tmp_path / "b.jsonl.zst")])
+    assert not capsys.readouterr().err
+    find_sources([str(tmp_path / "c.jsonl"), f"{tmp_path}/../{tmp_path.name}/c.jsonl"])
+    assert "are both read: documents that are in both count twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".parquet", ".arrow", ".txt"])
+def test_a_file_s_name_need_not_be_utf8(tmp_path: Path, form: str) -> None:
+    table = pa.table({"text": ["a text"]})
+    path = tmp_path / f"a\udcff{form}"
+    content = b"text\na text\n" if form == ".csv" else b'{"text": "a text"}' if "json" in form else b"a text"
+    if form.endswith("zst"):
+        content = pa.compress(content, "zstd", asbytes=True)
+    elif form.endswith("gz"):
+        content = gzip.compress(content)
+    with path.open("wb") as file:
+        if form == ".parquet":
+            pq.write_table(table, file)
+        elif form == ".arrow":
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+        else:
+            file.write(content)
+    assert list(read_documents(find_sources([str(path)]), None)) == ["a text"]

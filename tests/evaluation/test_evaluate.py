@@ -21,7 +21,6 @@ from unlearn_ds.evaluation.quantize import decoder_linears, rounded
 from unlearn_ds.evaluation.relearn import halves
 from unlearn_ds.measures.collect import open_sets, zlib_bytes
 from unlearn_ds.measures.folder import evaluated_tables
-from unlearn_ds.measures.table import read_tables
 from unlearn_ds.options import OptionError
 
 SETS = {
@@ -107,7 +106,7 @@ def test_every_measure_equals_whole_logits(measured, naive):
 
 
 def test_tables_hold_every_sequence_in_order(measured, naive):
-    for name, table in read_tables(measured / "tables").items():
+    for name, table in evaluated_tables(measured).items():
         assert table["sequence"].tolist() == list(range(16))
         np.testing.assert_allclose(table["log_prob"], [lp.mean() for lp, _, _ in naive[name]], rtol=1e-5)
         assert (measured / "roc.png").stat().st_size > 1000
@@ -124,7 +123,7 @@ def test_ranks_and_batches_change_nothing(setting, measured, tmp_path, ranks, ro
     finished = evaluate(setting, tmp_path, "--per_device_eval_batch_size", str(rows), ranks=ranks)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert ranks == 1 or not left_in_memory(finished)
-    here, there = read_tables(tmp_path / "tables"), read_tables(measured / "tables")
+    here, there = evaluated_tables(tmp_path), evaluated_tables(measured)
     for name in SETS:
         for column, values in here[name].items():
             if values.dtype == np.float64:

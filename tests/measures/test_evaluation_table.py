@@ -13,7 +13,6 @@ from unlearn_ds.measures.table import (
     greedy_match,
     paired,
     read_table,
-    read_tables,
     sequence_table,
     tokens_digest,
     write_table,
@@ -124,7 +123,7 @@ def test_grouping_of_sequences_changes_nothing():
 def test_parquet_round_trip_is_exact(tmp_path):
     table = make_table([4, 12, 7])
     write_table(tmp_path / "tables" / "forget.parquet", table)
-    read = read_tables(tmp_path / "tables")["forget"]
+    read = read_table(tmp_path / "tables" / "forget.parquet")
     assert list(read) == list(table)
     assert all(np.array_equal(read[c], table[c], equal_nan=c == "zlib_bytes") for c in table)
     assert paired(read, table)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.names import NAMES, table_cells
 from tests.support.ranks import RankServer
 from tests.support.runs import tiny_config
+from unlearn_ds import cli
 from unlearn_ds.demo.data import write_tokenizer
 from unlearn_ds.markup import visible
 
@@ -63,22 +64,23 @@ def typed(tmp_path_factory):
     server.stop()
 
 
-def make_inputs(folder, model, name):
-    """What a user of that taste has in a folder."""
+def make_inputs(folder, model, name, plain=None):
+    """What a user of that taste has in a folder. plain: the name of the model and the domain, if it is another."""
+    plain = plain or name
     folder.mkdir()
-    shutil.copytree(model, folder / name)
+    shutil.copytree(model, folder / plain)
     for number, one in enumerate(SETS):
         lines = [json.dumps({"text": f"{one} {text[::-1] if number % 2 else text}"}) for text in TEXTS]
         (folder / f"{name}.{one}.jsonl").write_text("\n".join(lines))
-    run = {"unlearn_method": "ascent_plus_descent", "target_model_name_or_path": name, "data_dir": f"{name}-data"}
-    run |= {"domain": name, "seq_len": 48, "global_batch_size": 12, "output_dir": "unused", "num_threads": 1}
+    run = {"unlearn_method": "ascent_plus_descent", "target_model_name_or_path": plain, "data_dir": f"{name}-data"}
+    run |= {"domain": plain, "seq_len": 48, "global_batch_size": 12, "output_dir": "unused", "num_threads": 1}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(run))
     base = {key: value for key, value in run.items() if key != "domain"} | {
         "max_steps": 1,
         "do_eval": True,
         "deepspeed": "zero3",
     }
-    grid = {"output_dir": f"{name}-sweep", "base": base, "grid": {"domain": [name], "run_name": [name]}}
+    grid = {"output_dir": f"{name}-sweep", "base": base, "grid": {"domain": [plain], "run_name": [name]}}
     del base["output_dir"]
     (folder / f"{name}-grid.yaml").write_text(yaml.safe_dump(grid))
 
@@ -126,6 +128,58 @@ def test_every_command_takes_the_name(typed, name):
     assert ["forget", "forget"] in [row[:2] for row in rows]
     assert json.loads((folder / f"{name}-run" / "run.json").read_text())["options"]["domain"] == name
     assert len(json.loads((folder / f"{name}-sweep" / "report.json").read_text())["models"]) == 1
+
+
+NOT_UTF8 = "a\udcff"
+REFUSED = ("train", "sweep", "collect")  # a model is written into the folder, by a library that takes UTF-8 alone
+
+
+@pytest.mark.slow
+def test_a_path_that_is_no_utf8_is_taken_or_refused_before_anything_is_done(typed):
+    root, server = typed
+    folder = root / "bytes"
+    make_inputs(folder, root / "model", NOT_UTF8, plain="plain")
+    changed = [("_or_path {name}", "_or_path plain"), ("--domain {name}", "--domain plain"), ("a/{name} ", "a/plain ")]
+    commands = {}
+    for what, command in COMMANDS.items():
+        for old, new in changed:
+            command = command.replace(old, new)
+        commands[what] = command
+    commands["report"] = commands["report"].replace("{name}-run {name}-original", "{name}-all {name}-original")
+    commands["report of folders"] = commands["report of folders"].replace("{name}-run", "{name}-all")
+    more = (
+        f"--output_dir {{name}}-all --generate 2 --quantize int8 --relearn 1 --original_model {{name}}-original {RUN}"
+    )
+    everything = "evaluate --model_name_or_path plain " + more.replace("--domain {name}", "--domain plain")
+    for together in processes():
+        asked = {what: words_of(commands[what], NOT_UTF8) for what in together}
+        if "report" in together:  # of a model measured in every way
+            done = type_commands(server, folder, {"everything": words_of(everything, NOT_UTF8)})["everything"]
+            assert done["code"] == 0, done["stderr"][-2000:]
+        for what, answer in type_commands(server, folder, asked).items():
+            assert answer["code"] == (2 if what in REFUSED else 0), (what, answer["stderr"][-1500:])
+            if what in ("train", "sweep"):
+                assert "-sweep" in answer["stderr"] or "-run" in answer["stderr"]
+                assert "this name is not UTF-8" in answer["stderr"].splitlines()[-1]
+    names = {path.name.removeprefix(NOT_UTF8) for path in folder.glob("*") if path.is_dir()}
+    assert names == {"-all", "-data", "-folders", "-original", "-report", "-seen", "plain"}
+    report = json.loads((folder / f"{NOT_UTF8}-report" / "report.json").read_text())
+    assert list(report["models"]) == [NOT_UTF8, "original"]
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".md", ".html", ".jsonl"):
+            path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", ["prepare --tokenizer", "train --target_model", "evaluate --model"])
+def test_a_model_s_path_that_is_no_utf8_is_refused_by_name(option, capsys):
+    command, flag = option.split()
+    words = {"prepare": ["--forget", "x"], "train": ["--output_dir", "x", "--unlearn_method", "finetune"]}.get(
+        command, []
+    )
+    assert cli.main([command, f"{flag}_name_or_path", f"models/{NOT_UTF8}", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"{flag}_name_or_path models/a\\udcff: this name is not UTF-8" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("what", ["prepare", "train", "evaluate the original"])

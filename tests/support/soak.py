@@ -24,6 +24,7 @@ from tests.support.ranks import ForkedRun
 
 UPDATES_PER_EVENT = 12  # more than it comes further from one event to the next
 _LEAVES_S = 60.0
+_END_S = 3600.0  # after the last event most updates are left
 STRANGERS = "tests.support.run_with_strangers"
 
 
@@ -89,15 +90,22 @@ def disk_full(soak: Soak, run: ForkedRun) -> None:
 
 
 def read_only(soak: Soak, run: ForkedRun) -> None:
-    def remount(mode: str) -> bool:
-        command = ["mount", "-o", f"remount,{mode}", str(soak.disk)]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    """The folder of checkpoints, for some updates: a mount of its own, as a disk refuses while a file of it is written to."""
+    folder = soak.out / "checkpoints"
 
-    while not run.ended() and not remount("ro"):  # as long as it writes
-        time.sleep(0.005)
-    time.sleep(soak.rng.random() * 0.3)
-    soak.kill_all(run)
-    assert remount("rw")
+    def mount(*words: str) -> bool:
+        return subprocess.run(["mount", *words, str(folder)], capture_output=True, check=False).returncode == 0
+
+    run.wait_for(folder.exists, "the first checkpoint")
+    assert mount("--bind", str(folder))
+    try:
+        while not mount("-o", "remount,bind,ro"):  # as long as it writes
+            assert not run.ended(), run.output()
+            time.sleep(0.005)
+        time.sleep(soak.rng.random() * 0.3)
+        soak.kill_all(run)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def newest_damaged(soak: Soak, run: ForkedRun) -> None:
@@ -163,7 +171,7 @@ def soak(tiny: TinyRun, disk: Path, events: int, seed: int, everything: bool = F
         EVENTS[name].strike(state, run)
         print(f"{number + 1:4} {name}, at update {len(metrics(state.out))}", flush=True)
     run = state.start()
-    assert run.wait() == [0, 0], run.output()
+    assert run.wait(_END_S) == [0, 0], run.output()
     tiny.assert_same_as_uninterrupted(state.out)
     return Counter(chosen)
 

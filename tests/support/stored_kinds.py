@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from tests.support.evaluations import random_table
+from unlearn_ds import owner
 from unlearn_ds.bench.case_records import merged, read_summary
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
@@ -35,6 +37,7 @@ from unlearn_ds.model.weights import stored_tensors
 from unlearn_ds.original.cache_key import can_open
 from unlearn_ds.original.hidden_cache import HiddenCache, read_whole
 from unlearn_ds.original.sequence_nll import _read as read_nll
+from unlearn_ds.ownership import OWNER_FILE
 from unlearn_ds.run.folder import find_checkpoint, with_earlier_choices
 from unlearn_ds.stored import read
 from unlearn_ds.suites.log import Log, read_retain_log
@@ -44,6 +47,8 @@ KEY = {"corpora": ["a"], "model": "m", "seq_len": 8, "dtype": "float32"}
 OVERLAP = {"forget": "f", "near_copies": True, "dropped": False, "exact": 1, "near": 0, "examples": [[1, 0, 1.0]]}
 ITEMS = dict.fromkeys(("rows", "left_out", "empty", "straddling", "names_as_text", "names_as_tokens"), 1)
 ITEMS |= {"left_out_records": [0], "found": [{"string": "a", "times": 1, "documents": 1, "examples": [0]}]}
+OWNER = {"token": "ab12", "host": "h", "boot": "b", "pid_space": "pid:[1]", "pid": 7, "started": 5, "flocked": True}
+OWNER |= {"user": "u", "command": "unlearn-ds train", "since": "2026-01-01 00:00:00"}
 SUBJECT = subject_statement(
     "aa",
     {
@@ -75,6 +80,15 @@ def write_corpus(folder: Path) -> Path:
         writer.add([1, 2, 3])
         writer.add([4, 5])
     return folder / "forget.json"
+
+
+def write_moves(folder: Path) -> Path:
+    """Of a corpus that was killed before its last move."""
+    write_corpus(folder)
+    (folder / "forget.idx").rename(folder / ".forget.idx.partial")
+    return write_json(
+        folder / ".forget.idx.moves", {"moves": {"forget.idx": ".forget.idx.partial"}, "removed": ["old"]}
+    )
 
 
 def read_corpus(folder: Path) -> Any:
@@ -322,8 +336,20 @@ def read_suite(folder: Path) -> Any:
 
 
 EVALUATION = {"read": read_evaluated, "free": r"options\..*|verdict\.(?!sentence).*"}
+
+
+def read_owner(folder: Path) -> Any:
+    """What another does with it; of one that cannot be read only signs of life count, and who waits for it says that."""
+    found, _ = owner.read(folder / OWNER_FILE)
+    if found == owner.UNKNOWN:
+        print(f"waiting for {folder}, in use by {found}", file=sys.stderr)
+    return str(found), owner.is_alive(found, folder / OWNER_FILE), folder / f"{OWNER_FILE}.{found.token}.taker"
+
+
 KINDS = {
+    "owner": Kind(lambda folder: write_json(folder / OWNER_FILE, OWNER), read_owner, kept=True),
     "corpus": Kind(write_corpus, read_corpus, free=r"prepared_from.*"),
+    "moves": Kind(write_moves, read_corpus),
     "progress": Kind(write_progress, read_progress, kept=True, changes=True),
     "labels": Kind(write_labels, read_labels, kept=True),
     "hidden": Kind(write_hidden, read_hidden, kept=True),

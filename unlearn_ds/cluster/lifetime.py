@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-_LAUNCHER = b"deepspeed.launcher.launch"
+QUIET_LAUNCHER = "unlearn_ds.cluster.quiet_launcher"
+_LAUNCHERS = {QUIET_LAUNCHER.encode(), b"deepspeed.launcher.launch"}
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: a child before its exec does as little as it can
 
 
@@ -66,7 +67,7 @@ def end_with_launcher(environ: dict[str, str]) -> None:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        return _LAUNCHER in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return bool(_LAUNCHERS.intersection(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")))
     except OSError:
         return False
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from unlearn_ds.cluster.lifetime import start_tied
+from unlearn_ds.cluster.lifetime import QUIET_LAUNCHER, start_tied
 
 # What a launcher leaves in the environment of its ranks: a process they start must not take it for its own.
 LAUNCHER_VARIABLES = (
@@ -65,7 +65,7 @@ def deepspeed_command(
     `deepspeed` starts the same on each. That command itself hands on no signal, and leaves words for several hosts to a shell.
     """
     world = base64.urlsafe_b64encode(json.dumps({host: list(range(n)) for host, n in slots.items()}).encode()).decode()
-    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    launcher = [sys.executable, "-u", "-m", QUIET_LAUNCHER, f"--world_info={world}"]
     where = [f"--node_rank={node_rank}", f"--master_addr={address}", f"--master_port={port}"]
     return [*launcher, *where, "--no_local_rank", "--module", "unlearn_ds.cluster.lifetime", module, *arguments]
 

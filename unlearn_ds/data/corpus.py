@@ -24,12 +24,13 @@ from unlearn_ds.data.loss_mask import FORMS, TEXT, WHOLE_FORMS
 from unlearn_ds.data.megatron import CorpusError, index_bytes, read_index, token_dtype
 from unlearn_ds.data.sidecars import SIDECARS, SidecarWriter, digest_of
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
-from unlearn_ds.durable import publish_files, replacing
+from unlearn_ds.durable import replacing
 from unlearn_ds.stored import StoredError, read_dict
+from unlearn_ds.together import is_agreed, publish_files, settle, standing
 
-__all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_path"]
+__all__ = ["Corpus", "CorpusError", "CorpusWriter", "check_tokenizer", "corpus_exists", "corpus_path"]
 
-SUFFIXES = (".bin", ".json", ".idx")  # in the order they are published: `.idx` makes a corpus complete
+SUFFIXES = (".bin", ".json", ".idx")  # published together; the list of their moves is named after the last
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
 _SCAN_TOKENS = 1 << 20  # small enough for a processor's cache
@@ -46,6 +47,19 @@ def with_suffix(path: Path, suffix: str) -> Path:
     return path.parent / (path.name + suffix)
 
 
+def corpus_exists(path: Path) -> bool:
+    """Whether a corpus was ever complete at `path`."""
+    return _file(path, ".idx").exists()
+
+
+def _file(path: Path, suffix: str) -> Path:
+    """The file of a corpus that counts: one that was killed while its new files took the old ones' places is the new one."""
+    try:
+        return standing(with_suffix(path, suffix), with_suffix(path, ".idx"))
+    except StoredError as error:
+        raise CorpusError(str(error)) from error
+
+
 class Corpus:
     """A corpus opened for reading. Nothing is copied; many processes may hold the same one.
 
@@ -55,12 +69,12 @@ class Corpus:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         for suffix in (".idx", ".bin"):
-            if not with_suffix(self.path, suffix).is_file():
+            if not _file(self.path, suffix).is_file():
                 raise CorpusError(
                     f"no file {with_suffix(self.path, suffix)}: make the corpus with `unlearn-ds prepare`"
                 )
-        bin_path = with_suffix(self.path, ".bin")
-        index = read_index(with_suffix(self.path, ".idx"), bin_path.stat().st_size)
+        bin_path = _file(self.path, ".bin")
+        index = read_index(_file(self.path, ".idx"), bin_path.stat().st_size)
         self._lengths = index.lengths
         self.document_starts = index.document_starts  # (documents + 1,) int64, in tokens
         self.document_lengths = index.document_lengths  # (documents,) tokens
@@ -80,7 +94,7 @@ class Corpus:
 
     def _read_sidecar(self, suffix: str, count: int) -> np.ndarray | None:
         """The values of a file that the manifest names, mapped; None if it names none."""
-        path, dtype = with_suffix(self.path, suffix), SIDECARS[suffix]
+        path, dtype = _file(self.path, suffix), SIDECARS[suffix]
         if self.manifest is None and path.exists():
             raise CorpusError(
                 f"{path}: beside a corpus without a manifest, which would say what it is: bring the manifest back, or take "
@@ -102,7 +116,7 @@ class Corpus:
         return self.form in WHOLE_FORMS
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        path = with_suffix(self.path, ".json")
+        path = _file(self.path, ".json")
         if not path.exists():
             return None
         try:
@@ -139,7 +153,7 @@ class Corpus:
     def check_unchanged(self) -> None:
         """Raise `CorpusError` if a mapped file is not the one that was opened, unless it holds what that one did."""
         try:
-            found = {suffix: _identity(with_suffix(self.path, suffix)) for suffix in self._identities}
+            found = {suffix: _identity(_file(self.path, suffix)) for suffix in self._identities}
             if found == self._identities:
                 return
             now = Corpus(self.path)
@@ -259,6 +273,7 @@ class CorpusWriter:
         self._num_tokens = 0
         self._max_token = 0
         self._digest = hashlib.blake2b(digest_size=16)
+        self._made: list[Path] = []  # folders
 
     def __enter__(self) -> "CorpusWriter":
         self.make_folder()
@@ -268,10 +283,11 @@ class CorpusWriter:
         return self
 
     def make_folder(self) -> None:
-        """The corpus's folder; if nothing comes to lie in it, it goes again."""
+        """The corpus's folder; if nothing comes to lie in it, it goes again. What an earlier writer died at is ended."""
         parents = [self.path.parent, *self.path.parent.parents]
         self._made = [folder for folder in parents if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        settle(with_suffix(self.path, ".idx"))
 
     def add(self, tokens: Any, mask: Any = None, record: int | None = None) -> None:
         """Append one document: a sequence or array of token ids; its mask and the number of its record as the form asks."""
@@ -313,7 +329,8 @@ class CorpusWriter:
                 self._file.close()
                 if self._sidecars is not None:
                     self._sidecars.close()
-            self.remove_partial_files()
+            if not is_agreed(with_suffix(self.path, ".idx")):  # else they are the corpus
+                self.remove_partial_files()
 
     def remove_partial_files(self) -> None:
         """What is left of a corpus in the making, and the folders that were made for it if nothing is in them."""
@@ -348,11 +365,12 @@ class CorpusWriter:
         with self._partial(".idx").open("wb") as file:
             file.write(index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self.dtype))
             flush_file(file)
-        # An index without its own tokens would lie; tokens without an index are no corpus.
-        publish_files([(self._partial(suffix), with_suffix(self.path, suffix)) for suffix in suffixes])
-        for suffix in SIDECARS:
-            if suffix not in suffixes:  # of an earlier corpus of another form; the manifest does not name it
-                with_suffix(self.path, suffix).unlink(missing_ok=True)
+        publish_files(
+            [(self._partial(suffix), with_suffix(self.path, suffix)) for suffix in suffixes],
+            removed=[
+                with_suffix(self.path, suffix) for suffix in SIDECARS if suffix not in suffixes
+            ],  # of another form
+        )
 
     def _partial(self, suffix: str) -> Path:
         return self.path.parent / f".{self.path.name}{suffix}.partial"

@@ -62,9 +62,26 @@ def find_sources(names: Sequence[str]) -> list[DocumentSource]:
 
     Each is a file (its suffix tells its form, `readers.FORMS`; anything else is one plain text document, which is said), a
     folder of them, a folder saved by `datasets` (`FOLDER:SPLIT` if it has several splits), or a hub name
-    `OWNER/NAME[:CONFIG[:SPLIT]]`. Raises `DocumentError` for one that is none of these or is empty.
+    `OWNER/NAME[:CONFIG[:SPLIT]]`. Raises `DocumentError` for one that is none of these or is empty. Files that seem to be
+    read twice are said.
     """
-    return [source for name in names for source in _find(name)]
+    sources = [source for name in names for source in _find(name)]
+    _note_doubles([file for source in sources for file in source.files])
+    return sources
+
+
+def _note_doubles(files: Sequence[Path]) -> None:
+    """Say which files are the same, or bear the name of another with the suffix of a compression."""
+    first: dict[str, Path] = {}
+    doubles = []
+    for file in files:
+        place = os.path.realpath(file)
+        bare = place[: -len(compression)] if (compression := split_compression(file)[1]) else place
+        if (other := first.setdefault(bare, file)) is not file:
+            doubles.append((other, file))
+    if doubles:
+        (one, other), more = doubles[0], f" (and {len(doubles) - 1} more such pairs)" if len(doubles) > 1 else ""
+        _note(f"{one} and {other} are both read{more}: documents that are in both count twice")
 
 
 def _find(name: str) -> list[DocumentSource]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from unlearn_ds.caches import explained
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.corpus import Corpus, with_suffix
+from unlearn_ds.data.corpus import Corpus, corpus_exists
 from unlearn_ds.data.forms.report import LEGEND, SAMPLE_TOKENS, format_items, marked_sample, summarise_items
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora
@@ -113,7 +113,7 @@ def _print(*lines: str) -> None:
 
 def find_corpora(path: Path) -> dict[str, Corpus]:
     """The corpora in a folder, or the one with this prefix."""
-    if with_suffix(path, ".idx").is_file():
+    if corpus_exists(path):
         return {path.name: Corpus(path)}
     names = sorted(file.name.removesuffix(".idx") for file in path.glob("*.idx")) if path.is_dir() else []
     if not names:

@@ -15,8 +15,9 @@ import numpy as np
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.corpus import CorpusError, with_suffix
 from unlearn_ds.data.hashing import derive_key, mix
-from unlearn_ds.durable import flush, naming, publish_files
+from unlearn_ds.durable import flush, naming
 from unlearn_ds.stored import Count, Record, StoredError, Text, read
+from unlearn_ds.together import is_agreed, publish_files
 
 
 class TrueTargets:
@@ -154,8 +155,9 @@ class LabelCache:
                     flush(written[-1][0])
             publish_files(written)
         finally:
-            for partial, _ in written:
-                partial.unlink(missing_ok=True)
+            if not is_agreed(with_suffix(self._path, ".json")):
+                for partial, _ in written:
+                    partial.unlink(missing_ok=True)
         for part in parts:
             part.unlink()
 

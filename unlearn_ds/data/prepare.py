@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unlearn_ds.caches import explained
-from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_path, with_suffix
+from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_exists, corpus_path
 from unlearn_ds.data.documents import DocumentSource, find_sources
 from unlearn_ds.data.forms.encode import ItemEncoder
 from unlearn_ds.data.forms.make import ItemMaker
@@ -39,6 +39,7 @@ from unlearn_ds.durable import remove_litter, replacing
 from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, check_choices, check_name, parse
 from unlearn_ds.ownership import OWNER_FILE, owned
+from unlearn_ds.together import settle_all
 
 _SETS = ("forget", "retain", "approximate", "general_retain", "general_evaluation")
 
@@ -164,6 +165,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     with ExitStack() as held:
         for folder in config.folders():
             held.enter_context(owned(folder / OWNER_FILE, "wait for it, or choose another --data_dir"))
+            settle_all(folder)
             remove_litter(folder)
         _write(config, tokenizer, encoder, wanted, makers, made_from)
         corpora = {name: Corpus(config.path(name)) for name in wanted}
@@ -186,6 +188,9 @@ def _write(
     forget = _ForgetOnce(config)
     for name in sorted(wanted, key=lambda name: name != "forget"):
         if name in ready:
+            ResumableWriter(
+                config.path(name), vocab_size, ""
+            ).remove_partial_files()  # of one killed just after its last move
             restate(Corpus(config.path(name)), made_with, forget if name != "forget" else None)
             continue
         index = forget.index() if name != "forget" else None
@@ -223,7 +228,7 @@ class _ForgetOnce:
         if self._config.overlap == "off":
             return None
         path = self._config.path("forget")
-        if not with_suffix(path, ".idx").exists():
+        if not corpus_exists(path):
             tell(f"note: no corpus {path}, so no search for copies of its documents")
             return None
         return Corpus(path)
@@ -266,7 +271,7 @@ def _forget_identity(config: PrepareConfig, made_from: dict[str, Any]) -> Any:
     """What the forget corpus is made from, whether it is prepared now or was before."""
     if "forget" in made_from:
         return made_from["forget"]
-    if not with_suffix(config.path("forget"), ".idx").exists():
+    if not corpus_exists(config.path("forget")):
         raise OptionError(
             f"--drop_overlap: there is no forget corpus {config.path('forget')} to compare with: give --forget"
         )
@@ -341,7 +346,7 @@ _OTHERS = {
 def _is_ready(config: PrepareConfig, name: str, wanted: dict[str, Any]) -> bool:
     """Whether the corpus exists with the tokens that are wanted; one with others is not overwritten unasked."""
     path = config.path(name)
-    if not with_suffix(path, ".idx").exists():
+    if not corpus_exists(path):
         return False
     try:
         found = (Corpus(path).manifest or {}).get("prepared_from")

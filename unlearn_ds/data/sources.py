@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import create_model
 
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_path
+from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_exists, corpus_path
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
@@ -59,7 +59,7 @@ def open_set(data_dir: str, domain: str, name: str, vocab_size: int, tokenizer: 
     made with another tokenizer than `tokenizer`.
     """
     path = set_path(data_dir, domain, name)
-    if not path.with_suffix(".idx").exists():
+    if not corpus_exists(path):
         folder, corpus = SETS.get(name, (None, None))
         flag = f"--general_{corpus} FILE ..." if folder else f"--{corpus} FILE ..." if corpus else f"--set {name}=FILE"
         raise OptionError(f"no corpus {path}: make it with `unlearn-ds prepare --domain {domain} {flag}`")

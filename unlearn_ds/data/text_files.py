@@ -19,7 +19,8 @@ class DocumentError(ValueError):
 def _open_zst(path: Path) -> BinaryIO:
     import pyarrow as pa
 
-    return pa.input_stream(str(path), compression="zstd", buffer_size=_BUFFER_BYTES)
+    file = path.open("rb")  # by a path arrow takes UTF-8 alone
+    return pa.input_stream(file, compression="zstd", buffer_size=_BUFFER_BYTES)
 
 
 COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.caches import explained
-from unlearn_ds.durable import naming, replacing_together
+from unlearn_ds.durable import naming, remove_litter
 from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
-from unlearn_ds.layout import REPORT_FILES
+from unlearn_ds.layout import REPORT_FILES, is_of_a_report
 from unlearn_ds.markup import tell
 from unlearn_ds.measures.folder import as_json
 from unlearn_ds.measures.measured import check_comparable
@@ -22,6 +22,7 @@ from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.measures.verdict import Comparison, document_changes, judge
 from unlearn_ds.options import OptionError, did_you_mean, parse, with_flag_of_first
 from unlearn_ds.ownership import entry_file, owned
+from unlearn_ds.together import replacing_together
 
 _NUM_DOCUMENTS = 5  # shown at each end of the list of documents
 
@@ -98,6 +99,7 @@ def write_report(
     }
     rendered = (as_json(report), render_markdown(report), render_page(title, report, loaded))  # as REPORT_FILES
     with owned(entry_file(output_dir / "report"), "wait for it", wait=True):  # beside whoever has the folder
+        remove_litter(output_dir, is_of_a_report)
         paths = [output_dir / file for file in REPORT_FILES]
         with replacing_together(paths) as partials:
             for path, partial, text in zip(paths, partials, rendered):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from unlearn_ds.cluster import distributed
-from unlearn_ds.data.corpus import CorpusError
+from unlearn_ds.data.corpus import CorpusError, corpus_exists
 from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.loss_mask import CONTEXT, KEPT
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
@@ -44,7 +44,7 @@ def open_sets(
     sets, digests = {}, {}
     for name, set_name in EVALUATION_SETS.items():
         path = set_path(options.data_dir, options.domain, set_name)
-        if not path.with_suffix(".idx").exists():
+        if not corpus_exists(path):
             distributed.say(f"no corpus {path}: {name} is not measured")
             continue
         corpus = open_set(options.data_dir, options.domain, set_name, vocab_size, tokenizer)

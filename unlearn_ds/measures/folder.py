@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.durable import bring_all_back, make_folder, remove_litter, replacing
-from unlearn_ds.layout import ROBUSTNESS, TABLES
+from unlearn_ds.layout import EVALUATION_FILE, ROBUSTNESS, TABLES, is_of_a_report
 from unlearn_ds.measures.files import KINDS
-from unlearn_ds.measures.table import Table, read_tables
+from unlearn_ds.measures.table import Table, read_table
 from unlearn_ds.options import OptionError
 from unlearn_ds.stored import read_dict
+from unlearn_ds.together import settle_all, standing, standing_in
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def evaluated(folder: Path) -> Evaluated:
     """
     for place in (folder, folder.parent) if folder.name == "model" else (folder,):
         content = read_json(place / "evaluation.json")
-        if content and (tables := read_tables(place / "tables")):
+        if content and (tables := {name: read_table(path) for name, path in _table_files(place).items()}):
             _check_tables(place, content.get("tables"))
             return Evaluated(place, content, tables)
     if not folder.is_dir():
@@ -55,7 +56,13 @@ def evaluated_tables(folder: Path) -> dict[str, Table]:
 
 def table_digests(folder: Path) -> dict[str, str]:
     """A digest of each table in `folder`, by set."""
-    return {path.stem: file_digest(path) for path in sorted((folder / "tables").glob("*.parquet"))}
+    return {name: file_digest(path) for name, path in _table_files(folder).items()}
+
+
+def _table_files(folder: Path) -> dict[str, Path]:
+    """Set -> the file with its table."""
+    files = standing_in(folder / TABLES, "*.parquet", folder / EVALUATION_FILE)
+    return {place.stem: path for place, path in files.items()}
 
 
 def file_digest(path: Path) -> str:
@@ -77,9 +84,10 @@ def _check_tables(folder: Path, stated: dict[str, str] | None) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a file named as in `KINDS`, empty if there is none. Raises `StoredError` if it is damaged."""
-    if not path.exists():
+    found = standing(path, path)
+    if not found.exists():
         return {}
-    return read_dict(path, KINDS[path.name], "make it again, or delete it")
+    return read_dict(found, KINDS[path.name], "make it again, or delete it")
 
 
 def read_robustness(folder: Path) -> dict[str, Any]:
@@ -138,10 +146,11 @@ def stamp_model(folder: Path, fingerprint: str) -> None:
 
 
 def mend(folder: Path) -> None:
-    """Undo what a killed process left in a folder of results that is this process's own."""
+    """Undo, or end, what a killed process left in a folder of results that is this process's own."""
     bring_all_back(folder)
+    settle_all(folder)
     for place in (folder, folder / TABLES):
-        remove_litter(place)
+        remove_litter(place, lambda name: not is_of_a_report(name))
 
 
 def write_text(path: Path, text: str) -> None:

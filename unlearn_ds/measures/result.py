@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.durable import make_folder, naming, replacing_together
+from unlearn_ds.durable import make_folder, naming
 from unlearn_ds.engine.engine import Ask
-from unlearn_ds.layout import EVALUATION_FILE, TABLES
+from unlearn_ds.layout import EVALUATION_FILE, ROC_FILE, TABLES
 from unlearn_ds.measures.collect import collect_tables, open_sets
 from unlearn_ds.measures.folder import as_json, evaluated, file_digest
 from unlearn_ds.measures.measured import check_comparable, statement
@@ -20,6 +20,7 @@ from unlearn_ds.measures.roc import save_roc
 from unlearn_ds.measures.summary import evaluate_tables, show
 from unlearn_ds.measures.table import Table, write_parquet
 from unlearn_ds.measures.verdict import Comparison, judge
+from unlearn_ds.together import replacing_together
 
 SHOWN_ATTACKS = ("min_k_30", "min_k_40", "min_k_50", "min_k_60", "min_k_100", "min_k_plus_plus_20", "zlib", "reference")
 
@@ -63,16 +64,7 @@ def finish(
         measured = evaluate_tables(tables, original=comparison.original, seed=seed)
         measured["notes"] = [*notes, *measured["notes"]]
         result = header | measured | {"verdict": judge(tables, measured, comparison, seed=seed)}
-        folder = output_dir / TABLES
-        make_folder(folder)
-        _write_together(folder, tables, output_dir / EVALUATION_FILE, result)
-        for old in folder.glob("*.parquet"):
-            if old.stem not in tables:
-                old.unlink()
-        if result["mia"]:
-            save_roc(output_dir / "roc.png", tables)
-        else:
-            (output_dir / "roc.png").unlink(missing_ok=True)
+        _write_together(output_dir, tables, result)
         return result
 
     result = distributed.on_main(write)
@@ -81,16 +73,22 @@ def finish(
     return result
 
 
-def _write_together(folder: Path, tables: dict[str, Table], evaluation: Path, result: dict[str, Any]) -> None:
-    """Write the tables and then what was computed from them; if one cannot be written, all of an earlier evaluation stay."""
+def _write_together(output_dir: Path, tables: dict[str, Table], result: dict[str, Any]) -> None:
+    """Write the tables and what was computed from them; until all are written, all of an earlier evaluation stay."""
+    folder, evaluation, roc = output_dir / TABLES, output_dir / EVALUATION_FILE, output_dir / ROC_FILE
+    make_folder(folder)
     paths = [folder / f"{name}.parquet" for name in tables]
-    with replacing_together([*paths, evaluation]) as (*partials, last):
+    drawn = [roc] if result["mia"] else []
+    old = [path for path in (*folder.glob("*.parquet"), roc) if path not in (*paths, *drawn)]
+    with replacing_together([*paths, *drawn, evaluation], removed=old) as partials:
         for path, partial, table in zip(paths, partials, tables.values()):
             with naming(path):
                 write_parquet(partial, table)
         digests = {name: file_digest(partial) for name, partial in zip(tables, partials)}
+        if drawn:
+            save_roc(partials[len(paths)], tables)
         with naming(evaluation):
-            last.write_text(as_json(result | {"tables": digests}), encoding="utf-8")
+            partials[-1].write_text(as_json(result | {"tables": digests}), encoding="utf-8")
 
 
 def format_evaluation(result: dict[str, Any]) -> list[str]:

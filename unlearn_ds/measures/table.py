@@ -156,11 +156,6 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def read_tables(folder: Path) -> dict[str, Table]:
-    """All tables of an evaluation, by set; empty if the folder holds none."""
-    return {path.stem: read_table(path) for path in sorted(folder.glob("*.parquet"))}
-
-
 def paired(first: Table, second: Table) -> bool:
     """Whether two tables provably measure the same sequences in the same order, so that rows may be compared one to one."""
     columns = ("sequence", "document", "num_tokens", *_DIGESTS)

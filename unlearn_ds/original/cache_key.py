@@ -12,6 +12,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import bring_back, make_folder
 from unlearn_ds.options import OptionError
 from unlearn_ds.ownership import entry_file
+from unlearn_ds.together import settle
 
 # Raised by one whenever the original model answers the same question otherwise than before: what is cached is then made anew.
 ANSWERS = 2
@@ -54,7 +55,7 @@ def to_be_made(path: Path, description: Path, open_it: Callable[[], object], ove
         return
     distributed.on_main(lambda: _make_cache_folder(path))
     with distributed.owned(entry_file(path), "wait for it", wait=True):
-        distributed.on_main(lambda: bring_back(path))
+        distributed.on_main(lambda: (bring_back(path), settle(description)))
         yield overwrite or not distributed.on_main(lambda: can_open(description, open_it, aloud=False))
 
 
