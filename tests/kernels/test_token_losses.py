@@ -20,7 +20,15 @@ from tests.support.kernel_cases import (
 )
 from tests.support.naive import naive_token_loss
 from unlearn_ds.kernels import IGNORED, KernelError, TokenLoss, linear_cross_entropy, rows_triton
-from unlearn_ds.kernels.token_losses import COMPLEMENT, FORMS, ONE_HOT_JSD, POWER, UNIFORM_TARGET, UNLIKELIHOOD
+from unlearn_ds.kernels.token_losses import (
+    COMPLEMENT,
+    FORMS,
+    ONE_HOT_JSD,
+    POWER,
+    UNIFORM_TARGET,
+    UNLIKELIHOOD,
+    value_and_slope,
+)
 
 # method -> (its sign in the objective, its form, the numbers of the paper)
 METHODS = {
@@ -108,6 +116,7 @@ def test_equals_what_the_paper_writes(method, shape, dtype, impl):
     if impl == "triton" and device_of(impl) == "cpu" and dtype == torch.bfloat16:
         tolerance += INTERPRETER_BF16
     formed = with_reference(loss, log_q.to(rounded.hidden.device))
+    repeated = max(1.0, condition(case.cast(torch.float64), with_reference(loss, log_q)))
     for workspace in (2**30, 13 * 257 * 8) if impl == "chunked" else (2**30,):
         got = outcome(weighted, rounded, impl, loss=formed, workspace_bytes=workspace)
         for part, value in got.items():
@@ -116,7 +125,17 @@ def test_equals_what_the_paper_writes(method, shape, dtype, impl):
                 size = (case.token_weight.double() * truth["per_row"]).abs().sum()
                 assert (value - truth[part]).abs() <= (plain[part] - truth[part]).abs() + tolerance * size
             else:
+                allowed += tolerance * (repeated - 1) * (part == "per_row")
                 assert error(value, truth[part]) <= allowed, (part, error(value, truth[part]), allowed)
+
+
+def condition(case: Case, loss: TokenLoss) -> float:
+    """How many times a loss repeats the relative error of cross-entropy: where it is small, as a difference of larger parts."""
+    with torch.no_grad():
+        log_p = log_prob(case)
+    log_target = log_p.gather(1, case.targets[:, None])[:, 0]
+    value, slope = value_and_slope(loss, -log_target, log_target, (log_p.exp() * log_p).sum(-1), log_p.shape[1])
+    return ((slope * log_target).norm() / value.norm()).item()
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from unlearn_ds.data import sources
-from unlearn_ds.run import build
+from unlearn_ds.run import build, original
 from unlearn_ds.tune import tune
 
 counts = {"models": 0, "corpora": 0}
@@ -19,7 +19,7 @@ def counted(name: str, function):
 
 def main(argv: Sequence[str]) -> int:
     """The command, counted."""
-    build.load_model = counted("models", build.load_model)
+    build.load_model = original.load_model = counted("models", build.load_model)
     sources.open_set = counted("corpora", sources.open_set)
     code = tune.main(argv)
     print(f"counted: {counts['models']} models, {counts['corpora']} corpora")

@@ -86,9 +86,8 @@ def write_moves(folder: Path) -> Path:
     """Of a corpus that was killed before its last move."""
     write_corpus(folder)
     (folder / "forget.idx").rename(folder / ".forget.idx.partial")
-    return write_json(
-        folder / ".forget.idx.moves", {"moves": {"forget.idx": ".forget.idx.partial"}, "removed": ["old"]}
-    )
+    content = {"moves": {"forget.idx": ".forget.idx.partial"}, "removed": ["old"]}
+    return write_json(folder / ".forget.idx.moves", content)
 
 
 def read_corpus(folder: Path) -> Any:
@@ -141,7 +140,7 @@ def write_hidden(folder: Path, key: dict[str, Any] | None = None) -> Path:
 def read_hidden(folder: Path) -> Any:
     if can_open(folder / "cache.json", lambda: read_whole(folder, KEY)):
         cache = HiddenCache(folder, KEY, torch.device("cpu"))
-        assert cache.read([0], [4]).shape == (3, 3)
+        assert cache.read([0], [3]).shape == (3, 3)
         assert cache.bias.shape == (5,)
 
 

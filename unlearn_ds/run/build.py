@@ -17,42 +17,28 @@ from unlearn_ds.cost.flops import ModelFlops, model_flops
 from unlearn_ds.cost.peak import state
 from unlearn_ds.data.labels import SubstituteTargets
 from unlearn_ds.data.plan import Plan, Source
-from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import (
     NamedCorpus,
     RunRecord,
     make_plan,
     make_sources,
     open_run_corpora,
-    with_reference_log_prob,
-    with_reference_nll,
     with_targets,
 )
-from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.engine import checkpoint
 from unlearn_ds.engine.checks import settle_rows
-from unlearn_ds.engine.ds_config import check_device, inference_config, load_ds_file, state_layout, training_config
-from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
+from unlearn_ds.engine.ds_config import check_device, load_ds_file, state_layout, training_config
+from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
-from unlearn_ds.engine.tf32 import EXACT, training_precision
 from unlearn_ds.methods import far_from_preset
-from unlearn_ds.model.blank import blank_model
-from unlearn_ds.model.composite import check_writable, is_part
-from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
-from unlearn_ds.model.files import model_fingerprint, model_folder
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
-from unlearn_ds.model.load import head_options, load_model
-from unlearn_ds.model.lora import add_adapters, lora_options, trainable_parameters
-from unlearn_ds.model.loss_head import HeadOptions
-from unlearn_ds.model.size import ModelSize, model_size, num_parameters
-from unlearn_ds.objectives import KL, SAMPLED_TARGETS, SUBSTITUTE_TARGETS
+from unlearn_ds.model.load import load_model
+from unlearn_ds.model.lora import add_adapters, lora_options
+from unlearn_ds.model.size import ModelSize
+from unlearn_ds.objectives import SUBSTITUTE_TARGETS
 from unlearn_ds.options import OptionError
-from unlearn_ds.original.hidden_cache import open_or_fill
-from unlearn_ds.original.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
-from unlearn_ds.original.relabel import sampled_targets
-from unlearn_ds.original.sequence_nll import reference_nll
-from unlearn_ds.original.token_log_prob import reference_log_prob
+from unlearn_ds.original.reference import Reference
 from unlearn_ds.run.folder import (
     earlier_record,
     find_checkpoint,
@@ -61,7 +47,9 @@ from unlearn_ds.run.folder import (
     warn_of_another_length,
     with_earlier_choices,
 )
+from unlearn_ds.run.original import ask_original, make_reference
 from unlearn_ds.run.resume import Facts, check_facts, check_options, note_changes
+from unlearn_ds.run.subject import Subject, fingerprint_of, head_of, open_subject
 
 
 @dataclass(frozen=True)
@@ -98,20 +86,6 @@ class Run:
     adapter: Any | None  # peft's configuration, with LoRA
     start_step: int  # updates already done
     chosen: dict[str, Any]  # options that were `auto` -> what they came to
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model to train, before its weights are loaded."""
-
-    options: ModelOptions
-    config: PreTrainedConfig
-    larger_model: Path | None  # the folder of the model of which this is a part
-    tokenizer: Any | None
-    fingerprint: str
-    size: ModelSize
-    num_parameters: int
-    num_trainable: int
 
 
 def build_run(config: RunConfig, held: ExitStack) -> Run:
@@ -174,55 +148,6 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         start_step=start_step,
         chosen=chosen,
     )
-
-
-def open_subject(config: RunConfig) -> Subject:
-    """Everything about the model that needs no weights."""
-    options = ModelOptions(
-        config.start_model,
-        config.bf16,
-        config.attn,
-        config.random_init,
-        config.trust_remote_code,
-        config.loading,
-        config.packing,
-    )
-    if config.tf32 and training_precision(config.tf32, options.dtype) == EXACT:
-        distributed.say("--tf32: not used: what a bf16 model multiplies in fp32 is what it must not round")
-    model_config = open_config(options, config.seq_len)
-    options = with_rows(options, model_config)
-    trusted = {"trust_remote_code": config.trust_remote_code}
-    parameters = num_parameters(model_config, **trusted)
-    adapters = trainable_parameters(model_config, lora_options(config), **trusted) if config.lora_r else None
-    return Subject(
-        options=options,
-        config=model_config,
-        larger_model=larger_model_of(config, model_config),
-        tokenizer=tokenizer_of(config),
-        fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
-        size=model_size(model_config, **trusted),
-        num_parameters=parameters,
-        num_trainable=parameters if adapters is None else adapters,
-    )
-
-
-def larger_model_of(config: RunConfig, model_config: PreTrainedConfig) -> Path | None:
-    """The folder of the model of which the one to train is a part, if it is one; says so.
-
-    Raises `OptionError` where it could not be written back into that folder.
-    """
-    if config.random_init or not is_part(folder := model_folder(config.start_model), model_config):
-        return None
-    if config.lora_r and config.lora_export == "adapter":
-        raise OptionError(
-            f"--lora_export adapter: {config.start_model} is more than a language model, and an adapter of its text part does "
-            "not fit it: use --lora_export merged"
-        )
-    check_writable(folder, blank_model(model_config))
-    distributed.say(
-        f"{config.start_model}: its text part ({model_config.model_type}) is trained, the rest stays as it is"
-    )
-    return folder
 
 
 def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
@@ -288,10 +213,6 @@ def begin(
     return Beginning(run, found, changed)
 
 
-def fingerprint_of(tokenizer: Any | None) -> str:
-    return tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none"
-
-
 def facts_of_rank(
     config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]], plan_id: str, device: torch.device
 ) -> dict[str, str]:
@@ -318,69 +239,6 @@ def build_engine(
     return TrainingEngine(model, config, ds_config, num_steps), adapter
 
 
-def ask_original(
-    config: RunConfig,
-    subject: Subject,
-    sources: list[Source],
-    forget: NamedCorpus,
-    engine: TrainingEngine,
-    device: torch.device,
-) -> list[Source]:
-    """The sources with what the original model says of the forget set: sampled labels, NLLs of sequences, log p of tokens."""
-    given = (config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
-    if config.objective.needs_sampled_targets:
-        sources = with_targets(config, sources, sampled_targets(*given), SAMPLED_TARGETS)
-    form = config.sequence_loss
-    if form is not None and form.needs_reference_nll:
-        sources = with_reference_nll(sources, reference_nll(*given))
-    if config.token_loss is not None and config.token_loss.needs_log_q:
-        sources = with_reference_log_prob(sources, reference_log_prob(*given).values)
-    return sources
-
-
-def make_reference(
-    config: RunConfig,
-    subject: Subject,
-    sources: list[Source],
-    engine: TrainingEngine,
-    adapter: Any | None,
-    ds_file: dict[str, Any],
-    device: torch.device,
-) -> Reference:
-    """The frozen original model as the objective needs it: not at all, from a cache, as adapters off, or as an engine."""
-    if config.reference == "cache":
-        asked = [source.sequences for source in sources if source.loss == KL]
-        sequences = asked[0]
-        if len(asked) > 1:
-            sequences = SequenceIndex([corpus for some in asked for corpus in some.corpora], config.seq_len)
-        return CachedReference(
-            open_or_fill(
-                sequences,
-                engine,
-                subject.fingerprint,
-                subject.options.dtype,
-                rows_per_batch=config.per_device_eval_batch_size,
-                packing=config.packing,
-                cache_dir=config.cache_dir,
-                overwrite=config.overwrite_cache,
-                progress=not config.disable_tqdm,
-            )
-        )
-    if not config.objective.needs_reference:
-        return NoReference()
-    if adapter is not None:
-        return AdapterReference(engine)
-    node = distributed.ranks_per_node()
-    frozen_config = inference_config(ds_file, bf16=config.bf16, size=subject.size, ranks_per_node=node)
-    frozen = load_model(subject.options, subject.config, frozen_config, head_of(config, subject), device)
-    return LiveReference(FrozenEngine(frozen, frozen_config))
-
-
-def head_of(config: RunConfig, subject: Subject) -> HeadOptions:
-    """How the loss head computes, in the trained model and in the reference alike."""
-    return head_options(subject.config, config.loss_impl, config.loss_workspace_mib)
-
-
 def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSize) -> dict[str, Any]:
     """The dict for the training engine."""
     return training_config(
@@ -393,14 +251,3 @@ def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSi
         ranks_per_node=distributed.ranks_per_node(),
         bf16_states=config.optimizer_states == "bf16",
     )
-
-
-def tokenizer_of(config: RunConfig) -> Any | None:
-    """The tokenizer that goes with the model; None when its folder has none."""
-    name = config.tokenizer_name_or_path or config.start_model
-    tokenizer = load_tokenizer(name, config.trust_remote_code)
-    if tokenizer is None and config.tokenizer_name_or_path is not None:
-        raise OptionError(f"--tokenizer_name_or_path {name}: there is no tokenizer")
-    if tokenizer is None:
-        distributed.say(f"{name} has no tokenizer: special tokens are not known, and none is exported")
-    return tokenizer

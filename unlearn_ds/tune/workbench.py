@@ -17,7 +17,9 @@ from unlearn_ds.measures.collect import collect_tables, open_sets
 from unlearn_ds.measures.measured import statement
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.reference import NoReference, Reference
-from unlearn_ds.run.build import Run, ask_original, build_run, make_reference, open_subject, plan_run
+from unlearn_ds.run.build import Run, build_run, plan_run
+from unlearn_ds.run.original import ask_original, make_reference
+from unlearn_ds.run.subject import open_subject
 from unlearn_ds.run.target import Metrics, metrics_of, retrained_tables
 from unlearn_ds.run.update import accumulate
 from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
