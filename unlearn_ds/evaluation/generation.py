@@ -1,4 +1,7 @@
-"""Real generation: continuations of forget sequences from their first half, compared with the truth by ROUGE-L.
+"""Real generation: continuations of forget sequences, compared with the truth by ROUGE-L.
+
+A document is continued from its first half; where a corpus says which tokens are targets, from all that stands before the
+first run of them, which is then the truth: a question with its answer, a record with its secret.
 
 The teacher-forced match length in the tables needs none of this.
 """
@@ -40,13 +43,12 @@ def measure_generation(
     sequences = sets["forget"]
     count = min(config.generate, len(sequences))
     chosen = np.sort(np.random.default_rng(config.seed).choice(len(sequences), count, replace=False))
-    texts = [np.array(sequences.tokens(int(number))) for number in chosen]
+    prompts, truths = zip(*(prompt_and_truth(sequences, int(number)) for number in chosen))
     decoding = decoding_options(config)
-    prompts = [text[: len(text) // 2] for text in texts]
     written = generate(subject.engine.engine.module, prompts, decoding, subject.tokenizer, subject.device)
     scores, unstopped = [], 0
-    for text, prompt, continuations in zip(texts, prompts, written):
-        truth = text[len(prompt) :][: decoding.max_new_tokens]
+    for truth, continuations in zip(truths, written):
+        truth = truth[: decoding.max_new_tokens]
         scores += [rouge_l(one.tokens[: len(truth)], truth) for one in continuations]
         unstopped += sum(not one.stopped for one in continuations)
     result = {
@@ -64,6 +66,17 @@ def measure_generation(
     )
     distributed.on_main(lambda: write_json(output_dir / "generation.json", result))
     return result
+
+
+def prompt_and_truth(sequences: SequenceIndex, number: int) -> tuple[np.ndarray, np.ndarray]:  # (n,), (m,)
+    """The tokens that a sequence is continued from, and those that follow in it."""
+    tokens = np.array(sequences.tokens(number))
+    (start,), (length,) = (part.tolist() for part in sequences.spans(np.array([number])))
+    if sequences.mask(start, length) is None:
+        return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    positions = sequences.positions(start, length)
+    first, run = int(positions[0]) + 1, int(np.argmax(np.diff(positions, append=-1) != 1)) + 1
+    return tokens[:first], tokens[first : first + run]
 
 
 def rouge_l(answer: np.ndarray, truth: np.ndarray) -> float:
