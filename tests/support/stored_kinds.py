@@ -76,9 +76,9 @@ class Kind:
 def write_corpus(folder: Path) -> Path:
     made = {"documents": "d", "text_column": None, "tokenizer": "t", "vocab_size": 50}
     description = {"tokenizer": {"name": "n", "fingerprint": "t"}, "prepared_from": made, "overlap": OVERLAP}
-    with CorpusWriter(folder / "forget", 50, description | {"source_digest": "s", "items": ITEMS}) as writer:
-        writer.add([1, 2, 3])
-        writer.add([4, 5])
+    with CorpusWriter(folder / "forget", 50, description | {"source_digest": "s", "items": ITEMS}, "qa") as writer:
+        writer.add([1, 2, 3], [0, 1, 1], 0)
+        writer.add([4, 5], [0, 2], 1)
     return folder / "forget.json"
 
 
