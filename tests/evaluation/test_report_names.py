@@ -111,7 +111,8 @@ def test_folders_are_named_after_themselves(tmp_path):
 @pytest.mark.parametrize("value", EVERY.values(), ids=EVERY)
 def test_a_card_shows_every_option_and_its_evaluation_replaces_none(tmp_path, value):
     given = {"tokenizer_name_or_path": value, "output_dir": value, "run_name": f"{value}\n## Evaluation\n"}
-    options = asdict(RunConfig(unlearn_method="gradient_ascent", target_model_name_or_path=value, **given))
+    given["target_model_name_or_path"] = value
+    options = asdict(RunConfig("gradient_ascent", "out", target_model_name_or_path="model")) | given
     card = model_card(options, [{"role": value, "name": value, "documents": 1, "tokens": 2, "digest": "feed"}], None)
     folder = save_evaluation(tmp_path / "run", random_tables(count=6)) / "model"
     folder.mkdir()
@@ -122,7 +123,7 @@ def test_a_card_shows_every_option_and_its_evaluation_replaces_none(tmp_path, va
     assert "Not evaluated" not in text
     rows = table_cells(text)
     assert [visible(value), visible(value), "1", "2", "feed"] in rows
-    for name in options.keys() & {*given, "target_model_name_or_path", "seed", "warmup_ratio"}:
+    for name in options.keys() & {*given, "seed", "warmup_ratio"}:
         assert [name, visible(options[name])] in rows, name
     assert f"Start: {visible(value)}." in paragraphs(text)
 
