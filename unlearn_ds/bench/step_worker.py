@@ -208,7 +208,7 @@ def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks
         frozen_config = inference_config(load_ds_file(config.deepspeed), bf16=config.bf16, size=model_size(shape))
         reference = LiveReference(FrozenEngine(packed_model(config, shape, frozen_config), frozen_config))
     marks["reference"] = memory_now(device)
-    run = SimpleNamespace(engine=engine, reference=reference)
+    run = SimpleNamespace(engine=engine, reference=reference, plan=plan)
     loader = Loader(plan, distributed.rank(), device, 0, reference.hidden_cache)
     loader.__enter__()
     steps = iter(loader)
