@@ -58,8 +58,10 @@ def test_memory_counts_each_component_once():
     assert parts["optimizer"] == 1200
     assert parts["reference"] == 200
     assert parts["activations"] == 4 * 20 * 7
-    # The worst moment is the last layer's backward: half its activations again, gradients twice, what is gathered.
-    assert parts["the layer that runs backward"] == 10 * 7
+    # The worst moment is the loss: workspace, the projection's gradient in fp32, states twice; the reference's states,
+    # projection and input embedding; the gradients of the micro-batch before; what is gathered.
+    assert parts["loss"] == 20 + 4 * 50 + 2 * 7 * 5 * 2
+    assert parts["reference, for the loss"] == 7 * 5 * 2 + 2 * 50 * 2
     assert parts["gradients on their way"] == 2 * (100 + 50) * 2
     assert parts["gathered parameters"] == 2 * (3 * 100 + 2 * 50)
     assert cost.memory(MODEL, setting(workspace_bytes=10**6, seq_len=10**4), 1, "none")["loss"] > 50 * 4
@@ -67,7 +69,7 @@ def test_memory_counts_each_component_once():
 
 @pytest.mark.parametrize(("choice", "per_token"), [("full", 4 * 2), ("offloaded", 0), ("2", 2 * 20 + 2 * 2)])
 def test_checkpointing_keeps_inputs_and_one_layer(choice, per_token):
-    parts = cost.memory(MODEL, setting(seq_len=1000), 1, choice)
+    parts = cost.memory(MODEL, setting(seq_len=1000, reference=None), 1, choice)
     assert parts["activations"] == per_token * 1000
     assert parts["the layer that runs backward"] == (20 + 10) * 1000
 

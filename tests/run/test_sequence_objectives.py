@@ -137,7 +137,10 @@ def test_npo_starts_at_two_log_two_over_beta(recorded):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--unlearn_method gradient_ascent --beta 0.1", "--beta is for npo and simnpo, not for gradient_ascent"),
+        (
+            "--unlearn_method gradient_ascent --beta 0.1",
+            "--beta is for npo and simnpo and wga .*, not for gradient_ascent",
+        ),
         ("--unlearn_method npo --gamma 1", "--gamma is for simnpo, not for npo"),
         ("--unlearn_method simnpo --beta 0", r"--beta 0\.0: must be above 0"),
         ("--unlearn_method npo --reference cache", "npo has no KL term"),
