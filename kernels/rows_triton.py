@@ -20,7 +20,7 @@ from unlearn_ds.kernels.token_losses import FORMS, TokenLoss
 from unlearn_ds.kernels.triton_divergences import kl_kernel, other_divergence_kernel
 from unlearn_ds.kernels.triton_logits import FLOOR, LOG2_E, block, log2_p, logit, natural_rate, peak_and_total, tile
 from unlearn_ds.kernels.triton_token_losses import COMPLEMENT, value_and_slope
-from unlearn_ds.kernels.tuning import BIASED_KL_REGISTERS, LOAD_BYTES, launch, padded
+from unlearn_ds.kernels.tuning import LOAD_BYTES, MOST_REGISTERS, launch, padded
 
 if TYPE_CHECKING:
     from unlearn_ds.kernels.chunked import Head
@@ -245,6 +245,7 @@ def cross_entropy(
 ) -> None:
     """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap; of `loss`, that times its slope."""
     powers = (0.0, 0.0, 0.0) if loss is None else loss.powers
+    form = None if loss is None else FORMS.index(loss.form)
     cross_entropy_kernel[(len(z),)](
         z,
         _bias(head, z),
@@ -258,11 +259,17 @@ def cross_entropy(
         float(head.logit_scale),
         _softcap(head),
         *map(float, powers),
-        FORM=None if loss is None else FORMS.index(loss.form),
+        FORM=form,
         FLIPPED=head.logit_scale < 0,
         BACKWARD=backward,
+        maxnreg=registers(form, backward),
         **_launch(z),
     )
+
+
+def registers(form: int | None, backward: bool) -> int | None:
+    """The limit that the kernel of a FORM is compiled with; CE-U with its gradient takes all of it, and would spill at it."""
+    return None if form is None or (form == COMPLEMENT.value and backward) else MOST_REGISTERS
 
 
 def kl(
@@ -293,7 +300,7 @@ def kl(
         **({} if name == KL else {"REVERSE": name == REVERSE_KL}),
         FLIPPED=head.logit_scale < 0,
         BACKWARD=backward,
-        maxnreg=None if head.bias is None and ref_head.bias is None else BIASED_KL_REGISTERS,
+        maxnreg=None if head.bias is None and ref_head.bias is None else MOST_REGISTERS,
         **_launch(z),
     )
 

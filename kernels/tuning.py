@@ -17,8 +17,9 @@ CPU_CHUNK_BYTES = 64 << 20
 UPCAST_ELEMENTS = 1 << 22  # of a bf16 operand on CPU, converted at a time
 TORCH_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # logits that plain PyTorch works on at a time
 LOAD_BYTES = 16  # of one thread's widest load
-# Three programs of 8 warps fit the register file. Left alone, ptxas takes up to 97 for KL with biases, or spills 8 bytes.
-BIASED_KL_REGISTERS = 80
+# Three programs of 8 warps fit the register file. Left alone, ptxas takes up to 97 for KL with biases, or spills 8 bytes; for
+# losses of a token on sm_80 it takes 40, or 64 for CE-U with a bias, and spills 8 bytes where the vocabulary is odd.
+MOST_REGISTERS = 80
 GEMM_TILE = (128, 256)  # rows and columns of a product that an SM works on: what cuBLAS takes for large ones
 # What a chunk more costs, in waves of dX over the hidden size: about 0.6 ms on an H200 at V = 128256, D = 4096, where 32 chunks
 # of 8192 rows are published to take 53.0 ms and 2 chunks 35.1. It is traffic against arithmetic, both in proportion to V.

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from unlearn_ds.kernels import rows_triton
 from unlearn_ds.kernels.token_losses import COMPLEMENT, FORMS, POWER
-from unlearn_ds.kernels.tuning import BIASED_KL_REGISTERS, LOAD_BYTES, launch
+from unlearn_ds.kernels.tuning import LOAD_BYTES, MOST_REGISTERS, launch
 
 VOCAB_SIZES = {"aligned": 128256, "odd": 50257}
 POINTERS = {
@@ -96,7 +96,9 @@ def compile_one(kernel, pointers, flags, vocab_size, arch):
     ]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
-    limit = BIASED_KL_REGISTERS if "ref_ptr" in kernel.arg_names and "bias_ptr" not in constants else None
+    limit = MOST_REGISTERS if "ref_ptr" in kernel.arg_names and "bias_ptr" not in constants else None
+    if constants.get("FORM") is not None:
+        limit = rows_triton.registers(constants["FORM"], constants["BACKWARD"])
     options = {"num_warps": chosen.num_warps, "enable_fp_fusion": True, "maxnreg": limit}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
