@@ -14,7 +14,7 @@ from unlearn_ds.data.sources import NamedCorpus
 from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.fixed_tensors import fixed_tensors, fixed_tensors_kept, restore
 from unlearn_ds.model.size import num_parameters
-from unlearn_ds.original import cache_key, hidden_cache, relabel, sequence_nll, token_cache
+from unlearn_ds.original import cache_key, hidden_cache, relabel, token_cache
 
 ENGINES = [f"{way}, {kind}" for way in WAYS for kind in ("frozen", "training")]
 
@@ -108,7 +108,7 @@ def test_what_models_with_other_tensors_answered_is_not_read_again(monkeypatch):
         return [
             hidden_cache.cache_key(SimpleNamespace(corpora=[corpus], seq_len=9, shortest=5), "model", torch.bfloat16),
             relabel.cache_key(config, named, "model"),
-            sequence_nll.cache_key(config, named, "model"),
+            token_cache.Original(config, named, None, None, "model", None).key(),
             token_cache.common_key(config, named, "model"),
         ]
 

@@ -31,19 +31,20 @@ class Made:
         self.config = RunConfig(
             unlearn_method="random_label", output_dir="o", target_model_name_or_path="m", seq_len=32, top_k=1
         )
+        self.original = token_cache.Original(self.config, self.corpus, self.sequences, None, "m", CPU)
         monkeypatch.setattr(token_cache, "_fill", self._ask)
         monkeypatch.setattr(sequence_nll, "collect_table", self._table)
         monkeypatch.setattr(hidden_cache, "_fill", self._fill)
         monkeypatch.setattr(hidden_cache, "cache_key", lambda *given: {"dtype": "float32"})
 
     def labels(self):
-        relabel.sampled_targets(self.config, self.corpus, self.sequences, None, "m", CPU)
+        relabel.sampled_targets(self.original)
 
     def log_prob(self):
-        token_log_prob.reference_log_prob(self.config, self.corpus, self.sequences, None, "m", CPU)
+        token_log_prob.reference_log_prob(self.original)
 
     def nll(self):
-        found = sequence_nll.reference_nll(self.config, self.corpus, self.sequences, None, "m", CPU)
+        found = sequence_nll.reference_nll(self.original)
         assert found.tolist() == [2.0] * len(self.sequences)
 
     def hidden(self):

@@ -11,11 +11,9 @@ import torch
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.labels import CachedTargets
 from unlearn_ds.data.micro_batch import EvaluationBatch
-from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import NamedCorpus
-from unlearn_ds.engine.engine import Ask
 from unlearn_ds.model.loss_head import SampleCall
-from unlearn_ds.original.token_cache import asked_once, common_key
+from unlearn_ds.original.token_cache import Original, asked_once, common_key
 
 
 def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
@@ -30,15 +28,9 @@ def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) ->
     }
 
 
-def sampled_targets(
-    config: RunConfig,
-    corpus: NamedCorpus,
-    sequences: SequenceIndex,
-    ask: Ask,
-    model_fingerprint: str,
-    device: torch.device,
-) -> CachedTargets:
-    """Open the cached labels, or have the original model (`ask`) draw them first. Every rank calls this."""
+def sampled_targets(original: Original) -> CachedTargets:
+    """Open the cached labels, or have the original model draw them first. Every rank calls this."""
+    config, corpus = original.config, original.corpus
     top_k, top_p, rm_groundtruth = config.sampling
 
     def draw(batch: EvaluationBatch) -> torch.Tensor:  # (M,) int64
@@ -50,8 +42,7 @@ def sampled_targets(
             top_p=top_p,
             seed=config.seed,
         )
-        return ask(batch.rows, call)
+        return original.ask(batch.rows, call)
 
-    key = cache_key(config, corpus, model_fingerprint)
-    dtype = corpus.corpus.tokens.dtype
-    return asked_once("labels", "labels", CachedTargets, config, corpus, sequences, key, dtype, device, draw)
+    key = cache_key(config, corpus, original.fingerprint)
+    return asked_once("labels", "labels", CachedTargets, original, key, corpus.corpus.tokens.dtype, draw)

@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from unlearn_ds.cluster import distributed
-from unlearn_ds.config import RunConfig
-from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.data.sources import NamedCorpus
 from unlearn_ds.durable import flush_tree, fresh_folder, naming, publish_folder
-from unlearn_ds.engine.engine import Ask
 from unlearn_ds.measures.collect import collect_table
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.cache_key import cache_path, to_be_made
-from unlearn_ds.original.token_cache import common_key
+from unlearn_ds.original.token_cache import Original
 from unlearn_ds.stored import Count, Record, Text, read
 
 _MANIFEST = "cache.json"
@@ -33,33 +28,22 @@ class NllRecord(Record):
     num_sequences: Count
 
 
-def cache_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
-    """Everything the numbers depend on."""
-    return common_key(config, corpus, model_fingerprint)
-
-
-def reference_nll(
-    config: RunConfig,
-    corpus: NamedCorpus,
-    sequences: SequenceIndex,
-    ask: Ask,
-    model_fingerprint: str,
-    device: torch.device,
-) -> np.ndarray:  # (S,) fp64, summed over each sequence
-    """Open the cached numbers, or have the original model (`ask`) compute them first. Every rank calls this.
+def reference_nll(original: Original) -> np.ndarray:  # (S,) fp64, summed over each sequence
+    """Open the cached numbers, or have the original model compute them first. Every rank calls this.
 
     What is kept and damaged is computed again.
     """
-    key = cache_key(config, corpus, model_fingerprint)
-    folder = cache_path(corpus.corpus.path, "nll", key, config.cache_dir)
+    config, sequences = original.config, original.sequences
+    key = original.key()
+    folder = cache_path(original.corpus.corpus.path, "nll", key, config.cache_dir)
     described, count = folder / _MANIFEST, len(sequences)
     with to_be_made(folder, described, lambda: _read(folder, key, count), config.overwrite_cache) as missing:
         if missing:
             table = collect_table(
                 "forget by the original model",
                 sequences,
-                ask,
-                device,
+                original.ask,
+                original.device,
                 seq_len=config.seq_len,
                 rows_per_batch=config.per_device_eval_batch_size,
                 packing=config.packing,

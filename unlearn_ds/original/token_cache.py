@@ -1,8 +1,9 @@
 """What the original model says of every forget token, asked once, on all ranks, and kept beside the corpus: a number each."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +17,27 @@ from unlearn_ds.data.loader import evaluation_batches
 from unlearn_ds.data.micro_batch import EvaluationBatch
 from unlearn_ds.data.sequences import MIN_FORGET_TOKENS, SequenceIndex
 from unlearn_ds.data.sources import NamedCorpus
+from unlearn_ds.engine.engine import Ask
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.cache_key import cache_path, original_model, to_be_made
+
+Values = TypeVar("Values", bound=TokenValues)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The original model, and what it is asked of: the forget set of a run."""
+
+    config: RunConfig
+    corpus: NamedCorpus
+    sequences: SequenceIndex
+    ask: Ask
+    fingerprint: str
+    device: torch.device
+
+    def key(self) -> dict[str, Any]:
+        """What all of its answers depend on."""
+        return common_key(self.config, self.corpus, self.fingerprint)
 
 
 def common_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -> dict[str, Any]:
@@ -34,26 +54,24 @@ def common_key(config: RunConfig, corpus: NamedCorpus, model_fingerprint: str) -
 def asked_once(
     kind: str,
     what: str,
-    open_it: Callable[[Path, dict[str, Any]], TokenValues],
-    config: RunConfig,
-    corpus: NamedCorpus,
-    sequences: SequenceIndex,
+    open_it: Callable[[Path, dict[str, Any]], Values],
+    original: Original,
     key: dict[str, Any],
     dtype: np.dtype,
-    device: torch.device,
     answer: Callable[[EvaluationBatch], torch.Tensor],  # -> (M,), for the batch's targets
-) -> Any:
+) -> Values:
     """Open the cached values, or fill the cache by `answer` first. Every rank calls this.
 
     kind: of the cache's name; what: the values, in words. Raises `OptionError` for a cache that cannot be written.
     """
-    path = cache_path(corpus.corpus.path, kind, key, config.cache_dir)
+    corpus, config = original.corpus.corpus, original.config
+    path = cache_path(corpus.path, kind, key, config.cache_dir)
     described = with_suffix(path, ".json")
     with to_be_made(path, described, lambda: open_it(path, key), config.overwrite_cache) as missing:
         if missing:
-            cache = LabelCache.create(path, corpus.corpus.num_tokens, dtype, key)
+            cache = LabelCache.create(path, corpus.num_tokens, dtype, key)
             distributed.barrier()
-            _fill(cache, what, path, config, sequences, device, answer)
+            _fill(cache, what, path, original, answer)
     return open_it(path, key)
 
 
@@ -61,18 +79,17 @@ def _fill(
     cache: LabelCache,
     what: str,
     path: Path,
-    config: RunConfig,
-    sequences: SequenceIndex,
-    device: torch.device,
+    original: Original,
     answer: Callable[[EvaluationBatch], torch.Tensor],
 ) -> None:
+    config = original.config
     batches = evaluation_batches(
-        sequences,
+        original.sequences,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         rows_per_batch=config.per_device_eval_batch_size,
         seq_len=config.seq_len,
-        device=device,
+        device=original.device,
         packing=config.packing,
     )
     failure = distributed.KeptFailure()

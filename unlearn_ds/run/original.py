@@ -22,6 +22,7 @@ from unlearn_ds.original.hidden_cache import open_or_fill
 from unlearn_ds.original.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.original.relabel import sampled_targets
 from unlearn_ds.original.sequence_nll import reference_nll
+from unlearn_ds.original.token_cache import Original
 from unlearn_ds.original.token_log_prob import reference_log_prob
 from unlearn_ds.run.subject import Subject, head_of
 
@@ -35,14 +36,14 @@ def ask_original(
     device: torch.device,
 ) -> list[Source]:
     """The sources with what the original model says of the forget set: sampled labels, NLLs of sequences, log p of tokens."""
-    given = (config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
+    original = Original(config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
     if config.objective.needs_sampled_targets:
-        sources = with_targets(config, sources, sampled_targets(*given), SAMPLED_TARGETS)
+        sources = with_targets(config, sources, sampled_targets(original), SAMPLED_TARGETS)
     form = config.sequence_loss
     if form is not None and form.needs_reference_nll:
-        sources = with_reference_nll(sources, reference_nll(*given))
+        sources = with_reference_nll(sources, reference_nll(original))
     if config.token_loss is not None and config.token_loss.needs_log_q:
-        sources = with_reference_log_prob(sources, reference_log_prob(*given).values)
+        sources = with_reference_log_prob(sources, reference_log_prob(original).values)
     return sources
 
 
