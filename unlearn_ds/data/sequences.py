@@ -168,11 +168,16 @@ class SequenceIndex:
         which = int(np.searchsorted(self._bases, start, side="right")) - 1
         return self.corpora[which], start - int(self._bases[which])
 
+    def span(self, sequence: int) -> tuple[int, int]:
+        """Where one sequence starts, as a token offset, and how many tokens it has."""
+        (start,), (length,) = self.spans(np.array([sequence]))
+        return int(start), int(length)
+
     def target_tokens(self, sequence: int) -> np.ndarray:
         """The tokens of one sequence that are targets; without a mask all of it."""
-        (start,), (length,) = (part.tolist() for part in self.spans(np.array([sequence])))
-        tokens = self.view(start, length)
-        return tokens if self.mask(start, length) is None else tokens[self.positions(start, length) + 1]
+        span = self.span(sequence)
+        tokens = self.view(*span)
+        return tokens if self.mask(*span) is None else tokens[self.positions(*span) + 1]
 
     def document_tokens(self, number: int) -> np.ndarray:
         """The tokens of a whole document, counted over all corpora, as a view."""
@@ -197,8 +202,7 @@ class SequenceIndex:
 
     def tokens(self, sequence: int) -> np.ndarray:
         """The tokens of one sequence, as a view."""
-        starts, lengths = self.spans(np.array([sequence]))
-        return self.view(int(starts[0]), int(lengths[0]))
+        return self.view(*self.span(sequence))
 
     def _resolve(self, ids: np.ndarray) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int64)

@@ -70,11 +70,11 @@ def measure_generation(
 
 def prompt_and_truth(sequences: SequenceIndex, number: int) -> tuple[np.ndarray, np.ndarray]:  # (n,), (m,)
     """The tokens that a sequence is continued from, and those that follow in it."""
-    tokens = np.array(sequences.tokens(number))
-    (start,), (length,) = (part.tolist() for part in sequences.spans(np.array([number])))
-    if sequences.mask(start, length) is None:
+    span = sequences.span(number)
+    tokens = np.array(sequences.view(*span))
+    if sequences.mask(*span) is None:
         return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
-    positions = sequences.positions(start, length)
+    positions = sequences.positions(*span)
     first, run = int(positions[0]) + 1, int(np.argmax(np.diff(positions, append=-1) != 1)) + 1
     return tokens[:first], tokens[first : first + run]
 
