@@ -1,7 +1,6 @@
 """Prompts and answers: every method's update against a plain transformers loop over padded rows with -100 labels."""
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import ByT5Tokenizer
 
-from tests.run.test_methods import gradients, relative_difference
 from tests.support.naive import naive_token_loss
 from tests.support.record_runs import DETAILED
-from tests.support.runs import VOCAB_SIZE, launch, save_tiny_model
+from tests.support.recorded import case, of_update, plain_model, record_all, relative_difference
+from tests.support.runs import VOCAB_SIZE, save_tiny_model
 from unlearn_ds.data.corpus import Corpus, CorpusWriter, corpus_path
 from unlearn_ds.data.labels import RandomTargets
 from unlearn_ds.data.loss_mask import KEPT, TARGET
@@ -61,10 +60,10 @@ METHODS |= {
 }
 METHODS["jensun"] = (f"{METHODS['jensun'][0]} --substitute_text {SUBSTITUTE}", DIVERGENCE)
 LAYOUTS = {
-    "base": [],
-    "padded": ["--packing", "False"],
-    "micro_batch_3": ["--per_device_train_batch_size", "3"],
-    "two_ranks": [],
+    "base": "",
+    "padded": "--packing False",
+    "micro_batch_3": "--per_device_train_batch_size 3",
+    "two_ranks": "",
 }
 # Every method with both averages; in other layouts by sequences, one also by tokens, and of the token losses two.
 CASES = [
@@ -122,15 +121,9 @@ def recorded(tmp_path_factory):
             "--seed": SEED,
             "--average": average,
         }
-        words = [str(word) for pair in options.items() for word in pair]
-        arguments = [*words, *METHODS[method][0].split(), *LAYOUTS[layout], "--disable_tqdm"]
-        cases[ranks].append({"name": f"{method}-{average}-{layout}", "arguments": arguments, "num_updates": 3})
-    for ranks, some in cases.items():
-        spec = root / f"spec-{ranks}.json"
-        spec.write_text(json.dumps(some))
-        finished = launch("tests.support.record_runs", [str(spec), str(root)], ranks)
-        assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
+        flags = f"{METHODS[method][0]} {LAYOUTS[layout]}"
+        cases[ranks].append(case(f"{method}-{average}-{layout}", options, flags, 3))
+    return root, record_all(root, cases)
 
 
 def padded(items: list[tuple[np.ndarray, np.ndarray]], value: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,29 +242,26 @@ def naive_loss(root, method, average, model, original, source, sequence):
 def test_equals_padded_rows_with_ignored_labels(recorded, method, average):
     root, results = recorded
     result = results[f"{method}-{average}-base"]
-    original = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32, attn_implementation="eager")
+    original = plain_model(root / "model")
     for update in DETAILED:
-        model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32, attn_implementation="eager")
-        prefix = f"weight/{update}/"
-        weights = {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+        model = plain_model(root / "model", of_update(result, "weight", update))
         given = result[f"source/{update}"], result[f"sequence/{update}"]
         loss = naive_loss(root, method, average, model, original, *given)
         loss.backward()
         naive = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
         assert result["losses"][update] == pytest.approx(loss.item(), rel=TOLERANCE, abs=1e-6)
-        assert relative_difference(gradients(result, update), naive) < TOLERANCE
+        assert relative_difference(of_update(result, "grad", update), naive) < TOLERANCE
 
 
-@pytest.mark.parametrize(("method", "average", "layout"), [case for case in CASES if case[2] != "base"])
+@pytest.mark.parametrize(("method", "average", "layout"), [row for row in CASES if row[2] != "base"])
 def test_layout_does_not_change_the_update(recorded, method, average, layout):
     _, results = recorded
     base, other = results[f"{method}-{average}-base"], results[f"{method}-{average}-{layout}"]
-    assert relative_difference(gradients(other), gradients(base)) < TOLERANCE
+    assert relative_difference(of_update(other, "grad", 0), of_update(base, "grad", 0)) < TOLERANCE
     np.testing.assert_allclose(other["losses"], base["losses"], rtol=TOLERANCE, atol=1e-7)
 
 
 def test_what_an_update_is_averaged_over_matters(recorded):
     _, results = recorded
-    one, other = (gradients(results[f"gradient_ascent-{average}-base"]) for average in AVERAGES)
+    one, other = (of_update(results[f"gradient_ascent-{average}-base"], "grad", 0) for average in AVERAGES)
     assert relative_difference(one, other) > 0.01

@@ -1,17 +1,17 @@
 """The update is the paper's, whatever the machine: every method, on real ZeRO-3 ranks, against plain PyTorch and itself."""
 
 import itertools
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.support.naive import naive_step_loss, sequence_logits
 from tests.support.record_runs import DETAILED
-from tests.support.runs import VOCAB_SIZE, launch, save_tiny_model, write_corpora
+from tests.support.recorded import Result, case, of_update, plain_model, record_all, relative_difference
+from tests.support.runs import VOCAB_SIZE, save_tiny_model, write_corpora
 from unlearn_ds.data.corpus import Corpus, corpus_path
 from unlearn_ds.data.labels import RandomTargets
 from unlearn_ds.data.sequences import SequenceIndex
@@ -45,9 +45,9 @@ LOSS_TOLERANCE = 1e-5
 NAIVE_TOLERANCE = 2e-5
 
 
-def arguments(root: Path, method: str, model: str, layout: str) -> list[str]:
+def options(root: Path, method: str, model: str, layout: str) -> dict[str, Any]:
     ranks = LAYOUTS[layout].get("ranks", 1)
-    options = {
+    return {
         "--target_model_name_or_path": root / model,
         "--output_dir": root / f"run-{method}-{model}-{layout}",
         "--data_dir": root / f"data-{ranks}",  # of its own, so that two ranks also draw their labels themselves
@@ -59,8 +59,6 @@ def arguments(root: Path, method: str, model: str, layout: str) -> list[str]:
         "--bf16": "False",
         "--seed": SEED,
     } | {key: value for key, value in LAYOUTS[layout].items() if key != "ranks"}
-    words = [str(word) for pair in options.items() for word in pair]
-    return [*words, *METHODS[method].split(), "--disable_tqdm"]
 
 
 @pytest.fixture(scope="module")
@@ -69,34 +67,19 @@ def recorded(tmp_path_factory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("methods")
     for model, tied in MODELS.items():
         save_tiny_model(root / model, tied)
+    cases = {}
     for ranks in (1, 2):
         write_corpora(root / f"data-{ranks}")
-        cases = [
-            {
-                "name": f"{method}-{model}-{layout}",
-                "arguments": arguments(root, method, model, layout),
-                "num_updates": 5,
-            }
+        cases[ranks] = [
+            case(f"{method}-{model}-{layout}", options(root, method, model, layout), METHODS[method], 5)
             for method, model, layout in itertools.product(METHODS, MODELS, LAYOUTS)
             if LAYOUTS[layout].get("ranks", 1) == ranks and (model == "untied" or layout in ("base", "two_ranks"))
         ]
-        spec = root / f"spec-{ranks}.json"
-        spec.write_text(json.dumps(cases))
-        finished = launch("tests.support.record_runs", [str(spec), str(root)], ranks)
-        assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
+    return root, record_all(root, cases)
 
 
-def gradients(result: dict, update: int = 0) -> dict[str, np.ndarray]:
-    prefix = f"grad/{update}/"
-    return {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
-
-
-def relative_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """Norm of the difference of two whole gradients over the norm of the second."""
-    assert one.keys() == other.keys()
-    difference = sum(float(((one[name] - other[name]).astype(np.float64) ** 2).sum()) for name in other)
-    return (difference / sum(float((value.astype(np.float64) ** 2).sum()) for value in other.values())) ** 0.5
+def gradients(result: Result, update: int = 0) -> Result:
+    return of_update(result, "grad", update)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,14 +90,6 @@ def test_layout_does_not_change_the_update(recorded, method, layout):
     assert relative_difference(gradients(other), gradients(base)) < GRADIENT_TOLERANCE
     np.testing.assert_allclose(other["losses"], base["losses"], rtol=LOSS_TOLERANCE, atol=1e-7)
     assert len(set(base["losses"])) == 5, "the losses do not move: nothing was trained"
-
-
-def plain_model(folder: Path, weights: dict[str, np.ndarray] | None = None) -> torch.nn.Module:
-    """Plain transformers, no DeepSpeed and none of our attention."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    if weights:
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
-    return model
 
 
 def naive_parts(root: Path, method: str, original: torch.nn.Module, result: dict, update: int) -> list[tuple]:
@@ -148,9 +123,7 @@ def test_equals_plain_pytorch(recorded, method, model, update):
     root, results = recorded
     result = results[f"{method}-{model}-base"]
     original = plain_model(root / model)
-    prefix = f"weight/{update}/"
-    weights = {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
-    student = plain_model(root / model, weights)
+    student = plain_model(root / model, of_update(result, "weight", update))
     loss = naive_step_loss(student, original, naive_parts(root, method, original, result, update))
     loss.backward()
     naive = {name: parameter.grad.numpy() for name, parameter in student.named_parameters()}

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 from tests.support.naive import sequence_logits
-from tests.support.runs import launch, save_tiny_model, write_corpora
+from tests.support.recorded import Result, case, of_update, plain_model, record_all, relative_difference
+from tests.support.runs import save_tiny_model, write_corpora
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
@@ -44,9 +44,9 @@ def recorded(tmp_path_factory):
     """Folder of data and model, and (method, layout) -> what the run computed."""
     root = tmp_path_factory.mktemp("sequence_objectives")
     save_tiny_model(root / "model")
-    for ranks in (1, 2):
+    cases = {1: [], 2: []}
+    for ranks in cases:
         write_corpora(root / f"data-{ranks}")
-        cases = []
         for method, layout in itertools.product(METHODS, LAYOUTS):
             if LAYOUTS[layout].get("ranks", 1) != ranks or (layout != "base" and method not in LAID_OUT):
                 continue
@@ -62,25 +62,12 @@ def recorded(tmp_path_factory):
                 "--lr_scheduler_type": "constant",
                 "--bf16": "False",
             } | {name: value for name, value in LAYOUTS[layout].items() if name != "ranks"}
-            words = [str(word) for pair in options.items() for word in pair]
-            words += [*METHODS[method][0].split(), "--disable_tqdm"]
-            cases.append({"name": f"{method}-{layout}", "arguments": words, "num_updates": 4})
-        spec = root / f"spec-{ranks}.json"
-        spec.write_text(json.dumps(cases))
-        finished = launch("tests.support.record_runs", [str(spec), str(root)], ranks)
-        assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
+            cases[ranks].append(case(f"{method}-{layout}", options, METHODS[method][0], 4))
+    return root, record_all(root, cases)
 
 
-def gradients(result: dict, update: int = UPDATE) -> dict[str, np.ndarray]:
-    prefix = f"grad/{update}/"
-    return {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
-
-
-def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    assert one.keys() == other.keys()
-    apart = sum(float(((one[name] - other[name]).astype(np.float64) ** 2).sum()) for name in other)
-    return (apart / sum(float((value.astype(np.float64) ** 2).sum()) for value in other.values())) ** 0.5
+def gradients(result: Result) -> Result:
+    return of_update(result, "grad", UPDATE)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "base"])
@@ -88,7 +75,7 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> floa
 def test_layout_does_not_change_the_update(recorded, method, layout):
     _, results = recorded
     base, other = results[f"{method}-base"], results[f"{method}-{layout}"]
-    assert difference(gradients(other), gradients(base)) < TOLERANCE
+    assert relative_difference(gradients(other), gradients(base)) < TOLERANCE
     np.testing.assert_allclose(other["losses"], base["losses"], rtol=TOLERANCE)
     assert len(set(base["losses"])) == 4, "the losses do not move: nothing was trained"
 
@@ -98,13 +85,8 @@ def test_equals_plain_pytorch(recorded, method):
     root, results = recorded
     result = results[f"{method}-base"]
     flags, beta, gamma = METHODS[method]
-    original, model = (
-        AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32, attn_implementation="eager")
-        for _ in range(2)
-    )
-    prefix = f"weight/{UPDATE}/"
-    weights = {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+    original = plain_model(root / "model")
+    model = plain_model(root / "model", of_update(result, "weight", UPDATE))
     indices = [
         SequenceIndex([Corpus(corpus_path(root / "data-1", "github", name))], SEQ_LEN) for name in ("forget", "retain")
     ]
@@ -126,7 +108,7 @@ def test_equals_plain_pytorch(recorded, method):
     assert result["losses"][UPDATE] == pytest.approx(loss.item(), rel=NAIVE_TOLERANCE)
     loss.backward()
     expected = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    assert difference(gradients(result), expected) < NAIVE_TOLERANCE
+    assert relative_difference(gradients(result), expected) < NAIVE_TOLERANCE
 
 
 def test_npo_starts_at_two_log_two_over_beta(recorded):

@@ -1,15 +1,15 @@
 """Losses of a token, divergences and free retain terms on real ZeRO-3 ranks: against plain PyTorch, on two ranks as well."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import ByT5Tokenizer
 
 from tests.support.naive import naive_token_loss, sequence_logits
-from tests.support.runs import launch, save_tiny_model, write_corpora
+from tests.support.recorded import case, of_update, plain_model, record_all, relative_difference
+from tests.support.runs import save_tiny_model, write_corpora
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
@@ -50,9 +50,9 @@ def recorded(tmp_path_factory):
     for name, tied in MODELS.items():
         save_tiny_model(root / name, tied)
         ByT5Tokenizer().save_pretrained(root / name)
-    for ranks in (1, 2):
+    cases = {1: [], 2: []}
+    for ranks in cases:
         write_corpora(root / f"data-{ranks}")
-        cases = []
         for method, model, layout in CASES:
             if LAYOUTS[layout].get("ranks", 1) != ranks:
                 continue
@@ -68,24 +68,8 @@ def recorded(tmp_path_factory):
                 "--lr_scheduler_type": "constant",
                 "--bf16": "False",
             } | {name: value for name, value in LAYOUTS[layout].items() if name != "ranks"}
-            words = [str(word) for pair in options.items() for word in pair]
-            words += [*METHODS[method][0].split(), "--disable_tqdm"]
-            cases.append({"name": f"{method}-{model}-{layout}", "arguments": words, "num_updates": 3})
-        (root / f"spec-{ranks}.json").write_text(json.dumps(cases))
-        finished = launch("tests.support.record_runs", [str(root / f"spec-{ranks}.json"), str(root)], ranks)
-        assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    return root, {path.stem: dict(np.load(path)) for path in root.glob("*.npz")}
-
-
-def of_update(result: dict, kind: str) -> dict[str, np.ndarray]:
-    prefix = f"{kind}/{UPDATE}/"
-    return {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
-
-
-def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    assert one.keys() == other.keys()
-    apart = sum(float(((one[name] - other[name]).astype(np.float64) ** 2).sum()) for name in other)
-    return (apart / sum(float((value.astype(np.float64) ** 2).sum()) for value in other.values())) ** 0.5
+            cases[ranks].append(case(f"{method}-{model}-{layout}", options, METHODS[method][0], 3))
+    return root, record_all(root, cases)
 
 
 @pytest.mark.parametrize(("method", "model", "layout"), CASES)
@@ -93,12 +77,8 @@ def test_equals_plain_pytorch(recorded, method, model, layout):
     root, results = recorded
     result = results[f"{method}-{model}-{layout}"]
     _, numbers, forget_weight, retain = METHODS[method]
-    original, student = (
-        AutoModelForCausalLM.from_pretrained(root / model, dtype=torch.float32, attn_implementation="eager")
-        for _ in range(2)
-    )
-    weights = {name: torch.from_numpy(value) for name, value in of_update(result, "weight").items()}
-    student.load_state_dict(weights, strict=False)
+    original = plain_model(root / model)
+    student = plain_model(root / model, of_update(result, "weight", UPDATE))
     indices = [
         SequenceIndex([Corpus(corpus_path(root / "data-1", "github", name))], SEQ_LEN) for name in ("forget", "retain")
     ]
@@ -136,7 +116,7 @@ def test_equals_plain_pytorch(recorded, method, model, layout):
     assert result["losses"][UPDATE] == pytest.approx(loss.item(), rel=TOLERANCE)
     loss.backward()
     expected = {name: p.grad.numpy() for name, p in student.named_parameters() if p.grad is not None}
-    assert difference(of_update(result, "grad"), expected) < TOLERANCE
+    assert relative_difference(of_update(result, "grad", UPDATE), expected) < TOLERANCE
     assert len(set(result["losses"])) == 3, "the losses do not move: nothing was trained"
 
 
