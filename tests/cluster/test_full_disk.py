@@ -149,7 +149,7 @@ def test_what_cannot_be_written_at_the_end_is_made_again_by_a_resume(tiny, disk,
         (
             {"unlearn_method": "adversarial"},
             ".labels-*.rank0.partial",
-            "the labels that the original model draws could not be written beside ",
+            "the labels of the original model could not be written beside ",
         ),
     ],
 )

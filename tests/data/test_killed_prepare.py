@@ -80,7 +80,7 @@ def test_cached_labels_that_replace_others_are_never_a_mixture(tmp_path):
     (tmp_path / "before").mkdir()
     draw(tmp_path / "before", 1)
     for _ in deaths(tmp_path / "before", tmp_path / "now", lambda folder: draw(folder, 2)):
-        labels = set(CachedTargets(tmp_path / "now" / "labels", key)._labels.tolist())
+        labels = set(CachedTargets(tmp_path / "now" / "labels", key).values.tolist())
         assert labels in ({1}, {2})
 
 
