@@ -46,6 +46,18 @@ def test_rows_are_98_percent_full(tmp_path: Path, name: str) -> None:
     assert padded < 0.9
 
 
+def test_what_is_computed_is_98_percent_full_with_few_short_sequences(tmp_path: Path) -> None:
+    """The last row of an update ends at the next multiple of 128: 32 questions and answers do not cost two rows."""
+    write_sparse_corpus(tmp_path / "corpus", document_lengths("qa", 300_000))
+    for batch in (32, 480):
+        plan, computed, real = make_plan(Corpus(tmp_path / "corpus"), batch=batch), 0, 0
+        with Loader(plan, 0, CPU) as loader:
+            for step in islice(loader, plan.steps_per_epoch - 1):
+                real += step.num_tokens
+                computed += sum(batch.rows.input_ids.numel() for batch in step.micro_batches)
+        assert real >= 0.98 * computed
+
+
 def read(path: Path) -> Run:
     def run() -> None:
         with Loader(make_plan(Corpus(path)), 0, CPU) as loader:
