@@ -1,5 +1,6 @@
 """Words and variables on their way to the ranks: as they were given, whatever stands in them, and secrets in no list."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -82,6 +83,20 @@ def test_a_run_in_folders_with_odd_names_and_the_end_of_its_script(tmp_path):
     while any(map(is_running, ranks)):
         assert time.monotonic() < deadline, f"of {ranks} some still run"
         time.sleep(0.1)
+
+
+@pytest.mark.fault(
+    "a wrong option, and rank 0 slower to start than the rank whose end makes the launcher end all",
+    "`[rank 1] unlearn-ds train: error: unknown option '--sede'. Did you mean '--seed'?`",
+    "the message is never lost",
+)
+def test_a_wrong_option_is_said_though_rank_0_never_comes_to_say_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(600 * (os.environ.get('RANK') == '0'))\n")
+    environment = rank_environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    command = deepspeed_command("unlearn_ds.train", ["--sede", "3"], {"localhost": 2}, free_port())
+    finished = finish(command, tmp_path, environment)
+    assert finished.returncode == 2
+    assert "[rank 1] unlearn-ds train: error: unknown option '--sede'. Did you mean '--seed'?" in finished.stderr
 
 
 def test_variables_go_by_name_and_secrets_only_in_full():

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 _PATIENCE_S = 14 * 24 * 3600.0  # with another run that computes what both need
+_FOR_MAIN_TO_SAY_S = 3.0
 _lifeline: Lifeline | None = None
 
 
@@ -195,7 +197,7 @@ def guarded(prog: str, body: Callable[[], Any]) -> int:
         return EXIT_RESUMABLE
     except (ValueError, OSError) as error:
         failure = explained(error)
-        say(f"{prog}: error: {explained(error)}")
+        _say_once(f"{prog}: error: {failure}")
         return 2
     except BaseException as error:
         failure, unexpected = f"{type(error).__name__}: {error}", True
@@ -203,6 +205,17 @@ def guarded(prog: str, body: Callable[[], Any]) -> int:
     finally:
         shut_down(failure, unexpected)
     return 0
+
+
+def _say_once(line: str) -> None:
+    """What a rank ends of, by rank 0; before the ranks have met, by another one too whose launcher did not end it by then.
+
+    A launcher ends all ranks with the first that fails, and rank 0 may not have come so far, or have nothing to complain of.
+    """
+    if not is_main() and not dist.is_initialized():
+        time.sleep(_FOR_MAIN_TO_SAY_S)
+        tell(f"[rank {rank()}] {line}")
+    say(line)
 
 
 def leave(code: int) -> NoReturn:
