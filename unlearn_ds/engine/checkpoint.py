@@ -210,8 +210,8 @@ def prepare_resume(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> None:
     if ds_config["zero_optimization"]["stage"] != 3:
         raise CheckpointError(
             f"{checkpoint.path} was written by {checkpoint.world_size} ranks and this run has "
-            f"{distributed.world_size()}: only ZeRO-3 checkpoints change their world size. Start as many ranks, or use "
-            "--deepspeed zero3"
+            f"{distributed.world_size()}: only ZeRO-3 checkpoints change their world size. Resume with {checkpoint.world_size} "
+            "ranks; a run that begins with --deepspeed zero3 can be resumed with any number"
         )
     distributed.say(
         f"{checkpoint.path} was written by {checkpoint.world_size} ranks, this run has {distributed.world_size()}: "
