@@ -53,7 +53,9 @@ def test_another_world_size_needs_stage_3(tiny, tmp_path, deepspeed):
     run = tiny.server.start(tiny.arguments(out, resume=True, **short), num_ranks=1)
     assert run.wait() == [2]
     assert "was written by 2 ranks and this run has 1: only ZeRO-3 checkpoints change their world size" in run.output()
-    assert "Resume with 2 ranks; a run that begins with --deepspeed zero3 can be resumed with any number" in run.output()
+    assert (
+        "Resume with 2 ranks; a run that begins with --deepspeed zero3 can be resumed with any number" in run.output()
+    )
 
 
 def test_stage_1_computes_the_same_and_resumes(tiny, tmp_path):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.support.architectures import tiny_model
 from tests.support.runs import saved_for_backward
-from unlearn_ds.model.layers import decoder_layer_classes, decoder_layers, wrap_layers
+from unlearn_ds.model.layers import backbone, decoder_layer_classes, decoder_layers, wrap_layers
 
 IDS = torch.arange(2, 42)[None]
 
@@ -48,6 +49,18 @@ def test_layers_are_found(name):
     (found,) = decoder_layer_classes(model)
     assert found == f"{type(layers[0]).__module__}.{type(layers[0]).__qualname__}"
     assert found.startswith("transformers.models.")
+
+
+def test_the_part_that_computes_hidden_states_is_found_whatever_the_class_calls_it():
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_local_experts": 2, "head_dim": 8}
+    for kind in ("llama", "llama4_text", "gpt2"):
+        config = CONFIG_MAPPING[kind](vocab_size=131, **({} if kind == "gpt2" else fields))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        found = backbone(model)
+        assert found is not model
+        assert any(part is model.get_input_embeddings() for part in found.modules())
+        assert not any(part is model.get_output_embeddings() for part in found.modules())
 
 
 def test_a_model_without_a_list_has_no_layers():
