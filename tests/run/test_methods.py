@@ -41,6 +41,7 @@ MODELS = {"untied": False, "tied": True}
 # Relative differences allowed: everything is fp32, and only the order of summation differs.
 GRADIENT_TOLERANCE = 1e-5
 LOSS_TOLERANCE = 1e-5
+ROW_BY_ROW_TOLERANCE = 1e-6  # of both: packing is said to change nothing
 # Against another implementation of the model's forward (unpacked, whole logits).
 NAIVE_TOLERANCE = 2e-5
 
@@ -87,8 +88,9 @@ def gradients(result: Result, update: int = 0) -> Result:
 def test_layout_does_not_change_the_update(recorded, method, layout):
     _, results = recorded
     base, other = results[f"{method}-untied-base"], results[f"{method}-untied-{layout}"]
-    assert relative_difference(gradients(other), gradients(base)) < GRADIENT_TOLERANCE
-    np.testing.assert_allclose(other["losses"], base["losses"], rtol=LOSS_TOLERANCE, atol=1e-7)
+    row_by_row = ROW_BY_ROW_TOLERANCE if layout == "padded" else None
+    assert relative_difference(gradients(other), gradients(base)) < (row_by_row or GRADIENT_TOLERANCE)
+    np.testing.assert_allclose(other["losses"], base["losses"], rtol=row_by_row or LOSS_TOLERANCE, atol=1e-7)
     assert len(set(base["losses"])) == 5, "the losses do not move: nothing was trained"
 
 
