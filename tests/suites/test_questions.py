@@ -11,8 +11,10 @@ from unlearn_ds.options import OptionError
 from unlearn_ds.suites.collect import make_items
 from unlearn_ds.suites.qa import Template
 from unlearn_ds.suites.questions import Question, digest, find_set, read_questions
-from unlearn_ds.suites.tofu import read_sets
+from unlearn_ds.suites.suite import read_sets
+from unlearn_ds.suites.tofu import TOFU
 
+TAGS = {"forget": Template(), "text": Template(plain=True)}
 COLUMNS = ("answer", "perturbed_answer")
 ROW = {"question": "Q", "answer": "A", "perturbed_answer": ["B", "C"]}
 
@@ -29,13 +31,17 @@ def test_every_form_says_the_same(tmp_path):
         (tmp_path / form).mkdir()
     (tmp_path / "array" / "forget10_perturbed.json").write_text(json.dumps(rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table" / "forget10_perturbed.parquet")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[:2]), shards / "forget10_perturbed-00000-of-00002.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[2:]), shards / "forget10_perturbed-00001-of-00002.parquet")
     parts = tmp_path / "parts" / "forget10_perturbed"
     parts.mkdir()
     pq.write_table(pa.Table.from_pylist(rows[:2]), parts / "train-00000-of-00002.parquet")
     pq.write_table(pa.Table.from_pylist(rows[2:]), parts / "train-00001-of-00002.parquet")
     read = {
         form: read_questions(find_set(tmp_path / form, "forget10_perturbed"), COLUMNS)
-        for form in ("lines", "array", "table", "parts")
+        for form in ("lines", "array", "table", "parts", "shards")
     }
     assert read["lines"][3].answers["perturbed_answer"] == tuple(rows[3]["perturbed_answer"])
     assert [one.index for one in read["lines"]] == list(range(6))
@@ -78,21 +84,25 @@ def test_a_set_that_is_not_there(tmp_path, capsys):
     with pytest.raises(
         OptionError, match=r"no set forget1_perturbed .* Did you mean 'forget10_perturbed'\? Nothing is dow"
     ):
-        read_sets(tmp_path, "forget1", "question")
+        read_sets(TOFU, tmp_path, "forget1")
     with pytest.raises(OptionError, match=r"no such folder\. Nothing is downloaded: on a machine with internet"):
-        read_sets(tmp_path / "absent", "forget10", "question")
+        read_sets(TOFU, tmp_path / "absent", "forget10")
     (tmp_path / "holdout10.jsonl").unlink()
-    assert "holdout" not in read_sets(tmp_path, "forget10", "question")
+    assert "holdout" not in read_sets(TOFU, tmp_path, "forget10")
     assert "note: no set holdout10 in" in capsys.readouterr().err
 
 
 def test_long_and_swallowed_answers():
     tokenizer = word_tokenizer()
     questions = [Question(0, "Where was Ada Ash born ?", {"answer": ("Ada Ash was born in Arlen .",)})]
-    items, swallowed = make_items({"forget": questions}, tokenizer, Template(), 64)
+    items, swallowed = make_items({"forget": questions}, tokenizer, TAGS, 64)
     assert (len(items), swallowed) == (1, 0)
     with pytest.raises(OptionError, match="forget: row 1: question and answer have 16 tokens: --seq_len 16 or more"):
-        make_items({"forget": questions}, tokenizer, Template(), 15)
+        make_items({"forget": questions}, tokenizer, TAGS, 15)
+
+    texts = [Question(0, "", {"text": ("Ada Ash was born in Arlen .",)})]
+    (item,), _ = make_items({"text": texts}, tokenizer, TAGS, 4)
+    assert (len(item.tokens), item.num_prompt) == (4, 1), "a text is cut, and only its first token is not foretold"
 
     class Merging:
         """The end of the prompt and the whole answer are one token."""
@@ -102,4 +112,4 @@ def test_long_and_swallowed_answers():
         def __call__(self, text, **_):
             return {"input_ids": [1, 2]}
 
-    assert make_items({"forget": questions}, Merging(), Template(), 64) == ([], 1)
+    assert make_items({"forget": questions}, Merging(), TAGS, 64) == ([], 1)

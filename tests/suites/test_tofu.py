@@ -11,12 +11,14 @@ from scipy.stats import hmean, ks_2samp
 
 from tests.support.questions import save_word_model, word_tokenizer, write_questions
 from tests.support.runs import launch
+from unlearn_ds.data.corpus import Corpus, corpus_path
 from unlearn_ds.layout import is_written_by_a_run
 from unlearn_ds.options import OptionError
 from unlearn_ds.suites.log import Log, read_log, read_retain_log
 from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.qa import Template, qa_tokens
-from unlearn_ds.suites.tofu import FROM_RETAIN_LOG, SETS, check_retain_questions, read_sets
+from unlearn_ds.suites.suite import read_sets
+from unlearn_ds.suites.tofu import TOFU, check_retain_questions
 
 COUNT = 10
 UTILITY = ["retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"]
@@ -67,7 +69,8 @@ def twin(setting):
 @pytest.fixture(scope="module")
 def target(setting, twin):
     log = setting["folder"] / "twin_out" / "TOFU_EVAL.json"
-    return made(setting, "target", setting["folder"] / "target_out", "--retain_log", str(log), ranks=2)[0]
+    more = ["--retain_log", str(log), "--published", "Llama-3.2-1B-Instruct"]
+    return made(setting, "target", setting["folder"] / "target_out", *more, ranks=2)[0]
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +80,10 @@ def plain(setting):
 
     model = AutoModelForCausalLM.from_pretrained(setting["folder"] / "target", dtype=torch.float64)
     tokenizer, found = word_tokenizer(), {}
-    for name, (file_name, columns) in SETS.items():
-        for column in columns:
+    for name, rows in TOFU.sets.items():
+        for column in rows.answers:
             found[name, column] = []
-            for row in setting["rows"][file_name("forget10")]:
+            for row in setting["rows"][rows.file.format(split="forget10", number="10")]:
                 texts = row[column] if isinstance(row[column], list) else [row[column]]
                 answers = []
                 for text in texts:
@@ -131,6 +134,16 @@ def test_every_metric_of_the_pass_equals_plain_transformers(target, plain):
     assert target["mia_min_k"]["agg_value"] == pytest.approx(
         np.mean([(a < b) + (a == b) / 2 for a, b in pairs]), abs=3e-3
     )
+
+
+def test_published_rows_stand_beside_ours_and_are_marked(setting, target):
+    lines = (setting["folder"] / "target_out" / "TOFU_TABLE.md").read_text().splitlines()
+    assert lines[0] == "| Llama-3.2-1B-Instruct, forget10 | forget_quality | model_utility | forget_truth_ratio |"
+    own = [target[name]["agg_value"] for name in ("forget_quality", "model_utility", "forget_truth_ratio")]
+    assert lines[2] == f"| **this run** | {' | '.join(format(value, '.3g') for value in own)} |"
+    assert "| NPO (published) | 0.02 | 0.46 | 0.7 |" in lines
+    assert all("(published)" in line for line in lines[3:11])
+    assert lines[-1].startswith("published: Open-Unlearning, docs/repro.md")
 
 
 def test_what_was_learnt_shows_and_what_was_not_does_not(target, twin):
@@ -205,6 +218,62 @@ def test_a_destroyed_model_scores_0_and_says_that_it_is_broken(setting, twin, tm
     assert "NaN" not in (tmp_path / "out" / "TOFU_EVAL.json").read_text()
 
 
+# --- unlearned and measured in one go ---------------------------------------------------------------------------------
+
+METHODS = {
+    "GradDiff": "learning_rate: 2.0e-3",
+    "NPO": "learning_rate: 4.0e-3",
+    "SimNPO": "learning_rate: 4.0e-3",
+}
+
+
+@pytest.fixture(scope="module")
+def unlearned(setting, twin):
+    """Method -> its metrics, held against the twin."""
+    folder, found = setting["folder"], {}
+    for method, more in METHODS.items():
+        options = f"{more}\nnum_train_epochs: 8\nglobal_batch_size: 10\nwarmup_ratio: 0\nlr_scheduler_type: constant\n"
+        (folder / f"{method}.yaml").write_text(options)
+        words = ["--unlearn_method", method, "--train_config", str(folder / f"{method}.yaml"), "--retain_log"]
+        words += [str(folder / "twin_out" / "TOFU_EVAL.json"), "--data_dir", str(folder / "corpora")]
+        found[method] = made(setting, "target", folder / method, *words)[0]
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_forgets_and_keeps(target, unlearned, method):
+    """Less of the forget set than the target has, and the retain set still known.
+
+    Forget quality of ten questions is no order among them: what is driven beyond the twin is as far from it as the target.
+    """
+    found = unlearned[method]
+    for metric in ("forget_Q_A_Prob", "exact_memorization"):
+        assert found[metric]["agg_value"] < target[metric]["agg_value"] - 0.1, metric
+    assert found["retain_Q_A_Prob"]["agg_value"] > 0.5
+    assert 0 <= found["forget_quality"]["agg_value"] <= 1
+    assert found["forget_quality"]["n"] == COUNT
+
+
+def test_training_asks_as_the_evaluation_does(setting, unlearned):
+    corpus = Corpus(corpus_path(setting["folder"] / "corpora", "tofu_forget10", "forget"))
+    for row, number in zip(setting["rows"]["forget10_perturbed"], range(COUNT)):
+        tokens, num_prompt = qa_tokens(word_tokenizer(), row["question"], row["answer"], Template())
+        assert corpus.document(number).tolist() == tokens.tolist()
+        mask = corpus.mask[corpus.document_starts[number] : corpus.document_starts[number + 1]]
+        assert (mask == 1).tolist() == [i >= num_prompt for i in range(len(tokens))]
+
+
+def test_what_was_unlearned_is_not_unlearned_again_and_another_run_is_refused(setting, unlearned):
+    folder = setting["folder"]
+    before = (folder / "NPO" / "metrics.jsonl").read_bytes()
+    words = ["--unlearn_method", "NPO", "--data_dir", str(folder / "corpora"), "--train_config"]
+    assert made(setting, "target", folder / "NPO", *words, str(folder / "NPO.yaml"))[0].keys() >= {"model_utility"}
+    assert (folder / "NPO" / "metrics.jsonl").read_bytes() == before
+    finished = benchmark(setting, "target", folder / "NPO", *words, str(folder / "GradDiff.yaml"))
+    assert finished.returncode == 2
+    assert "holds a run with another learning_rate: choose another one" in finished.stderr
+
+
 # --- what is refused, without a model ---------------------------------------------------------------------------------
 
 STATEMENT = {
@@ -242,7 +311,7 @@ def write_log(folder, metrics=METRICS, **changed):
 def test_a_retain_log_of_something_else_is_refused(tmp_path, changed, message):
     path = write_log(tmp_path, **changed)
     with pytest.raises(OptionError, match=message):
-        read_retain_log(path, STATEMENT, FROM_RETAIN_LOG)
+        read_retain_log(path, STATEMENT, TOFU.from_retain_log)
 
 
 def test_a_published_log_is_known_by_its_questions(tmp_path):
@@ -250,14 +319,14 @@ def test_a_published_log_is_known_by_its_questions(tmp_path):
     path = write_log(tmp_path)
     path.with_name("TOFU_MEASURED.json").unlink()
     path.write_text(path.read_text().replace('"agg_value": 0.5', '"agg_value": NaN, "agg_value": 0.5'))
-    retain = read_retain_log(path, STATEMENT, FROM_RETAIN_LOG)
+    retain = read_retain_log(path, STATEMENT, TOFU.from_retain_log)
     write_questions(tmp_path / "data", 5)
     with pytest.raises(OptionError, match="--retain_log x: has 6 questions and this evaluation 5, not the same"):
-        check_retain_questions(read_sets(tmp_path / "data", "forget10", "question"), retain, "--retain_log x")
+        check_retain_questions(read_sets(TOFU, tmp_path / "data", "forget10"), retain, "--retain_log x")
     with pytest.raises(
         OptionError, match=r"--retain_log .*absent: no such file: it is the \*_EVAL.json of the retain model"
     ):
-        read_retain_log(tmp_path / "absent", STATEMENT, FROM_RETAIN_LOG)
+        read_retain_log(tmp_path / "absent", STATEMENT, TOFU.from_retain_log)
 
 
 def test_metrics_of_another_model_are_not_taken_over(tmp_path):
@@ -282,8 +351,16 @@ def test_metrics_of_another_model_are_not_taken_over(tmp_path):
             {"split": "retain90"},
             "--split retain90: forget01, forget05, forget10, or another name that begins with forget",
         ),
-        ({"suite": "tofo"}, "--suite tofo: choose one of tofu. Did you mean 'tofu'"),
+        ({"suite": "tofo"}, "--suite tofo: choose one of tofu, muse, rwku. Did you mean 'tofu'"),
         ({"generate_tokens": 0}, "--generate_tokens 0: must be above 0"),
+        (
+            {"published": "Llama-3.2-1B"},
+            "--published Llama-3.2-1B: there are rows of Llama-3.2-1B-Instruct, Llama-2-7b-chat",
+        ),
+        (
+            {"published": "Llama-2-7b-chat", "split": "forget20"},
+            "there are rows of forget01, forget05, forget10, not of forget20",
+        ),
         ({"template": "chatty"}, "--template chatty: choose one of auto, chat, tags"),
     ],
 )

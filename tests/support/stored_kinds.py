@@ -41,7 +41,7 @@ from unlearn_ds.ownership import OWNER_FILE
 from unlearn_ds.run.folder import find_checkpoint, with_earlier_choices
 from unlearn_ds.stored import read
 from unlearn_ds.suites.log import Log, read_retain_log
-from unlearn_ds.suites.tofu import combined
+from unlearn_ds.suites.tofu import TOFU
 
 KEY = {"corpora": ["a"], "model": "m", "seq_len": 8, "dtype": "float32"}
 OVERLAP = {"forget": "f", "near_copies": True, "dropped": False, "exact": 1, "near": 0, "examples": [[1, 0, 1.0]]}
@@ -331,7 +331,7 @@ def read_suite(folder: Path) -> Any:
     Log(folder, "TOFU").finished(SUITE)
     retain = read_retain_log(folder / "TOFU_EVAL.json", SUITE, ("forget_truth_ratio", "mia_min_k"))
     check_same_questions(RATIOS, retain["forget_truth_ratio"], str(folder))
-    combined({"forget_truth_ratio": RATIOS, "mia_min_k": {"agg_value": 0.7}}, retain, 0)
+    TOFU.combined({"forget_truth_ratio": RATIOS, "mia_min_k": {"agg_value": 0.7}}, retain, 0)
 
 
 EVALUATION = {"read": read_evaluated, "free": r"options\..*|verdict\.(?!sentence).*"}

@@ -153,20 +153,22 @@ def _scored(answers: Answers, scores: np.ndarray, broken: np.ndarray) -> Metric:
     return _metric(values, scores, broken.sum())
 
 
-def rouge_scorer() -> Any:
-    """What scores ROUGE, words stemmed. Raises `OptionError` without the package rouge-score."""
+def rouge_scorer(stem: bool = True) -> Any:
+    """What scores ROUGE, words stemmed if so. Raises `OptionError` without the package rouge-score."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise OptionError("ROUGE needs the package rouge-score: `pip install unlearn-ds[benchmarks]`") from error
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
 
 
-def rouge(index: Sequence[int], written: Sequence[str], truths: Sequence[str], kind: str = "rougeL_recall") -> Metric:
-    """ROUGE of written answers with stemmed words (package rouge-score); `kind` is aggregated: rouge1_recall, rougeL_f1 or
-    rougeL_recall. Raises `OptionError` without the package.
+def rouge(
+    index: Sequence[int], written: Sequence[str], truths: Sequence[str], kind: str = "rougeL_recall", stem: bool = True
+) -> Metric:
+    """ROUGE of written answers (package rouge-score), with stemmed words if so; `kind` is aggregated: rouge1_recall, rougeL_f1
+    or rougeL_recall. Raises `OptionError` without the package.
     """
-    scorer, values = rouge_scorer(), {}
+    scorer, values = rouge_scorer(stem), {}
     for number, text, truth in zip(index, written, truths):
         found = scorer.score(truth, text)
         values[int(number)] = {
@@ -216,15 +218,18 @@ def membership(forget: Answers, holdout: Answers, of_forget: np.ndarray, of_hold
     """AUC of an attack's scores, ties counting half: 1 where all of forget are taken for members, 0.5 where nothing is told."""
     scores = Scores(-of_forget, -of_holdout)
     auc = float(weighted_auc(scores, np.ones((1, len(of_forget))), np.ones((1, len(of_holdout))))[0])
-    parts = {}
-    for name, answers, values in (("forget", forget, of_forget), ("holdout", holdout, of_holdout)):
-        finite = values[np.isfinite(values)]
-        parts[name] = {
-            "agg_value": float(finite.mean()) if len(finite) else None,
-            "value_by_index": {str(i): {"score": _finite(value)} for i, value in zip(answers.index.tolist(), values)},
-        }
+    parts = {"forget": attack_mean(forget, of_forget), "holdout": attack_mean(holdout, of_holdout)}
     broken = int(forget.broken.sum() + holdout.broken.sum())
     return {"agg_value": auc, "auc": auc} | parts | ({"num_broken": broken} if broken else {})
+
+
+def attack_mean(answers: Answers, values: np.ndarray) -> Metric:  # values (S,)
+    """The mean of an attack's scores, broken answers left out; None where all are broken."""
+    finite = values[np.isfinite(values)]
+    return {
+        "agg_value": float(finite.mean()) if len(finite) else None,
+        "value_by_index": {str(i): {"score": _finite(value)} for i, value in zip(answers.index.tolist(), values)},
+    }
 
 
 def privleak(auc: float, auc_retain: float = 0.5) -> float | None:

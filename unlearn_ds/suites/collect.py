@@ -1,7 +1,7 @@
 """One pass of a model over answers: per-token statistics on all ranks, into the tables that every metric is computed from."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,18 +36,21 @@ class Item:
 
 
 def make_items(
-    sets: dict[str, list[Question]], tokenizer: Any, template: Template, seq_len: int
+    sets: dict[str, list[Question]], tokenizer: Any, templates: Mapping[str, Template], seq_len: int
 ) -> tuple[list[Item], int]:
     """Every answer of every column, in order; and how many were left out, because their prompt's tokens swallow the answer.
 
-    Raises `OptionError` for one longer than `seq_len` tokens.
+    templates: by set. A plain text without a question is cut to `seq_len` tokens; raises `OptionError` for anything else that
+    is longer.
     """
     items, swallowed = [], 0
     for name, questions in sets.items():
         for question in questions:
             for column, answers in question.answers.items():
                 for answer in answers:
-                    tokens, num_prompt = qa_tokens(tokenizer, question.text, answer, template)
+                    tokens, num_prompt = qa_tokens(tokenizer, question.text, answer, templates[name])
+                    if templates[name].plain and not question.text:
+                        tokens = tokens[:seq_len]
                     if len(tokens) > seq_len:
                         raise OptionError(
                             f"{name}: row {question.index + 1}: question and {column} have {len(tokens)} tokens: "

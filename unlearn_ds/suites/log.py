@@ -47,6 +47,7 @@ class Log:
         self.eval = folder / f"{name}_EVAL.json"
         self.summary = folder / f"{name}_SUMMARY.json"
         self.measured = folder / f"{name}_MEASURED.json"
+        self.table = folder / f"{name}_TABLE.md"  # beside published rows
 
     def finished(self, statement: dict[str, Any]) -> dict[str, Metric]:
         """The metrics that are there. Raises `OptionError` for those of another model, or of other questions."""
@@ -63,7 +64,7 @@ class Log:
 
     def forget(self) -> None:
         """Remove what is there: what is written next may be of something else."""
-        for path in (self.eval, self.summary, self.measured):
+        for path in (self.eval, self.summary, self.measured, self.table):
             path.unlink(missing_ok=True)
 
     def write(self, metrics: dict[str, Metric], statement: dict[str, Any]) -> None:

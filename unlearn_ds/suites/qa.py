@@ -21,18 +21,41 @@ class Template:
     question_start: str = "Question: "
     question_end: str = "\n"
     answer_start: str = "Answer: "
+    between: str = "\n\n"  # questions of which the last is asked
+    shots: tuple[tuple[str, str], ...] = ()  # questions with their answers that stand before it
+    instruction: str = "{}"  # what the question is put into first
+    opening: str = ""  # what the answer begins with; the model goes on behind it
+    plain: bool = False  # a text that goes on: nothing stands around it or behind it
+
+    def stated(self) -> dict[str, str]:
+        """What a log says of how questions were asked."""
+        names = ("style", "system_prompt", "date_string", "question_start", "question_end", "answer_start")
+        return {name: getattr(self, name) for name in names}
 
 
 def prompt_tokens(tokenizer: Any, question: str, template: Template) -> np.ndarray:  # (n,) int64
     """The tokens that an answer follows. Raises `OptionError` where the tokenizer has no chat template and one is asked for."""
+    if template.plain:
+        return _encoded(tokenizer, question)
+    question = template.instruction.replace("{}", question)
     if _is_chat(tokenizer, template):
-        return _chat_tokens(tokenizer, _messages(question, template), template, opens_answer=True)
-    return _encoded(tokenizer, _tagged(question, template))
+        prompt = _chat_tokens(tokenizer, _messages(question, template), template, opens_answer=True)
+    else:
+        prompt = _encoded(tokenizer, _tagged(question, template))
+    opening = tokenizer(template.opening, add_special_tokens=False)["input_ids"] if template.opening else []
+    return np.concatenate([prompt, np.array(opening, np.int64)])
 
 
 def qa_tokens(tokenizer: Any, question: str, answer: str, template: Template) -> tuple[np.ndarray, int]:
-    """(tokens of prompt and answer (n,) int64, how many of them are the prompt's); an end token is added if there is none."""
+    """(tokens of prompt and answer (n,) int64, how many of them are the prompt's); an end token is added if there is none.
+
+    Of a plain text nothing is added, and its first token, which nothing foretells, is the prompt's.
+    """
     prompt = prompt_tokens(tokenizer, question, template)
+    if template.plain:
+        ids = _encoded(tokenizer, f"{question} {answer}" if question else answer)
+        return ids, min(max(1, len(prompt)), len(ids))
+    question = template.instruction.replace("{}", question)
     if _is_chat(tokenizer, template):
         messages = [*_messages(question, template), {"role": "assistant", "content": answer}]
         ids = _chat_tokens(tokenizer, messages, template, opens_answer=False)
@@ -56,11 +79,15 @@ def _is_chat(tokenizer: Any, template: Template) -> bool:
 
 def _messages(question: str, template: Template) -> list[dict[str, str]]:
     system = [{"role": "system", "content": template.system_prompt}] if template.system_prompt else []
-    return [*system, {"role": "user", "content": question}]
+    turns = [*(word for shot in template.shots for word in shot), question]
+    return system + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 def _tagged(question: str, template: Template) -> str:
-    return template.question_start + question + template.question_end + template.answer_start
+    def asked(text: str) -> str:
+        return template.question_start + text + template.question_end + template.answer_start
+
+    return template.between.join([*(asked(shot) + answer for shot, answer in template.shots), asked(question)])
 
 
 def _chat_tokens(tokenizer: Any, messages: list[dict[str, str]], template: Template, opens_answer: bool) -> np.ndarray:

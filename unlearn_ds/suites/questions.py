@@ -20,38 +20,44 @@ class Question:
     index: int  # the row's number, from 0
     text: str
     answers: dict[str, tuple[str, ...]]  # column -> its texts, one or several
+    kind: str = ""  # of questions of several kinds
 
 
 def find_set(folder: Path, name: str) -> list[Path]:
-    """The files of a set: FOLDER/NAME.jsonl, .json or .parquet, or all of these in FOLDER/NAME; none if there are none."""
+    """The files of a set: FOLDER/NAME.jsonl, .json or .parquet, or all of these in FOLDER/NAME, or parts of one as the hub
+    names them, FOLDER/NAME-00000-of-00002.parquet; none if there are none.
+    """
     single = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
     if len(single) > 1:
         raise OptionError(
             f"{folder}: {single[0].name} and {single[1].name} are both there: which one is the set {name}?"
         )
     inside = folder / name
-    return single or (sorted(path for path in inside.iterdir() if path.suffix in SUFFIXES) if inside.is_dir() else [])
+    parts = sorted(inside.parent.glob(f"{inside.name}-*-of-*.parquet"))
+    return single or parts or (sorted(p for p in inside.iterdir() if p.suffix in SUFFIXES) if inside.is_dir() else [])
 
 
-def missing_set(folder: Path, name: str) -> OptionError:
-    """What to say of a set that is not there."""
+def missing_set(folder: Path, name: str, hub: str) -> OptionError:
+    """What to say of a set that is not there. hub: the dataset of the hub that has it."""
+    where = (
+        f"Nothing is downloaded: on a machine with internet `huggingface-cli download {hub} --repo-type dataset --local-dir "
+        "FOLDER` fetches it"
+    )
     if not folder.is_dir():
-        return OptionError(f"--data {folder}: no such folder. {_WHERE}")
-    found = sorted({path.name.removesuffix(path.suffix) for path in folder.iterdir() if not path.name.startswith(".")})
+        return OptionError(f"--data {folder}: no such folder. {where}")
+    inside = (folder / name).parent
+    beside = inside.iterdir() if inside.is_dir() else ()
+    found = sorted({path.name.removesuffix(path.suffix) for path in beside if not path.name.startswith(".")})
     return OptionError(
         f"--data {folder}: no set {name} ({name}.jsonl, {name}.json, {name}.parquet or a folder {name})."
-        f"{did_you_mean(name, found)} {_WHERE}"
+        f"{did_you_mean(Path(name).name, found)} {where}"
     )
 
 
-_WHERE = (
-    "Nothing is downloaded: on a machine with internet `huggingface-cli download locuslab/TOFU --repo-type dataset --local-dir "
-    "FOLDER` fetches TOFU"
-)
-
-
-def read_questions(files: Sequence[Path], columns: Sequence[str], question_column: str = "question") -> list[Question]:
-    """The rows of a set, their answers in `columns`.
+def read_questions(
+    files: Sequence[Path], columns: Sequence[str], question_column: str = "question", kind_column: str = ""
+) -> list[Question]:
+    """The rows of a set, their answers in `columns`. question_column: '' where nothing is asked before an answer.
 
     Raises `OptionError` for a set without rows, a column that is missing or holds no text, and an empty answer.
     """
@@ -59,9 +65,10 @@ def read_questions(files: Sequence[Path], columns: Sequence[str], question_colum
     for path in files:
         for number, row in enumerate(_rows(path), start=1):
             where = f"{path}: row {number}"
-            text = _texts(where, row, question_column)
+            text = _texts(where, row, question_column)[0] if question_column else ""
             answers = {column: _texts(where, row, column) for column in columns}
-            questions.append(Question(len(questions), text[0], answers))
+            kind = _texts(where, row, kind_column)[0] if kind_column else ""
+            questions.append(Question(len(questions), text, answers, kind))
     if not questions:
         raise OptionError(f"{', '.join(map(str, files))}: no rows: there is nothing to ask")
     return questions

@@ -1,0 +1,101 @@
+"""Unlearning a benchmark's forget set before it is measured: its data as corpora, and a run of `unlearn-ds train` on them."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.cluster import distributed
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.prepare import PrepareConfig, prepare
+from unlearn_ds.data.sources import RunFile
+from unlearn_ds.durable import followed
+from unlearn_ds.layout import MODEL, RUN_FILE
+from unlearn_ds.model.configs import load_tokenizer
+from unlearn_ds.options import AUTO, OptionError, parse
+from unlearn_ds.stored import read_dict
+from unlearn_ds.suites.options import BenchmarkConfig
+from unlearn_ds.suites.questions import find_set, missing_set
+from unlearn_ds.train import train
+
+
+def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The same evaluation of what --unlearn_method made of --model, in `output_dir`; made now if it is not there.
+
+    Every rank calls this. Raises `OptionError` for a benchmark without data to unlearn, and for a folder with another run.
+    """
+    run = run_options(config)
+    folder = followed(run.run_dir)
+    if (folder / MODEL / "config.json").is_file():
+        found = read_dict(folder / RUN_FILE, RunFile, "choose another --output_dir")["options"]
+        asked = json.loads(json.dumps(asdict(run)))
+        compared = [
+            name for name in asked if name != "output_dir" and asked[name] != AUTO
+        ]  # a link was followed, auto settled
+        if other := sorted(name for name in compared if found.get(name) != asked[name]):
+            raise OptionError(
+                f"--output_dir {folder} holds a run with another {', '.join(other)}: choose another one, or measure that run's "
+                "model without --unlearn_method"
+            )
+    else:
+        wanted = prepare_options(config)
+        distributed.on_main(lambda: prepare(wanted))
+        train(run)
+    return replace(config, model=str(folder / MODEL), unlearn_method=None, train_config=None)
+
+
+def run_options(config: BenchmarkConfig) -> RunConfig:
+    """The options of `unlearn-ds train`: those of --train_config, and what the benchmark decides."""
+    decided: dict[str, Any] = {
+        "target_model_name_or_path": config.model,
+        "output_dir": config.output_dir,
+        "data_dir": config.data_dir,
+        "domain": _domain(config),
+        "unlearn_method": config.unlearn_method,
+        "seq_len": config.longest,
+        "deepspeed": config.deepspeed,
+        "bf16": config.bf16,
+        "packing": config.packing,
+        "trust_remote_code": config.trust_remote_code,
+        "seed": config.seed,
+    }
+    if config.num_threads is not None:
+        decided["num_threads"] = config.num_threads
+    given = [] if config.train_config is None else ["--config", config.train_config]
+    return parse(RunConfig, [*given, *(f"--{name}={value}" for name, value in decided.items())], "unlearn-ds benchmark")
+
+
+def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
+    """The options of `unlearn-ds prepare` by which questions are asked in training as they are in the evaluation."""
+    suite, template = config.benchmark, config.question_template()
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    if tokenizer is None:
+        raise OptionError(f"--model {config.model}: no tokenizer lies with it, and questions are texts")
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    tags = template.style == "tags" or (template.style == "auto" and not has_chat)
+    more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
+    sources = {role: _source(config, names) for role, names in suite.training.items()}
+    return PrepareConfig(
+        config.model,
+        domain=_domain(config),
+        data_dir=config.data_dir,
+        seq_len=config.longest,
+        date_string=template.date_string,
+        trust_remote_code=config.trust_remote_code,
+        **sources,
+        **more,
+    )
+
+
+def _domain(config: BenchmarkConfig) -> str:
+    return f"{config.suite}_{config.resolved_split}"
+
+
+def _source(config: BenchmarkConfig, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The files of the first of these sets that is there."""
+    folder, suite, split = Path(config.data), config.benchmark, config.resolved_split
+    files = [suite.file_of(name, split) for name in names]
+    for file in files:
+        if found := find_set(folder, file):
+            return tuple(map(str, found))
+    raise missing_set(folder, files[0], suite.hub)
