@@ -13,7 +13,7 @@ from torch import Tensor
 from unlearn_ds.kernels.divergences import FLOOR, KL, value_and_gradient
 from unlearn_ds.kernels.projection import accumulation_dtype
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
-from unlearn_ds.kernels.token_losses import COMPLEMENT, TokenLoss, value_and_slope
+from unlearn_ds.kernels.token_losses import COMPLEMENT, TokenLoss, taken
 from unlearn_ds.kernels.tuning import TORCH_BLOCK_ELEMENTS, padded
 
 if TYPE_CHECKING:
@@ -65,10 +65,9 @@ def _apply(
     slope: Tensor,  # (c,) the weight; leaves times the loss's derivative by CE
 ) -> None:
     sum_p_logp = torch.xlogy(p, p).sum(-1) if loss.form == COMPLEMENT else None
-    formed, derivative = value_and_slope(loss, value, log_p, sum_p_logp, p.shape[1])
-    takes = torch.ones_like(log_p, dtype=torch.bool) if loss.takes is None else loss.takes
-    value.copy_(torch.where(takes, formed, value))
-    slope.mul_(torch.where(takes, derivative, 1))
+    formed, derivative = taken(loss, value, log_p, sum_p_logp, p.shape[1])
+    value.copy_(formed)
+    slope.mul_(derivative)
 
 
 def kl(

@@ -16,7 +16,7 @@ from torch import Tensor
 from unlearn_ds.kernels.divergences import JSD, KL, REVERSE_KL
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
 from unlearn_ds.kernels.rows_torch import finish  # elementwise, and off the training path
-from unlearn_ds.kernels.token_losses import FORMS, TokenLoss
+from unlearn_ds.kernels.token_losses import FORMS, TokenLoss, own_losses, taken
 from unlearn_ds.kernels.triton_divergences import kl_kernel, other_divergence_kernel
 from unlearn_ds.kernels.triton_logits import FLOOR, LOG2_E, block, log2_p, logit, natural_rate, peak_and_total, tile
 from unlearn_ds.kernels.triton_token_losses import COMPLEMENT, value_and_slope
@@ -243,7 +243,17 @@ def cross_entropy(
     backward: bool,
     loss: TokenLoss | None = None,
 ) -> None:
-    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap; of `loss`, that times its slope."""
+    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap; of `loss`, that times its slope.
+
+    A loss of a user's own is no part of a kernel: one launch finds log p, autograd the slope, and a second launch goes on.
+    """
+    if loss is not None and loss.form in own_losses:
+        cross_entropy(z, head, targets, token_weight, nll, backward=False)
+        value, slope = taken(loss, nll, -nll, None, z.shape[1])
+        if backward:
+            cross_entropy(z, head, targets, token_weight * slope, nll, backward=True)
+        nll.copy_(torch.where(targets != IGNORED, value, 0))
+        return
     powers = (0.0, 0.0, 0.0) if loss is None else loss.powers
     form = None if loss is None else FORMS.index(loss.form)
     cross_entropy_kernel[(len(z),)](

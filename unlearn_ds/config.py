@@ -22,9 +22,13 @@ class RunConfig:
     unlearn_method: str
     """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
     npo_plus_descent, simnpo, simnpo_plus_descent, wga, satimp, tnpo, wtnpo, unlikelihood, ce_u, unilogit, jensun, undial,
-    finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train --list_methods`"""
+    own (with --objective), finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train
+    --list_methods`"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
+    objective: str | None = None
+    """FILE.py:NAME: a loss of your own in the place of the forget term's, as a function of log p of each target
+    (docs/methods.md); the file is run as code"""
     preset: str | None = None
     """take what the best public source used for a method, where no option says otherwise: `unlearn-ds train --list_methods`"""
     target_model_name_or_path: str | None = None
@@ -244,7 +248,7 @@ class RunConfig:
         return self.unlearn_method
 
     @property
-    def objective(self) -> Objective:
+    def method(self) -> Objective:
         return OBJECTIVES[self.objective_name].with_retain(self.retain_loss)
 
     @property
@@ -255,12 +259,12 @@ class RunConfig:
     @property
     def sequence_loss(self) -> SequenceLoss | None:
         """The objective's term of whole sequences with the run's beta and gamma."""
-        return self.with_numbers(self.objective.sequence_loss)
+        return self.with_numbers(self.method.sequence_loss)
 
     @property
     def token_loss(self) -> TokenLoss | None:
         """What stands in the place of cross-entropy on forget, with the run's numbers."""
-        return self.with_numbers(self.objective.token_loss)
+        return self.with_numbers(self.method.token_loss)
 
     def with_numbers(self, form: Any) -> Any:
         """A term's form with the run's numbers; None for None."""
@@ -357,7 +361,7 @@ def _check_checkpointing(config: RunConfig) -> None:
         raise OptionError("--torch_compile needs --leaf_modules True: ZeRO's hooks inside a layer cannot be compiled")
     if config.lora_r is None and (config.lora_target or config.lora_export != "merged" or config.lora_alpha != 16):
         raise OptionError("--lora_target, --lora_alpha and --lora_export need --lora_r, the rank of the adapters")
-    if config.reference == "cache" and not config.objective.needs_reference:
+    if config.reference == "cache" and not config.method.needs_reference:
         raise OptionError(f"--reference cache: {config.unlearn_method} has no KL term and uses no reference")
     if config.profile_steps is not None:
         profiled_steps(config.profile_steps)

@@ -66,6 +66,8 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     given, name = dict(options), options.get("preset")
     trainer = TRAINERS.get(given.get("unlearn_method"), {})
+    if given.get("objective") is not None:
+        given = {"unlearn_method": "own"} | given
     given = trainer | given | {key: trainer[key] for key in trainer.keys() & {"unlearn_method"}}
     if name is None:
         return given
@@ -156,6 +158,7 @@ def check_method(config: Any) -> None:
         raise OptionError(f"--top_k, --top_p and --rm_groundtruth are for random_label, not for {method}")
     elif config.completely_random:
         raise OptionError(f"--completely_random is for random_label, not for {method}")
+    _check_own(config)
     _check_terms(config)
     if not config.do_unlearn:
         raise OptionError(
@@ -167,13 +170,27 @@ def check_method(config: Any) -> None:
         raise OptionError("--general True and --retain_sets both choose retain data; give one")
     if config.retain_mixture and "forget" in config.retain_mixture:
         raise OptionError("--retain_sets forget: what is to be forgotten cannot be kept")
-    if config.retain_mixture and config.objective.roles != ("forget", "retain"):
+    if config.retain_mixture and config.method.roles != ("forget", "retain"):
         raise OptionError(f"--retain_sets is for methods that pair forget with retain, not for {method}")
+
+
+def _check_own(config: Any) -> None:
+    """A method takes a loss of the user's own, or has one."""
+    if config.method.is_own and config.objective is None:
+        raise OptionError(f"--unlearn_method {config.unlearn_method} needs --objective FILE.py:NAME, the loss")
+    if config.objective is None:
+        return
+    if not config.method.is_own:
+        own = ", ".join(name for name, row in OBJECTIVES.items() if row.is_own)
+        raise OptionError(f"--objective is for --unlearn_method {own}, not for {config.unlearn_method}")
+    path, _, name = config.objective.rpartition(":")
+    if not (path.endswith(".py") and name.isidentifier()):
+        raise OptionError(f"--objective {config.objective}: expected FILE.py:NAME, a Python file and a function in it")
 
 
 def _check_terms(config: Any) -> None:
     """What a method's forget and retain terms leave to choose."""
-    method, objective = config.unlearn_method, config.objective
+    method, objective = config.unlearn_method, config.method
     for name in ("beta", "gamma", "beta2", "alpha"):
         value = getattr(config, name)
         if value is None:

@@ -20,6 +20,9 @@ SAMPLED_TARGETS = "sampled"  # drawn once from the original model (top-k / top-p
 SUBSTITUTE_TARGETS = "substitute"  # the tokens of --substitute_text, over and over
 
 
+OWN = "own"  # the form of a token loss that stands in a file of the user's
+
+
 @dataclass(frozen=True)
 class SequenceLoss:
     """`-(2 / beta) * log sigmoid(beta * (NLL_i - NLL_i of the original model))` (NPO, arXiv 2404.05868), or, per token and
@@ -119,6 +122,11 @@ class Objective:
         return any(term.targets == SUBSTITUTE_TARGETS for term in self.terms)
 
     @property
+    def is_own(self) -> bool:
+        """Whether its loss stands in a file of the user's."""
+        return self.token_loss is not None and self.token_loss.form == OWN
+
+    @property
     def sequence_loss(self) -> SequenceLoss | None:
         """The form of the term that takes sequences as wholes, if there is one."""
         return next((term.sequence for term in self.terms if term.loss == SEQUENCE), None)
@@ -214,6 +222,9 @@ OBJECTIVES = {
     "undial": Objective(
         (Term("forget", KL, +1.0, divergence=Divergence("kl", beta=10.0)),),
         "fit the forget set to the original model's prediction with the true token's logit taken down by beta",
+    ),
+    "own": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss(OWN)),), "a loss of your own, --objective FILE.py:NAME"
     ),
     "finetune": Objective((_DESCENT,), "go on training the target model on retain"),
     "retrain": Objective((_DESCENT,), "train --model_name_or_path on retain"),

@@ -137,11 +137,12 @@ def run(words: str) -> RunConfig:
 @pytest.mark.parametrize("retain", RETAIN_TERMS)
 @pytest.mark.parametrize("method", [name for name, row in OBJECTIVES.items() if row.forgets and name != "random_label"])
 def test_any_forget_term_goes_with_any_retain_term(method, retain):
-    objective = run(f"--unlearn_method {method} --retain_loss {retain}").objective
+    file = "--objective own.py:loss" if OBJECTIVES[method].is_own else ""
+    objective = run(f"--unlearn_method {method} {file} --retain_loss {retain}").method
     forget, *rest = objective.terms
     assert forget == OBJECTIVES[method].terms[0]
     assert tuple(rest) == RETAIN_TERMS[retain]
-    assert run(f"--unlearn_method {method}").objective is OBJECTIVES[method]
+    assert run(f"--unlearn_method {method} {file}").method is OBJECTIVES[method]
 
 
 def test_a_method_takes_its_own_numbers():

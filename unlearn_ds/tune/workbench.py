@@ -143,7 +143,7 @@ class Workbench:
         return replace(self.run, config=config, plan=plan, reference=self._reference(config, sources))
 
     def _reference(self, config: RunConfig, sources: list[Any]) -> Reference:
-        if not config.objective.needs_reference:
+        if not config.method.needs_reference:
             return NoReference()
         if config.reference not in self._references:
             run, ds_file = self.run, load_ds_file(config.deepspeed)
