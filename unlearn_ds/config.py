@@ -63,6 +63,13 @@ class RunConfig:
     """retain sequences per forget sequence, for the methods that use both"""
     retain_weight: float = 1.0
     """weight of a retain sequence relative to a forget sequence"""
+    retain_target: float | None = None
+    """a retain loss to keep to: after every update the retain weight, which starts at retain_weight, rises by how far the
+    retain loss is above it, or falls, and not below 0"""
+    retain_target_rate: float = 1.0
+    """retain_target: how much of that difference the weight moves by"""
+    retain_target_warmup: float = 0.0
+    """retain_target: epochs at the start in which the weight stays"""
     retain_sets: tuple[str, ...] = ()
     """sets that retain sequences come from, with their shares, such as `retain:2 general:1` (default: retain alone)"""
     average: Literal["sequence", "token"] = "sequence"
@@ -252,6 +259,11 @@ class RunConfig:
         return OBJECTIVES[self.objective_name].with_retain(self.retain_loss)
 
     @property
+    def planned_retain_weight(self) -> float:
+        """The retain weight in the plan, which knows no step: with a target it is multiplied while the run lasts."""
+        return self.retain_weight if self.retain_target is None else 1.0
+
+    @property
     def retain_mixture(self) -> dict[str, float]:
         """Set -> share of the retain sequences; empty where `--retain_sets` is not given."""
         return parse_mixture("retain_sets", self.retain_sets)
@@ -307,7 +319,7 @@ class RunConfig:
 def _check_numbers(config: RunConfig) -> None:
     positive = (
         "seq_len retain_ratio per_device_train_batch_size gradient_accumulation_steps loss_workspace_mib logging_steps "
-        "max_skipped_steps per_device_eval_batch_size adam_epsilon num_train_epochs lora_alpha"
+        "max_skipped_steps per_device_eval_batch_size retain_target_rate adam_epsilon num_train_epochs lora_alpha"
     )
     if config.per_device_train_batch_size == "auto" and config.global_batch_size is None:
         raise OptionError(
@@ -325,9 +337,11 @@ def _check_numbers(config: RunConfig) -> None:
         "save_steps",
         "seed",
         "retain_weight",
+        "retain_target",
+        "retain_target_warmup",
         "hang_timeout",
     ]:
-        if getattr(config, name) < 0:
+        if (getattr(config, name) or 0) < 0:
             raise OptionError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ["global_batch_size", "top_k", "save_total_limit", "num_threads", "lora_r"]:
         value = getattr(config, name)

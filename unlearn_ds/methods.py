@@ -213,6 +213,12 @@ def _check_terms(config: Any) -> None:
         raise OptionError(f"--forget_weight {config.forget_weight}: must be above 0")
     if not config.substitute_text.strip():
         raise OptionError("--substitute_text '': what forget tokens are pulled towards must have a token")
+    if config.retain_target is None and (config.retain_target_rate != 1 or config.retain_target_warmup):
+        raise OptionError("--retain_target_rate and --retain_target_warmup need --retain_target, the loss to keep to")
+    if config.retain_target is not None and objective.roles != ("forget", "retain"):
+        raise OptionError(
+            f"--retain_target is for methods that pair forget with retain, not for {method} (--retain_loss adds such a term)"
+        )
     if config.general and "retain" not in objective.roles:
         raise OptionError(f"--general True chooses retain data, and {method} uses none")
     if len(objective.terms) < 2 and (config.retain_weight != 1 or config.retain_ratio != 1):

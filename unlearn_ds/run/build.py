@@ -52,6 +52,7 @@ from unlearn_ds.run.folder import (
 from unlearn_ds.run.original import ask_original, make_reference
 from unlearn_ds.run.own_loss import load_own_loss
 from unlearn_ds.run.resume import Facts, check_facts, check_options, note_changes
+from unlearn_ds.run.retain_weight import RetainWeight
 from unlearn_ds.run.subject import Subject, fingerprint_of, head_of, open_subject
 
 
@@ -69,7 +70,6 @@ class Run:
     """A run ready to take its next step."""
 
     config: RunConfig
-    run_dir: Path
     device: torch.device
     model_config: PreTrainedConfig
     larger_model: Path | None  # the folder of the model of which the trained one is a part
@@ -88,7 +88,12 @@ class Run:
     reference: Reference
     adapter: Any | None  # peft's configuration, with LoRA
     start_step: int  # updates already done
+    retain_weight: RetainWeight | None  # with --retain_target
     chosen: dict[str, Any]  # options that were `auto` -> what they came to
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.run_dir
 
 
 def build_run(config: RunConfig, held: ExitStack) -> Run:
@@ -127,10 +132,9 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
     plan = make_plan(config, sources, world)
     reference = make_reference(config, subject, sources, engine, adapter, ds_file, device)
-    start_step = checkpoint.load(engine, beginning.checkpoint, plan_id) if beginning.checkpoint is not None else 0
+    saved = checkpoint.load(engine, beginning.checkpoint, plan_id) if beginning.checkpoint else {"step": 0}
     return Run(
         config=config,
-        run_dir=config.run_dir,
         device=device,
         model_config=subject.config,
         larger_model=subject.larger_model,
@@ -148,7 +152,8 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         engine=engine,
         reference=reference,
         adapter=adapter,
-        start_step=start_step,
+        start_step=saved["step"],
+        retain_weight=RetainWeight.of(config, plan, saved.get("retain_weight"), saved["step"]),
         chosen=chosen,
     )
 
