@@ -6,7 +6,7 @@ import pytest
 
 from unlearn_ds import train
 from unlearn_ds.config import RunConfig
-from unlearn_ds.kernels import DIVERGENCES, FORMS
+from unlearn_ds.kernels import DIVERGENCES, FORMS, ROW_FORMS
 from unlearn_ds.methods import PRESETS, TRAINERS, far_from_preset, method_listing
 from unlearn_ds.objectives import OBJECTIVES, OWN, RETAIN_TERMS
 from unlearn_ds.options import OptionError, parse
@@ -20,7 +20,7 @@ def test_the_table_names_losses_that_the_kernels_have():
     terms = [term for row in OBJECTIVES.values() for term in row.terms] + [
         t for ts in RETAIN_TERMS.values() for t in ts
     ]
-    assert {term.token.form for term in terms if term.token} == {*FORMS, OWN}
+    assert {term.token.form for term in terms if term.token} == {*FORMS, *ROW_FORMS, OWN}
     assert {"kl"} | {term.divergence.name for term in terms if term.divergence} == set(DIVERGENCES)
 
 

@@ -22,8 +22,8 @@ class RunConfig:
     unlearn_method: str
     """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
     npo_plus_descent, simnpo, simnpo_plus_descent, wga, satimp, tnpo, wtnpo, unlikelihood, ce_u, unilogit, jensun, undial,
-    own (with --objective), finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train
-    --list_methods`"""
+    shred, max_entropy, inverted_hinge, pdu, own (with --objective), finetune or retrain; or a trainer of Open-Unlearning's,
+    such as GradDiff: `unlearn-ds train --list_methods`"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
     objective: str | None = None
@@ -84,12 +84,15 @@ class RunConfig:
     """random_label: never draw the true token"""
     beta: float | None = None
     """npo, simnpo, tnpo and wtnpo: how soon the pull weakens (default: 0.1 for npo, 4.5 for simnpo, 4 for the others); wga
-    and satimp: power of p (default: 1 for wga, 5 for satimp); undial: how far the original's logit of the true token is taken
-    down (default: 10)"""
+    and satimp: power of p (default: 1 for wga, 5 for satimp); undial and shred: how far the original's logit of the true
+    token is taken down (default: 10)"""
     beta2: float | None = None
     """satimp: power of 1 - p (default: 1)"""
     alpha: float | None = None
     """wtnpo: power of p (default: 1.5)"""
+    lowest_percent: float | None = None
+    """shred: share of a sequence's positions, in percent, at which the true token is taken down: those where the original model
+    found it least likely (default: 20)"""
     gamma: float | None = None
     """simnpo: margin (default: 0)"""
     substitute_text: str = "No Idea"

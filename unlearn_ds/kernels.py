@@ -21,6 +21,7 @@ __path__ = [str(_HERE / "kernels" if (_HERE / "kernels").is_dir() else _HERE.par
 from unlearn_ds.kernels import chunked, ops, reference, triton_interpreter, vector_math  # noqa: E402  (after __path__)
 from unlearn_ds.kernels.divergences import DIVERGENCES, KL, Lowered  # noqa: E402
 from unlearn_ds.kernels.reference import IGNORED, TokenStats  # noqa: E402
+from unlearn_ds.kernels.row_losses import ROW_FORMS  # noqa: E402
 from unlearn_ds.kernels.token_losses import FORMS, POWER, TokenLoss, own_losses  # noqa: E402
 from unlearn_ds.kernels.tuning import keeps_dz  # noqa: E402
 
@@ -28,6 +29,7 @@ __all__ = [
     "DIVERGENCES",
     "FORMS",
     "IGNORED",
+    "ROW_FORMS",
     "Lowered",
     "TokenLoss",
     "TokenStats",
@@ -337,8 +339,9 @@ def _check_rows(x: Tensor, **per_row: Tensor) -> None:
 
 def _check_token_loss(x: Tensor, loss: TokenLoss) -> None:
     """The form must be known, and have what it needs for each row of `x`."""
-    if loss.form not in FORMS and loss.form not in own_losses:
-        raise KernelError(f"loss {loss.form!r}: choose one of {', '.join([*FORMS, *own_losses])}")
+    known = [*FORMS, *ROW_FORMS, *own_losses]
+    if loss.form not in known:
+        raise KernelError(f"loss {loss.form!r}: choose one of {', '.join(known)}")
     if loss.form == POWER and loss.powers[2] != 0 and loss.log_q is None:
         raise KernelError(f"loss {loss.form!r} with the power {loss.powers[2]} of q needs log_q")
     for name in ("takes", "log_q"):

@@ -277,10 +277,7 @@ def with_reference_log_prob(
 ) -> list[Source]:
     """Give the source that compares tokens with the original model what that model said."""
     return [
-        dataclasses.replace(source, reference_log_prob=log_prob)
-        if source.token_loss is not None and source.token_loss.needs_log_q
-        else source
-        for source in sources
+        dataclasses.replace(source, reference_log_prob=log_prob) if source.needs_log_q else source for source in sources
     ]
 
 

@@ -42,7 +42,7 @@ def ask_original(
     form = config.sequence_loss
     if form is not None and form.needs_reference_nll:
         sources = with_reference_nll(sources, reference_nll(original))
-    if any(source.token_loss is not None and source.token_loss.needs_log_q for source in sources):
+    if any(source.needs_log_q for source in sources):
         sources = with_reference_log_prob(sources, reference_log_prob(original).values)
     return sources
 
