@@ -50,9 +50,8 @@ class Source:
         return any(form is not None and form.needs_log_q for form in (self.token_loss, self.divergence))
 
 
-_LATER = {
-    "lowest_percent"
-}  # fields of a form that earlier versions lacked: where they say nothing, a plan is what it was
+# Fields of a form that earlier versions lacked: where they say nothing, a plan is what it was.
+_LATER = {"lowest_percent"}
 
 
 def _term(source: Source) -> list[Any]:
