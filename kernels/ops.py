@@ -25,8 +25,7 @@ def row_ops(impl: str) -> ModuleType:
     return importlib.import_module(f"unlearn_ds.kernels.rows_{'triton' if impl == 'triton' else 'torch'}")
 
 
-@torch.library.custom_op("unlearn_ds::linear_cross_entropy", mutates_args=())
-def cross_entropy_op(
+def _cross_entropy(
     hidden: Tensor,  # (M, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -47,6 +46,9 @@ def cross_entropy_op(
     loss = None if form is None else TokenLoss(form, tuple(powers), takes, log_q)
     rows = row_ops(impl)
     return chunked.cross_entropy(rows, hidden, head, targets, token_weight, loss, workspace_bytes, Needs(*needs))
+
+
+cross_entropy_op = torch.library.custom_op("unlearn_ds::linear_cross_entropy", _cross_entropy, mutates_args=())
 
 
 @torch.library.custom_op("unlearn_ds::linear_kl", mutates_args=())
@@ -217,3 +219,15 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
 cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 kl_op.register_autograd(_backward, setup_context=_setup_context)
 sequence_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class OwnCrossEntropy(torch.autograd.Function):
+    """`cross_entropy_op` with a loss of the user's own, which is Python: inside a custom op autograd records nothing."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Answer:
+        """As `cross_entropy_op`."""
+        return _cross_entropy(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)

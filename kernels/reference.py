@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearn_ds.kernels import divergences, token_losses
+from unlearn_ds.kernels import divergences, row_losses, token_losses
 from unlearn_ds.kernels.divergences import Lowered
 from unlearn_ds.kernels.token_losses import TokenLoss
 
@@ -58,7 +58,8 @@ def linear_cross_entropy(
     log_p = logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
     losses = _row_nll(log_p, targets)
     if loss is not None:
-        formed = token_losses.defined(loss, log_p, targets.clamp(min=0))
+        forms = row_losses if loss.form in row_losses.ROW_FORMS else token_losses
+        formed = forms.defined(loss, log_p, targets.clamp(min=0))
         takes = targets != IGNORED if loss.takes is None else loss.takes & (targets != IGNORED)
         losses = torch.where(takes, formed, losses)
     return weighted_sum(token_weight, losses), losses.detach()

@@ -13,7 +13,9 @@ from torch import Tensor
 from unlearn_ds.kernels.divergences import FLOOR, KL, value_and_gradient
 from unlearn_ds.kernels.projection import accumulation_dtype
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
-from unlearn_ds.kernels.token_losses import COMPLEMENT, TokenLoss, value_and_slope
+from unlearn_ds.kernels.row_losses import ROW_FORMS
+from unlearn_ds.kernels.row_losses import value_and_gradient as row_value_and_gradient
+from unlearn_ds.kernels.token_losses import COMPLEMENT, TokenLoss, taken
 from unlearn_ds.kernels.tuning import TORCH_BLOCK_ELEMENTS, padded
 
 if TYPE_CHECKING:
@@ -41,20 +43,37 @@ def cross_entropy(
     for block in _blocks(z):
         p, jacobian = _finished(z[block], head, backward)
         target = targets[block, None]
+        formed = None
+        if loss is not None and loss.form in ROW_FORMS:
+            formed = row_value_and_gradient(loss.form, p, target)
         peak, peak_at = p.max(-1, keepdim=True)
         target_logit = p.gather(1, target)
         torch.softmax(p, -1, out=p)
         # log-sum-exp from the peak's probability, which lies in [1/V, 1]; the target's own may underflow
         nll[block] = (peak - p.gather(1, peak_at).log() - target_logit)[:, 0]
-        if loss is not None:
+        if loss is not None and formed is None:
             # In this order: where the target is the peak, a logarithm near 0 is not added to a logit.
             log_p = ((target_logit - peak) + p.gather(1, peak_at).log())[:, 0]
             _apply(loss.rows(block.start, block.stop), p, log_p, nll[block], slope[block])
         if backward:
             p.scatter_(1, target, p.gather(1, target) - 1)
+        if formed is not None:
+            _replace(loss.rows(block.start, block.stop), formed, nll[block], p)
+        if backward:
             _scale(p, slope[block, None], jacobian, head)
             _store(z[block], p)
     nll.masked_fill_(~counts, 0)
+
+
+def _replace(
+    loss: TokenLoss,
+    formed: tuple[Tensor, Tensor],  # (c,), (c, V): value and gradient
+    value: Tensor,  # (c,) CE; leaves as the loss
+    gradient: Tensor,  # (c, V) that of CE; leaves as the loss's
+) -> None:
+    takes = torch.ones_like(value, dtype=torch.bool) if loss.takes is None else loss.takes
+    value.copy_(torch.where(takes, formed[0], value))
+    gradient.copy_(torch.where(takes[:, None], formed[1], gradient))
 
 
 def _apply(
@@ -65,10 +84,9 @@ def _apply(
     slope: Tensor,  # (c,) the weight; leaves times the loss's derivative by CE
 ) -> None:
     sum_p_logp = torch.xlogy(p, p).sum(-1) if loss.form == COMPLEMENT else None
-    formed, derivative = value_and_slope(loss, value, log_p, sum_p_logp, p.shape[1])
-    takes = torch.ones_like(log_p, dtype=torch.bool) if loss.takes is None else loss.takes
-    value.copy_(torch.where(takes, formed, value))
-    slope.mul_(torch.where(takes, derivative, 1))
+    formed, derivative = taken(loss, value, log_p, sum_p_logp, p.shape[1])
+    value.copy_(formed)
+    slope.mul_(derivative)
 
 
 def kl(

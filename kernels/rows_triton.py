@@ -15,10 +15,12 @@ from torch import Tensor
 
 from unlearn_ds.kernels.divergences import JSD, KL, REVERSE_KL
 from unlearn_ds.kernels.reference import IGNORED, TokenStats
+from unlearn_ds.kernels.row_losses import ROW_FORMS
 from unlearn_ds.kernels.rows_torch import finish  # elementwise, and off the training path
-from unlearn_ds.kernels.token_losses import FORMS, TokenLoss
+from unlearn_ds.kernels.token_losses import FORMS, TokenLoss, own_losses, taken
 from unlearn_ds.kernels.triton_divergences import kl_kernel, other_divergence_kernel
 from unlearn_ds.kernels.triton_logits import FLOOR, LOG2_E, block, log2_p, logit, natural_rate, peak_and_total, tile
+from unlearn_ds.kernels.triton_row_losses import BLOCK_AS_FOR_BYTES, row_loss_kernel
 from unlearn_ds.kernels.triton_token_losses import COMPLEMENT, value_and_slope
 from unlearn_ds.kernels.tuning import LOAD_BYTES, MOST_REGISTERS, launch, padded
 
@@ -101,7 +103,7 @@ def cross_entropy_kernel(
     targets_ptr,  # (C,) int64
     weight_ptr,  # (C,) fp32
     nll_ptr,  # (C,) fp32 out
-    takes_ptr,  # (C,) bool, which rows take FORM, or None: all
+    takes_ptr,  # (C,) bool, which rows take FORM, or without one which are another kernel's; or None: all, or none
     log_q_ptr,  # (C,) fp32, or None
     stride,
     V,
@@ -118,6 +120,9 @@ def cross_entropy_kernel(
 ):
     """nll = logsumexp(z) - z[target];  dz = a * (p - onehot). With a FORM: its value, and its slope in a."""
     row = tl.program_id(0).to(tl.int64)
+    if FORM is None and takes_ptr is not None:  # noqa: SIM102 (this is known at compile time)
+        if tl.load(takes_ptr + row) != 0:
+            return
     row_ptr = z_ptr + row * stride
     given = tl.load(targets_ptr + row)
     counts = given != _IGNORED
@@ -243,9 +248,24 @@ def cross_entropy(
     backward: bool,
     loss: TokenLoss | None = None,
 ) -> None:
-    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap; of `loss`, that times its slope."""
+    """CE of each row, and `z = a * (p - onehot(target))` through scale and softcap; of `loss`, that times its slope.
+
+    Losses of ROW_FORMS are another kernel's, which leaves the other rows to this one.
+    A loss of a user's own is no part of a kernel: one launch finds log p, autograd the slope, and a second launch goes on.
+    """
+    if loss is not None and loss.form in own_losses:
+        cross_entropy(z, head, targets, token_weight, nll, backward=False)
+        value, slope = taken(loss, nll, -nll, None, z.shape[1])
+        if backward:
+            cross_entropy(z, head, targets, token_weight * slope, nll, backward=True)
+        nll.copy_(torch.where(targets != IGNORED, value, 0))
+        return
+    if loss is not None and loss.form in ROW_FORMS:
+        _row_loss(z, head, targets, token_weight, nll, backward, loss)
+        if loss.takes is None:
+            return
     powers = (0.0, 0.0, 0.0) if loss is None else loss.powers
-    form = None if loss is None else FORMS.index(loss.form)
+    form = None if loss is None or loss.form in ROW_FORMS else FORMS.index(loss.form)
     cross_entropy_kernel[(len(z),)](
         z,
         _bias(head, z),
@@ -264,6 +284,35 @@ def cross_entropy(
         BACKWARD=backward,
         maxnreg=registers(form, backward),
         **_launch(z),
+    )
+
+
+def _row_loss(
+    z: Tensor,  # (C, V): as `cross_entropy` takes it, and the rest, too
+    head: "Head",
+    targets: Tensor,  # (C,) int64
+    token_weight: Tensor,  # (C,)
+    value: Tensor,  # (C,) out
+    backward: bool,
+    loss: TokenLoss,
+) -> None:
+    """The rows that take a loss of ROW_FORMS."""
+    row_loss_kernel[(len(z),)](
+        z,
+        _bias(head, z),
+        targets.contiguous(),
+        token_weight.to(torch.float32).contiguous(),
+        value,
+        None if loss.takes is None else loss.takes.contiguous(),
+        z.stride(0),
+        z.shape[1],
+        float(head.logit_scale),
+        _softcap(head),
+        FORM=ROW_FORMS.index(loss.form),
+        FLIPPED=head.logit_scale < 0,
+        BACKWARD=backward,
+        maxnreg=MOST_REGISTERS,
+        **_launch(z, BLOCK_AS_FOR_BYTES),
     )
 
 
@@ -341,8 +390,8 @@ def _softcap(head: "Head") -> float | None:
     return None if head.softcap is None else float(head.softcap)
 
 
-def _launch(z: Tensor) -> dict[str, int]:
-    chosen = launch(z.shape[1], z.element_size())
+def _launch(z: Tensor, bytes_per_logit: int | None = None) -> dict[str, int]:
+    chosen = launch(z.shape[1], bytes_per_logit or z.element_size())
     line = LOAD_BYTES // z.element_size()
     # Fusing is safe here, and said aloud because Triton's default changes in 3.10.
     return {"BLOCK": chosen.block, "LINE": line, "num_warps": chosen.num_warps, "enable_fp_fusion": True}

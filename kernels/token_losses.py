@@ -7,6 +7,7 @@ Legend: M rows, V vocabulary; p the target's probability, q that of the original
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,18 +20,25 @@ UNIFORM_TARGET = "uniform_target"  # KL(p || sg(p with the target's probability 
 ONE_HOT_JSD = "one_hot_jsd"  # JSD(p, onehot)
 FORMS = (POWER, UNLIKELIHOOD, COMPLEMENT, UNIFORM_TARGET, ONE_HOT_JSD)
 
+OwnLoss = Callable[[Tensor, Tensor | None], Tensor]  # log p (C,), log q (C,) or None -> the loss of each row (C,)
+own_losses: dict[
+    str, OwnLoss
+] = {}  # a user's own, by the name of its form; of FORMS, here as in the kernels, it is none
+
 LEAST_COMPLEMENT = 1e-6  # 1 - p counts as at least this: in fp32 p comes to 1, and the odds would be infinite
 LOWEST_LOG = -1e4  # log p and log q count as at least this: infinite, they would make a NaN of a weight of 0
 _LN_2 = 0.6931471805599453
 
 
 class TokenLoss(NamedTuple):
-    """A loss of `FORMS`, and the rows that take it; the others take cross-entropy."""
+    """A loss of `FORMS` or `own_losses`, and the rows that take it; the others take cross-entropy."""
 
     form: str
     powers: tuple[float, float, float] = (0.0, 0.0, 0.0)  # a, b, c of POWER
     takes: Tensor | None = None  # (M,) bool; None: all rows
-    log_q: Tensor | None = None  # (M,) fp32: of the target by the original model; for c != 0
+    log_q: Tensor | None = (
+        None  # (M,) fp32: of the target by the original model; for c != 0, and what of a user's own asks
+    )
 
     def rows(self, start: int, stop: int) -> "TokenLoss":
         """The same for the rows start..stop."""
@@ -49,6 +57,8 @@ def defined(
     at_target = torch.zeros_like(log_p, dtype=torch.bool).scatter_(1, targets[:, None], True)
     ours = log_p.gather(1, targets[:, None])[:, 0].clamp(min=LOWEST_LOG)
     left = _complement(ours)
+    if loss.form in own_losses:
+        return own_losses[loss.form](ours, _log_q(loss, ours))
     if loss.form == POWER:
         return -_weight(loss, ours, left).detach() * ours
     if loss.form == UNLIKELIHOOD:
@@ -75,6 +85,8 @@ def value_and_slope(
 ) -> tuple[Tensor, Tensor]:  # (C,), (C,)
     """The loss of a row, and its derivative by CE, whose gradient by the logits is `p - onehot`."""
     log_p = log_p.clamp(min=LOWEST_LOG)
+    if loss.form in own_losses:
+        return _own_value_and_slope(loss, log_p)
     left, p = _complement(log_p), log_p.exp()
     if loss.form == POWER:
         weight = _weight(loss, log_p, left)
@@ -91,6 +103,38 @@ def value_and_slope(
     return (-log_p.expm1() * _LN_2 + p * (_LN_2 + log_p - log_1p) + _LN_2 - log_1p) / 2, p * (log_1p - log_p) / 2
 
 
+def taken(
+    loss: TokenLoss,
+    ce: Tensor,  # (C,)
+    log_p: Tensor,  # (C,)
+    sum_p_logp: Tensor | None,  # (C,)
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:  # (C,), (C,)
+    """`value_and_slope` in the rows that take the loss, CE and 1 in the others."""
+    value, slope = value_and_slope(loss, ce, log_p, sum_p_logp, vocab_size)
+    takes = torch.ones_like(log_p, dtype=torch.bool) if loss.takes is None else loss.takes
+    return torch.where(takes, value, ce), torch.where(takes, slope, 1)
+
+
+def _own_value_and_slope(
+    loss: TokenLoss,
+    log_p: Tensor,  # (C,)
+) -> tuple[Tensor, Tensor]:  # (C,), (C,)
+    """By autograd over C numbers. Not inside a custom op, where it records nothing."""
+    with torch.enable_grad():
+        leaf = log_p.detach().requires_grad_()
+        value = own_losses[loss.form](leaf, _log_q(loss, leaf))
+        (by_log_p,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), -by_log_p
+
+
+def _log_q(
+    loss: TokenLoss,
+    like: Tensor,  # (C,)
+) -> Tensor | None:  # (C,)
+    return None if loss.log_q is None else loss.log_q.to(like.dtype).clamp(min=LOWEST_LOG)
+
+
 def _weight(
     loss: TokenLoss,
     log_p: Tensor,  # (M,)
@@ -98,9 +142,8 @@ def _weight(
 ) -> Tensor:  # (M,)
     a, b, c = loss.powers
     weight = (a * log_p + b * left.log()).exp()
-    if loss.log_q is None:
-        return weight
-    return weight * (2 * torch.sigmoid(c * (log_p - loss.log_q.to(log_p.dtype).clamp(min=LOWEST_LOG))))
+    log_q = _log_q(loss, log_p)
+    return weight if log_q is None else weight * (2 * torch.sigmoid(c * (log_p - log_q)))
 
 
 def _complement(log_p: Tensor) -> Tensor:  # both (M,)

@@ -57,7 +57,7 @@ def test_accumulation_that_a_global_batch_size_overrules_is_said():
 def test_methods(words, name):
     config = run(*words.split())
     assert config.objective_name == name
-    assert config.objective is OBJECTIVES[name]
+    assert config.method is OBJECTIVES[name]
 
 
 def test_adversarial_is_top_1_without_the_truth():

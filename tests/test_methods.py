@@ -6,9 +6,9 @@ import pytest
 
 from unlearn_ds import train
 from unlearn_ds.config import RunConfig
-from unlearn_ds.kernels import DIVERGENCES, FORMS
+from unlearn_ds.kernels import DIVERGENCES, FORMS, ROW_FORMS
 from unlearn_ds.methods import PRESETS, TRAINERS, far_from_preset, method_listing
-from unlearn_ds.objectives import OBJECTIVES, RETAIN_TERMS
+from unlearn_ds.objectives import OBJECTIVES, OWN, RETAIN_TERMS
 from unlearn_ds.options import OptionError, parse
 
 
@@ -20,7 +20,7 @@ def test_the_table_names_losses_that_the_kernels_have():
     terms = [term for row in OBJECTIVES.values() for term in row.terms] + [
         t for ts in RETAIN_TERMS.values() for t in ts
     ]
-    assert {term.token.form for term in terms if term.token} == set(FORMS)
+    assert {term.token.form for term in terms if term.token} == {*FORMS, *ROW_FORMS, OWN}
     assert {"kl"} | {term.divergence.name for term in terms if term.divergence} == set(DIVERGENCES)
 
 
@@ -29,8 +29,8 @@ def test_a_trainer_of_open_unlearning_is_a_row_with_its_retain_term(name):
     config = run(f"--unlearn_method {name}")
     assert config.unlearn_method in OBJECTIVES
     has_retain = name not in ("GradAscent", "CEU", "UNDIAL")
-    assert [term.role for term in config.objective.terms] == ["forget", "retain"][: 1 + has_retain]
-    assert run(f"--unlearn_method {name} --retain_loss jsd").objective.terms[1:] == RETAIN_TERMS["jsd"]
+    assert [term.role for term in config.method.terms] == ["forget", "retain"][: 1 + has_retain]
+    assert run(f"--unlearn_method {name} --retain_loss jsd").method.terms[1:] == RETAIN_TERMS["jsd"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -22,9 +22,13 @@ class RunConfig:
     unlearn_method: str
     """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
     npo_plus_descent, simnpo, simnpo_plus_descent, wga, satimp, tnpo, wtnpo, unlikelihood, ce_u, unilogit, jensun, undial,
-    finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train --list_methods`"""
+    shred, max_entropy, inverted_hinge, pdu, own (with --objective), finetune or retrain; or a trainer of Open-Unlearning's,
+    such as GradDiff: `unlearn-ds train --list_methods`"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
+    objective: str | None = None
+    """FILE.py:NAME: a loss of your own in the place of the forget term's, as a function of log p of each target
+    (docs/methods.md); the file is run as code"""
     preset: str | None = None
     """take what the best public source used for a method, where no option says otherwise: `unlearn-ds train --list_methods`"""
     target_model_name_or_path: str | None = None
@@ -59,6 +63,13 @@ class RunConfig:
     """retain sequences per forget sequence, for the methods that use both"""
     retain_weight: float = 1.0
     """weight of a retain sequence relative to a forget sequence"""
+    retain_target: float | None = None
+    """a retain loss to keep to: after every update the retain weight, which starts at retain_weight, rises by how far the
+    retain loss is above it, or falls, and not below 0"""
+    retain_target_rate: float = 1.0
+    """retain_target: how much of that difference the weight moves by"""
+    retain_target_warmup: float = 0.0
+    """retain_target: epochs at the start in which the weight stays"""
     retain_sets: tuple[str, ...] = ()
     """sets that retain sequences come from, with their shares, such as `retain:2 general:1` (default: retain alone)"""
     average: Literal["sequence", "token"] = "sequence"
@@ -73,12 +84,15 @@ class RunConfig:
     """random_label: never draw the true token"""
     beta: float | None = None
     """npo, simnpo, tnpo and wtnpo: how soon the pull weakens (default: 0.1 for npo, 4.5 for simnpo, 4 for the others); wga
-    and satimp: power of p (default: 1 for wga, 5 for satimp); undial: how far the original's logit of the true token is taken
-    down (default: 10)"""
+    and satimp: power of p (default: 1 for wga, 5 for satimp); undial and shred: how far the original's logit of the true
+    token is taken down (default: 10)"""
     beta2: float | None = None
     """satimp: power of 1 - p (default: 1)"""
     alpha: float | None = None
     """wtnpo: power of p (default: 1.5)"""
+    lowest_percent: float | None = None
+    """shred: share of a sequence's positions, in percent, at which the true token is taken down: those where the original model
+    found it least likely (default: 20)"""
     gamma: float | None = None
     """simnpo: margin (default: 0)"""
     substitute_text: str = "No Idea"
@@ -244,8 +258,13 @@ class RunConfig:
         return self.unlearn_method
 
     @property
-    def objective(self) -> Objective:
+    def method(self) -> Objective:
         return OBJECTIVES[self.objective_name].with_retain(self.retain_loss)
+
+    @property
+    def planned_retain_weight(self) -> float:
+        """The retain weight in the plan, which knows no step: with a target it is multiplied while the run lasts."""
+        return self.retain_weight if self.retain_target is None else 1.0
 
     @property
     def retain_mixture(self) -> dict[str, float]:
@@ -255,12 +274,12 @@ class RunConfig:
     @property
     def sequence_loss(self) -> SequenceLoss | None:
         """The objective's term of whole sequences with the run's beta and gamma."""
-        return self.with_numbers(self.objective.sequence_loss)
+        return self.with_numbers(self.method.sequence_loss)
 
     @property
     def token_loss(self) -> TokenLoss | None:
         """What stands in the place of cross-entropy on forget, with the run's numbers."""
-        return self.with_numbers(self.objective.token_loss)
+        return self.with_numbers(self.method.token_loss)
 
     def with_numbers(self, form: Any) -> Any:
         """A term's form with the run's numbers; None for None."""
@@ -303,7 +322,7 @@ class RunConfig:
 def _check_numbers(config: RunConfig) -> None:
     positive = (
         "seq_len retain_ratio per_device_train_batch_size gradient_accumulation_steps loss_workspace_mib logging_steps "
-        "max_skipped_steps per_device_eval_batch_size adam_epsilon num_train_epochs lora_alpha"
+        "max_skipped_steps per_device_eval_batch_size retain_target_rate adam_epsilon num_train_epochs lora_alpha"
     )
     if config.per_device_train_batch_size == "auto" and config.global_batch_size is None:
         raise OptionError(
@@ -321,9 +340,11 @@ def _check_numbers(config: RunConfig) -> None:
         "save_steps",
         "seed",
         "retain_weight",
+        "retain_target",
+        "retain_target_warmup",
         "hang_timeout",
     ]:
-        if getattr(config, name) < 0:
+        if (getattr(config, name) or 0) < 0:
             raise OptionError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ["global_batch_size", "top_k", "save_total_limit", "num_threads", "lora_r"]:
         value = getattr(config, name)
@@ -357,7 +378,7 @@ def _check_checkpointing(config: RunConfig) -> None:
         raise OptionError("--torch_compile needs --leaf_modules True: ZeRO's hooks inside a layer cannot be compiled")
     if config.lora_r is None and (config.lora_target or config.lora_export != "merged" or config.lora_alpha != 16):
         raise OptionError("--lora_target, --lora_alpha and --lora_export need --lora_r, the rank of the adapters")
-    if config.reference == "cache" and not config.objective.needs_reference:
+    if config.reference == "cache" and not config.method.needs_reference:
         raise OptionError(f"--reference cache: {config.unlearn_method} has no KL term and uses no reference")
     if config.profile_steps is not None:
         profiled_steps(config.profile_steps)

@@ -21,13 +21,15 @@ __path__ = [str(_HERE / "kernels" if (_HERE / "kernels").is_dir() else _HERE.par
 from unlearn_ds.kernels import chunked, ops, reference, triton_interpreter, vector_math  # noqa: E402  (after __path__)
 from unlearn_ds.kernels.divergences import DIVERGENCES, KL, Lowered  # noqa: E402
 from unlearn_ds.kernels.reference import IGNORED, TokenStats  # noqa: E402
-from unlearn_ds.kernels.token_losses import FORMS, POWER, TokenLoss  # noqa: E402
+from unlearn_ds.kernels.row_losses import ROW_FORMS  # noqa: E402
+from unlearn_ds.kernels.token_losses import FORMS, POWER, TokenLoss, own_losses  # noqa: E402
 from unlearn_ds.kernels.tuning import keeps_dz  # noqa: E402
 
 __all__ = [
     "DIVERGENCES",
     "FORMS",
     "IGNORED",
+    "ROW_FORMS",
     "Lowered",
     "TokenLoss",
     "TokenStats",
@@ -36,6 +38,7 @@ __all__ = [
     "linear_sample",
     "linear_sequence_loss",
     "linear_token_stats",
+    "own_losses",
 ]
 
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
@@ -80,7 +83,8 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(x, weight, bias, targets, token_weight, logit_scale, softcap, loss)
     form, powers, takes, log_q = (None, (), None, None) if loss is None else loss
     needs = _needs(x, weight, bias, x.element_size(), workspace_bytes)
-    total, losses, *_ = ops.cross_entropy_op(
+    op = ops.OwnCrossEntropy.apply if form in own_losses else ops.cross_entropy_op
+    total, losses, *_ = op(
         x,
         weight,
         bias,
@@ -335,8 +339,9 @@ def _check_rows(x: Tensor, **per_row: Tensor) -> None:
 
 def _check_token_loss(x: Tensor, loss: TokenLoss) -> None:
     """The form must be known, and have what it needs for each row of `x`."""
-    if loss.form not in FORMS:
-        raise KernelError(f"loss {loss.form!r}: choose one of {', '.join(FORMS)}")
+    known = [*FORMS, *ROW_FORMS, *own_losses]
+    if loss.form not in known:
+        raise KernelError(f"loss {loss.form!r}: choose one of {', '.join(known)}")
     if loss.form == POWER and loss.powers[2] != 0 and loss.log_q is None:
         raise KernelError(f"loss {loss.form!r} with the power {loss.powers[2]} of q needs log_q")
     for name in ("takes", "log_q"):

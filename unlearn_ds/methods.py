@@ -17,6 +17,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "SatImp": {"unlearn_method": "satimp", "retain_loss": "cross_entropy"},
     "CEU": {"unlearn_method": "ce_u"},
     "UNDIAL": {"unlearn_method": "undial"},
+    "PDU": {"unlearn_method": "pdu", "retain_loss": "cross_entropy"},
 }
 
 
@@ -50,6 +51,36 @@ PRESETS = {
     ),
     "ce_u": _tofu(_OPEN_UNLEARNING, 10, 1e-5, unlearn_method="ce_u", retain_loss="none"),
     "undial": _tofu(_OPEN_UNLEARNING, 10, 1e-4, unlearn_method="undial", retain_loss="none", beta=10.0),
+    "pdu": _tofu(
+        "Open-Unlearning's run script on TOFU; 30 epochs at 8B (github.com/locuslab/open-unlearning)",
+        10,
+        1e-5,
+        unlearn_method="pdu",
+        retain_loss="cross_entropy",
+        retain_weight=100.0,
+        retain_target=0.3,
+        retain_target_rate=5.0,
+        retain_target_warmup=5.0,
+    ),
+    "max_entropy": _tofu(
+        "its authors' ME+GD (arXiv 2410.08109), where prompts are targets, too",
+        5,
+        1e-5,
+        unlearn_method="max_entropy",
+        retain_loss="cross_entropy",
+        forget_weight=0.1,
+    ),
+    "inverted_hinge": Preset(
+        {
+            "learning_rate": 1e-4,
+            "lora_r": 32,
+            "lora_alpha": 64.0,
+            "unlearn_method": "inverted_hinge",
+            "retain_loss": "cross_entropy",
+        },
+        None,
+        "its authors' LoKU (arXiv 2408.06621), without the start of the adapters that they compute",
+    ),
     "jensun": Preset(
         {"learning_rate": 8e-6, "num_train_epochs": 10.0, "unlearn_method": "jensun", "retain_loss": "jsd"},
         None,
@@ -66,6 +97,8 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     given, name = dict(options), options.get("preset")
     trainer = TRAINERS.get(given.get("unlearn_method"), {})
+    if given.get("objective") is not None:
+        given = {"unlearn_method": "own"} | given
     given = trainer | given | {key: trainer[key] for key in trainer.keys() & {"unlearn_method"}}
     if name is None:
         return given
@@ -96,11 +129,14 @@ def far_from_preset(config: Any, num_steps: int) -> str | None:
 
 def needs(objective: Objective) -> str:
     """What of the original model a method needs, in a few words."""
-    form = objective.sequence_loss or objective.token_loss
+
+    def asks(what: str) -> bool:
+        return any(getattr(term.form, what, False) for term in objective.terms)
+
     asked = [
         (objective.needs_sampled_targets, "labels, drawn once (one forward of forget)"),
-        (getattr(form, "needs_reference_nll", False), "a number a sequence, once (one forward of forget)"),
-        (getattr(form, "needs_log_q", False), "a number a token, once (one forward of forget)"),
+        (asks("needs_reference_nll"), "a number a sequence, once (one forward of forget)"),
+        (asks("needs_log_q"), "a number a token, once (one forward of forget)"),
         (objective.needs_reference, "a forward of it in every update"),
     ]
     return ", ".join(text for needed, text in asked if needed) or "nothing"
@@ -156,6 +192,7 @@ def check_method(config: Any) -> None:
         raise OptionError(f"--top_k, --top_p and --rm_groundtruth are for random_label, not for {method}")
     elif config.completely_random:
         raise OptionError(f"--completely_random is for random_label, not for {method}")
+    _check_own(config)
     _check_terms(config)
     if not config.do_unlearn:
         raise OptionError(
@@ -167,14 +204,28 @@ def check_method(config: Any) -> None:
         raise OptionError("--general True and --retain_sets both choose retain data; give one")
     if config.retain_mixture and "forget" in config.retain_mixture:
         raise OptionError("--retain_sets forget: what is to be forgotten cannot be kept")
-    if config.retain_mixture and config.objective.roles != ("forget", "retain"):
+    if config.retain_mixture and config.method.roles != ("forget", "retain"):
         raise OptionError(f"--retain_sets is for methods that pair forget with retain, not for {method}")
+
+
+def _check_own(config: Any) -> None:
+    """A method takes a loss of the user's own, or has one."""
+    if config.method.is_own and config.objective is None:
+        raise OptionError(f"--unlearn_method {config.unlearn_method} needs --objective FILE.py:NAME, the loss")
+    if config.objective is None:
+        return
+    if not config.method.is_own:
+        own = ", ".join(name for name, row in OBJECTIVES.items() if row.is_own)
+        raise OptionError(f"--objective is for --unlearn_method {own}, not for {config.unlearn_method}")
+    path, _, name = config.objective.rpartition(":")
+    if not (path.endswith(".py") and name.isidentifier()):
+        raise OptionError(f"--objective {config.objective}: expected FILE.py:NAME, a Python file and a function in it")
 
 
 def _check_terms(config: Any) -> None:
     """What a method's forget and retain terms leave to choose."""
-    method, objective = config.unlearn_method, config.objective
-    for name in ("beta", "gamma", "beta2", "alpha"):
+    method, objective = config.unlearn_method, config.method
+    for name in ("beta", "gamma", "beta2", "alpha", "lowest_percent"):
         value = getattr(config, name)
         if value is None:
             continue
@@ -183,6 +234,8 @@ def _check_terms(config: Any) -> None:
             raise OptionError(f"--{name} is for {having}, not for {method}")
         if name == "beta" and objective.sequence_loss is not None and value <= 0:
             raise OptionError(f"--beta {value}: must be above 0")
+        if name == "lowest_percent" and not 0 < value <= 100:
+            raise OptionError(f"--lowest_percent {value}: above 0 and at most 100")
         if name != "gamma" and value < 0:
             raise OptionError(f"--{name} {value}: must not be negative")
     if config.reference == "cache" and sum(term.loss == KL for term in objective.terms) > 1:
@@ -196,6 +249,12 @@ def _check_terms(config: Any) -> None:
         raise OptionError(f"--forget_weight {config.forget_weight}: must be above 0")
     if not config.substitute_text.strip():
         raise OptionError("--substitute_text '': what forget tokens are pulled towards must have a token")
+    if config.retain_target is None and (config.retain_target_rate != 1 or config.retain_target_warmup):
+        raise OptionError("--retain_target_rate and --retain_target_warmup need --retain_target, the loss to keep to")
+    if config.retain_target is not None and objective.roles != ("forget", "retain"):
+        raise OptionError(
+            f"--retain_target is for methods that pair forget with retain, not for {method} (--retain_loss adds such a term)"
+        )
     if config.general and "retain" not in objective.roles:
         raise OptionError(f"--general True chooses retain data, and {method} uses none")
     if len(objective.terms) < 2 and (config.retain_weight != 1 or config.retain_ratio != 1):

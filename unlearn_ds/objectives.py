@@ -20,6 +20,9 @@ SAMPLED_TARGETS = "sampled"  # drawn once from the original model (top-k / top-p
 SUBSTITUTE_TARGETS = "substitute"  # the tokens of --substitute_text, over and over
 
 
+OWN = "own"  # the form of a token loss that stands in a file of the user's
+
+
 @dataclass(frozen=True)
 class SequenceLoss:
     """`-(2 / beta) * log sigmoid(beta * (NLL_i - NLL_i of the original model))` (NPO, arXiv 2404.05868), or, per token and
@@ -43,7 +46,7 @@ class SequenceLoss:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What a token takes in the place of cross-entropy, as `kernels/token_losses.py` says by name. p: of the target."""
+    """What a token takes in the place of cross-entropy, as `kernels/token_losses.py` or `row_losses.py` says by name."""
 
     form: str
     beta: float | None = None  # default of --beta, as of the others; None: it has no such number
@@ -72,11 +75,19 @@ class Divergence:
     beta: float | None = (
         None  # default of --beta: the original's logit of the true token is taken down by so much first
     )
+    lowest_percent: float | None = (
+        None  # default of --lowest_percent: only where that token was least likely, at so many of 100 positions
+    )
+
+    @property
+    def needs_log_q(self) -> bool:
+        """Whether the original model must measure the forget tokens, once, before training."""
+        return self.lowest_percent is not None
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """The options that are its own."""
-        return () if self.beta is None else ("beta",)
+        return tuple(name for name in ("beta", "lowest_percent") if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,11 @@ class Objective:
         return any(term.targets == SUBSTITUTE_TARGETS for term in self.terms)
 
     @property
+    def is_own(self) -> bool:
+        """Whether its loss stands in a file of the user's."""
+        return self.token_loss is not None and self.token_loss.form == OWN
+
+    @property
     def sequence_loss(self) -> SequenceLoss | None:
         """The form of the term that takes sequences as wholes, if there is one."""
         return next((term.sequence for term in self.terms if term.loss == SEQUENCE), None)
@@ -130,7 +146,7 @@ class Objective:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The options that are this method's own: of `beta`, `beta2`, `alpha`, `gamma`."""
+        """The options that are this method's own: of `beta`, `beta2`, `alpha`, `gamma`, `lowest_percent`."""
         form = self.terms[0].form
         return () if form is None else form.numbers
 
@@ -214,6 +230,25 @@ OBJECTIVES = {
     "undial": Objective(
         (Term("forget", KL, +1.0, divergence=Divergence("kl", beta=10.0)),),
         "fit the forget set to the original model's prediction with the true token's logit taken down by beta",
+    ),
+    "shred": Objective(
+        (Term("forget", KL, +1.0, divergence=Divergence("kl", beta=10.0, lowest_percent=20.0)),),
+        "undial at the positions that the original model found least likely, close to it at all others: no retain set",
+    ),
+    "max_entropy": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss("uniform_kl")),),
+        "pull the forget set towards a uniform prediction",
+    ),
+    "inverted_hinge": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss("inverted_hinge")),),
+        "lower the true token's probability beneath the likeliest other's, whose own rises: bounded",
+    ),
+    "pdu": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss("flat_logits")),),
+        "flatten the logits of the forget set, made for --retain_target",
+    ),
+    "own": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss(OWN)),), "a loss of your own, --objective FILE.py:NAME"
     ),
     "finetune": Objective((_DESCENT,), "go on training the target model on retain"),
     "retrain": Objective((_DESCENT,), "train --model_name_or_path on retain"),

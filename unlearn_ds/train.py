@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unlearn_ds.caches import explained
 from unlearn_ds.cluster import distributed  # before whatever imports DeepSpeed: it chooses the accelerator
@@ -174,12 +173,17 @@ def carry_out(run: Run, step: Step, metrics: MetricsWriter, profiler: StepProfil
     config, engine, done = run.config, run.engine, step.index + 1
     profiler.before(done)
     started, learning_rate = time.perf_counter(), engine.learning_rate
-    sums = accumulate(run, step)
+    sums = accumulate(run, step, run.retain_weight)
     result = engine.update()
     profiler.after(done, time.perf_counter() - started + step.wait_s, step.wait_s)
-    if done % config.logging_steps == 0 or done == run.plan.num_steps or not result.applied:
+    logged = done % config.logging_steps == 0 or done == run.plan.num_steps or not result.applied
+    if logged or run.retain_weight is not None:
+        losses = reduce_losses(run.plan, step, sums)
+    if logged:
         elapsed_s = time.perf_counter() - started + step.wait_s
-        metrics.write(metrics_row(run, step, sums, result, learning_rate, elapsed_s))
+        metrics.write(metrics_row(run, step, losses, result, learning_rate, elapsed_s))
+    if run.retain_weight is not None and result.applied:
+        run.retain_weight.move(losses["retain_loss"], step.index)
     metrics.advance()
     return result.applied
 
@@ -218,7 +222,9 @@ def save_checkpoint(run: Run, watchdog: Watchdog, done: int, must: bool) -> bool
     """Save the state after update `done`; where it need not (`must`), a full disk is reported: False, and training goes on."""
     try:
         with watchdog.paused():
-            checkpoint.save(run.engine, run.run_dir, done, origin_of(run), run.config.save_total_limit)
+            weight = run.retain_weight
+            state = {} if weight is None else {"retain_weight": weight.value}
+            checkpoint.save(run.engine, run.run_dir, done, origin_of(run), run.config.save_total_limit, **state)
     except checkpoint.CheckpointError as error:
         if must:
             raise
@@ -240,13 +246,19 @@ def frozen_garbage() -> Iterator[None]:
 
 
 def metrics_row(
-    run: Run, step: Step, sums: Tensor, result: UpdateResult, learning_rate: float, elapsed_s: float
+    run: Run,
+    step: Step,
+    losses: dict[str, float | None],
+    result: UpdateResult,
+    learning_rate: float,
+    elapsed_s: float,
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Every rank calls this."""
+    """One line of metrics.jsonl, written before the retain weight moves."""
     return {
         "step": step.index + 1,
         "epoch": round((step.index + 1) / run.plan.steps_per_epoch, 4),
-        **reduce_losses(run.plan, step, sums),
+        **losses,
+        **({} if run.retain_weight is None else {"retain_weight": run.retain_weight.value}),
         "lr": learning_rate,
         "grad_norm": result.grad_norm if result.applied else None,
         "skipped": not result.applied,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from unlearn_ds.data.corpus import Corpus, CorpusWriter
 from unlearn_ds.data.labels import TrueTargets
 from unlearn_ds.data.packing import deal_rows, pack_rows
-from unlearn_ds.data.plan import Plan, Source, StepPlan
+from unlearn_ds.data.plan import Plan, Source, StepPlan, _term
 from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.objectives import KL, Divergence
 from unlearn_ds.options import OptionError
 
 SEQ_LEN = 32
@@ -175,6 +176,14 @@ def test_num_steps() -> None:
     assert plan.steps_per_epoch == -(-len(plan.sources[0].sequences) // 8)
     assert make_plan(num_retain=None, num_epochs=2.5).num_steps == int(np.ceil(2.5 * plan.steps_per_epoch))
     assert make_plan(max_steps=3).num_steps == 3
+
+
+def test_a_field_that_came_later_leaves_older_plans_what_they_were() -> None:
+    def of(form: Divergence) -> list:
+        return _term(Source("forget", KL, 1.0, sequences(20, 0), TrueTargets(), divergence=form))
+
+    assert of(Divergence("jsd")) == ["forget", KL, 1.0, {"name": "jsd", "beta": None}]  # as it is in old checkpoints
+    assert of(Divergence("kl", beta=3.0, lowest_percent=9.0))[-1] == {"name": "kl", "beta": 3.0, "lowest_percent": 9.0}
 
 
 def test_no_room_for_a_pair() -> None:

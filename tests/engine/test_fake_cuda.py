@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.fake_cuda_worker import CASES
 from tests.support.runs import launch
+from unlearn_ds.objectives import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def test_a_step_stays_on_the_device(results, case):
     assert row["without_gradient"] == 0
     assert row["gradients"] == ["cuda:0"]
     _, _, attn, keep = case
-    two_models = case[0] in ("ascent_plus_kl_divergence", "undial") and keep == "live"
+    two_models = OBJECTIVES[case[0]].needs_reference and keep == "live"
     assert row["rows_read_back"] == (0 if attn == "varlen" else 1 + two_models), "boundaries, once a forward"
 
 

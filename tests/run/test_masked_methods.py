@@ -50,6 +50,10 @@ TOKEN_LOSSES = {
     "unilogit": {},
     "jensun": {},
     "undial": {"beta": 3.0},
+    "shred": {"beta": 3.0, "lowest_percent": 30.0},
+    "max_entropy": {},
+    "inverted_hinge": {},
+    "pdu": {},
 }
 METHODS |= {
     name: (
@@ -71,7 +75,7 @@ CASES = [
     for method, average, layout in itertools.product(METHODS, AVERAGES, LAYOUTS)
     if layout == "base"
     or ((average == "sequence" or method == "ascent_plus_kl") and method not in TOKEN_LOSSES)
-    or (layout == "two_ranks" and method in ("tnpo", "undial"))
+    or (layout == "two_ranks" and method in ("tnpo", "undial", "shred"))
 ]
 TOLERANCE = 1e-5
 SETS = {"forget": ("qa", 24), "retain": ("chat", 20), "more": ("completion", 12)}
@@ -188,8 +192,12 @@ def token_losses(method, original, ids, seen, logits, labels):
     for row, line in enumerate(labels[:, 1:]):
         at = (line != -100).nonzero()[:, 0]
         ours, theirs, true = log_p[row, at], before[row, at], line[at]
-        if method == "undial":
-            lowered = theirs - TOKEN_LOSSES["undial"]["beta"] * F.one_hot(true, theirs.shape[1])
+        if method in ("undial", "shred"):
+            down = torch.full((len(at), 1), TOKEN_LOSSES[method]["beta"])
+            if method == "shred":
+                order = theirs.gather(1, true[:, None])[:, 0].argsort()
+                down[order[max(1, round(0.3 * len(at))) :]] = 0.0
+            lowered = theirs - down * F.one_hot(true, theirs.shape[1])
             target = lowered.log_softmax(-1)
             values[row, at] = (target.exp() * (target - ours)).sum(-1)
             continue

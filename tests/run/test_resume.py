@@ -119,10 +119,14 @@ def test_changes_of_rates_are_kept_over_all_starts_and_end_with_what_was_gone_ba
     assert found == [earlier[0], {"after": 4, "option": "weight_decay", "from": 0.0, "to": 0.5}]
 
 
-FACTS = Facts("m", "t", 8, state_layout(load_ds_file("zero3")), [])
+FACTS = Facts("m", "t", 8, state_layout(load_ds_file("zero3")), [], "f-1")
 CHANGED = {
     "model_fingerprint": ("m1", "its fingerprint was m and is m1. Bring the old model back"),
     "tokenizer": ("t1", "--tokenizer_name_or_path: the run in run began with another tokenizer"),
+    "objective": (
+        "f-2",
+        r"--objective: the run in run began with another loss: it was f-1 and is f-2 \(name, and digest of the file\)",
+    ),
     "batch": (
         4,
         "--global_batch_size: an update of the run in run has 8 sequences and would have 4: give --global_batch_size 8",
@@ -136,7 +140,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("fact", CHANGED)
 def test_what_options_come_to_is_compared(fact):
-    before = record(model_fingerprint="m", tokenizer="t", batch=8, layout=FACTS.layout)
+    before = record(model_fingerprint="m", tokenizer="t", objective="f-1", batch=8, layout=FACTS.layout)
     check_facts(before, FACTS, "run")
     check_facts(RunRecord({}), FACTS, "run")
     value, message = CHANGED[fact]

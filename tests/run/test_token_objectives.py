@@ -33,11 +33,16 @@ METHODS = {
     "ce_u": ("--retain_loss cross_entropy", {}, 1.0, ("cross_entropy", 1.0)),
     "unilogit": ("", {}, 1.0, None),
     "undial": ("--beta 3 --retain_loss jsd", {"beta": 3.0}, 1.0, ("jsd", 1.0)),
+    "shred": ("--beta 3 --lowest_percent 40", {"beta": 3.0}, 1.0, None),
+    "max_entropy": ("--forget_weight 0.1 --retain_loss cross_entropy", {}, 0.1, ("cross_entropy", 1.0)),
+    "inverted_hinge": ("--retain_loss jsd", {}, 1.0, ("jsd", 1.0)),
+    "pdu": ("--retain_loss cross_entropy --retain_weight 0.5", {}, 1.0, ("cross_entropy", 0.5)),
     "jensun": (f"--substitute_text {SUBSTITUTE}", {}, 1.0, None),
 }
 MODELS = {"untied": False, "tied": True}
 LAYOUTS = {"base": {}, "two_ranks_chunks": {"ranks": 2, "--loss_workspace_mib": "0.02"}}
 ELSEWHERE = [("tnpo", "tied", "base"), ("tnpo", "untied", "two_ranks_chunks"), ("undial", "tied", "two_ranks_chunks")]
+ELSEWHERE += [("inverted_hinge", "tied", "two_ranks_chunks"), ("pdu", "tied", "base"), ("max_entropy", "tied", "base")]
 CASES = [(method, "untied", "base") for method in METHODS] + ELSEWHERE
 TOLERANCE = 2e-5
 UPDATE = 2  # the model has moved away from the original
@@ -103,8 +108,12 @@ def test_equals_plain_pytorch(recorded, method, model, layout):
             else:
                 loss = loss + weight * torch.nn.functional.nll_loss(log_p, labels)
             continue
-        if method == "undial":
-            lowered = before - numbers["beta"] * torch.nn.functional.one_hot(labels, before.shape[1])
+        if method in ("undial", "shred"):
+            down = torch.full((len(labels), 1), numbers["beta"])
+            if method == "shred":
+                order = before.gather(1, labels[:, None])[:, 0].argsort()
+                down[order[max(1, round(0.4 * len(labels))) :]] = 0.0
+            lowered = before - down * torch.nn.functional.one_hot(labels, before.shape[1])
             target = lowered.log_softmax(-1)
             loss = loss + (target.exp() * (target - log_p)).sum(-1).mean()
             continue
@@ -127,7 +136,7 @@ def test_the_original_model_is_asked_once_for_every_forget_token(recorded):
     assert len(log_q) == Corpus(corpus_path(root / "data-2", "github", "forget")).num_tokens
     assert (
         len(list((root / "data-1" / "github").glob("log_prob-*.bin"))) == 2
-    )  # one a model, of tnpo and wtnpo together
+    )  # one a model, of tnpo, wtnpo and shred together
 
 
 def run(words: str) -> RunConfig:
@@ -137,11 +146,12 @@ def run(words: str) -> RunConfig:
 @pytest.mark.parametrize("retain", RETAIN_TERMS)
 @pytest.mark.parametrize("method", [name for name, row in OBJECTIVES.items() if row.forgets and name != "random_label"])
 def test_any_forget_term_goes_with_any_retain_term(method, retain):
-    objective = run(f"--unlearn_method {method} --retain_loss {retain}").objective
+    file = "--objective own.py:loss" if OBJECTIVES[method].is_own else ""
+    objective = run(f"--unlearn_method {method} {file} --retain_loss {retain}").method
     forget, *rest = objective.terms
     assert forget == OBJECTIVES[method].terms[0]
     assert tuple(rest) == RETAIN_TERMS[retain]
-    assert run(f"--unlearn_method {method}").objective is OBJECTIVES[method]
+    assert run(f"--unlearn_method {method} {file}").method is OBJECTIVES[method]
 
 
 def test_a_method_takes_its_own_numbers():
@@ -155,9 +165,12 @@ def test_a_method_takes_its_own_numbers():
     [
         (
             "--unlearn_method ce_u --beta 1",
-            "--beta is for npo and simnpo and wga and satimp and tnpo and wtnpo and undial, not for ce_u",
+            "--beta is for npo and simnpo and wga and satimp and tnpo and wtnpo and undial and shred, not for ce_u",
         ),
         ("--unlearn_method wga --beta2 1", "--beta2 is for satimp, not for wga"),
+        ("--unlearn_method undial --lowest_percent 9", "--lowest_percent is for shred, not for undial"),
+        ("--unlearn_method shred --lowest_percent 0", r"--lowest_percent 0\.0: above 0 and at most 100"),
+        ("--unlearn_method shred --lowest_percent 101", r"--lowest_percent 101\.0: above 0 and at most 100"),
         ("--unlearn_method tnpo --alpha 1", "--alpha is for wtnpo, not for tnpo"),
         ("--unlearn_method wga --beta -1", r"--beta -1\.0: must not be negative"),
         ("--unlearn_method wga --retain_weight 2", r"not for wga \(--retain_loss adds such a term\)"),

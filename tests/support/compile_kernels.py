@@ -1,7 +1,8 @@
 """Compile every variant of the Triton row kernels for a GPU that need not be there, and read what ptxas made of it.
 
-`python tests/support/compile_kernels.py 90` prints a JSON list, one entry a variant: registers, stack, spills, widths of its
-loads, and what its loops over full blocks take: instructions for each logit, barriers.
+`python tests/support/compile_kernels.py 90` prints a JSON list, one entry a variant (`90 jsd`: those with that word in their
+name): registers, stack, spills, widths of its loads, and what its loops over full blocks take: instructions for each logit,
+barriers.
 Run without TRITON_INTERPRET: the interpreter's kernels cannot be compiled.
 """
 
@@ -19,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from unlearn_ds.kernels import rows_triton
+from unlearn_ds.kernels.row_losses import ROW_FORMS
 from unlearn_ds.kernels.token_losses import COMPLEMENT, FORMS, POWER
+from unlearn_ds.kernels.triton_row_losses import BLOCK_AS_FOR_BYTES
 from unlearn_ds.kernels.tuning import LOAD_BYTES, MOST_REGISTERS, launch
 
 VOCAB_SIZES = {"aligned": 128256, "odd": 50257}
@@ -31,6 +34,7 @@ POINTERS = {
         "takes_ptr": "*i1",
         "log_q_ptr": "*fp32",
     },
+    "row_loss": {"targets_ptr": "*i64", "weight_ptr": "*fp32", "loss_ptr": "*fp32", "takes_ptr": "*i1"},
     "kl": {"z_ptr": "*fp32", "ref_ptr": "*fp32", "weight_ptr": "*fp32", "kl_ptr": "*fp32"},
     "other_divergence": {"z_ptr": "*fp32", "ref_ptr": "*fp32", "weight_ptr": "*fp32", "kl_ptr": "*fp32"},
     "token_stats": {
@@ -48,6 +52,7 @@ READS = {
     "kl": (1, 1, 2),
     "other_divergence": (1, 1, 2, 2),
     "token_stats": (1, 1),
+    "row_loss": (1, 1, 1),
 }  # rows of logits that each loop reads
 
 
@@ -69,6 +74,12 @@ def variants():
                 formed = flags | {"FORM": FORMS.index(form)} | ({} if form == POWER else {"log_q_ptr": None})
                 name = "cross_entropy" + " two_passes" * (form == COMPLEMENT)
                 yield f"{name} {form} {marks}", rows_triton.cross_entropy_kernel, pointers, formed, size
+            beside = {name: value for name, value in (flags | plain_loss).items() if name != "takes_ptr"}
+            yield f"cross_entropy beside {marks}", rows_triton.cross_entropy_kernel, pointers, beside, size
+            pointers = POINTERS["row_loss"] | {"z_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+            for form in ROW_FORMS:
+                formed = flags | {"FORM": ROW_FORMS.index(form)}
+                yield f"{form} {marks}", rows_triton.row_loss_kernel, pointers, formed, size
         pointers = POINTERS["kl"] | dict.fromkeys(("bias_ptr", "ref_bias_ptr", "dz_ptr"), f"*{dtype}")
         flags |= {} if bias else {"ref_bias_ptr": None}
         yield f"kl {marks}", rows_triton.kl_kernel, pointers, flags, size
@@ -83,7 +94,8 @@ def variants():
 def compile_one(kernel, pointers, flags, vocab_size, arch):
     """Compile as the launcher would and return what the resource usage and the disassembly say."""
     bytes_per_logit = 2 if pointers["z_ptr"] == "*bf16" else 4
-    chosen = launch(vocab_size, bytes_per_logit)
+    shorter = kernel is rows_triton.row_loss_kernel
+    chosen = launch(vocab_size, BLOCK_AS_FOR_BYTES if shorter else bytes_per_logit)
     constants = flags | {"BLOCK": chosen.block, "LINE": LOAD_BYTES // bytes_per_logit}
     signature = {}
     for name in kernel.arg_names:
@@ -97,7 +109,9 @@ def compile_one(kernel, pointers, flags, vocab_size, arch):
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
     limit = MOST_REGISTERS if "ref_ptr" in kernel.arg_names and "bias_ptr" not in constants else None
-    if constants.get("FORM") is not None:
+    if shorter:
+        limit = MOST_REGISTERS
+    elif constants.get("FORM") is not None:
         limit = rows_triton.registers(constants["FORM"], constants["BACKWARD"])
     options = {"num_warps": chosen.num_warps, "enable_fp_fusion": True, "maxnreg": limit}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -135,8 +149,13 @@ def loop_bodies(sass):
 
 
 def per_logit(loops, reads, bytes_per_logit):
-    """Instructions for an entry of the vocabulary. ptxas may unroll a loop: what it is for follows from the bytes it loads."""
-    wide = [sum("LDG" in instruction and "128" in instruction for instruction in body) for body in loops]
+    """Instructions for an entry of the vocabulary. ptxas may unroll a loop: what it is for follows from the bytes it loads, or
+    else from those it stores."""
+
+    def accesses(body, what):
+        return sum(what in instruction and "128" in instruction for instruction in body)
+
+    wide = [accesses(body, "LDG") or accesses(body, "STG") for body in loops]
     return round(sum(len(body) * r * bytes_per_logit / (w * LOAD_BYTES) for body, w, r in zip(loops, wide, reads)), 1)
 
 
@@ -150,6 +169,8 @@ if __name__ == "__main__":
     arch = int(sys.argv[1])
     results = []
     for name, *rest in variants():
+        if not set(sys.argv[2:]) <= set(name.split()):
+            continue
         started = time.monotonic()
         results.append({"name": name, "arch": arch} | compile_one(*rest, arch))
         print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

@@ -75,6 +75,12 @@ def naive_token_loss(
     if method == "unilogit":
         target = (p * (1 - onehot) / (1 - ours)[:, None] * (1 - 1 / size) + onehot / size).detach()
         return (p * (log_p - target.log())).sum(-1)
+    if method == "max_entropy":
+        return -(log_p.mean(-1) + np.log(size))
+    if method == "inverted_hinge":
+        return 1 + ours - (p * (1 - onehot)).max(-1).values
+    if method == "pdu":
+        return (log_p.max(-1).values - log_p.mean(-1)) ** 2  # logits less their log-sum-exp: the same difference
     assert method == "jensun", method
     middle = (p + onehot) / 2
     return ((p * (log_p - middle.log())).sum(-1) - (onehot * middle.log()).sum(-1)) / 2

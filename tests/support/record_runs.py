@@ -2,7 +2,8 @@
 
     python -m tests.support.record_runs SPEC.json OUT_DIR
 
-SPEC is a list of {"name", "arguments", "num_updates"}; OUT_DIR/NAME.npz gets `losses` (num_updates,) and, for each update k of
+SPEC is a list of {"name", "arguments", "num_updates"}; OUT_DIR/NAME.npz gets `losses`, `retain_weights` and, where there are
+some, `retain_losses`, (num_updates,) each, and, for each update k of
 `DETAILED`, the sequences it saw (`source/k`, `sequence/k`) and, per parameter, `weight/k/PARAMETER` before it and
 `grad/k/PARAMETER` in it, both whole.
 """
@@ -35,7 +36,7 @@ def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:
     with ExitStack() as held:
         run = build_run(parse(RunConfig, arguments, "record_runs"), held)
     result = {}
-    losses = []
+    losses, retain_losses, weights = [], [], []
     with Loader(run.plan, distributed.rank(), run.device, 0, run.reference.hidden_cache) as loader:
         for step in loader:
             k = step.index
@@ -44,15 +45,21 @@ def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:
                 result |= {f"source/{k}": planned.source, f"sequence/{k}": planned.sequence}
                 for name, parameter in parameters(run):
                     result[f"weight/{k}/{name}"] = safe_get_full_fp32_param(parameter).cpu().numpy().copy()
-            sums = accumulate(run, step)
+            weights.append(run.config.retain_weight if run.retain_weight is None else run.retain_weight.value)
+            sums = accumulate(run, step, run.retain_weight)
             if k in DETAILED:
                 for name, parameter in parameters(run):
                     result[f"grad/{k}/{name}"] = safe_get_full_grad(parameter).cpu().numpy().copy()
             run.engine.update()
-            losses.append(reduce_losses(run.plan, step, sums)["loss"])
+            found = reduce_losses(run.plan, step, sums)
+            losses.append(found["loss"])
+            retain_losses.append(found["retain_loss"])
+            if run.retain_weight is not None:
+                run.retain_weight.move(found["retain_loss"], k)
             if len(losses) == num_updates:
                 break
-    return result | {"losses": np.array(losses)}
+    more = {} if None in retain_losses else {"retain_losses": np.array(retain_losses)}
+    return result | more | {"losses": np.array(losses), "retain_weights": np.array(weights)}
 
 
 def main() -> None:

@@ -204,7 +204,7 @@ def _ours(config: RunConfig, shape: Any, plan: Plan, device: torch.device, marks
                 sequences, engine, "random", dtype, rows_per_batch=1, cache_dir=None, overwrite=False, progress=False
             )
         )
-    elif config.objective.needs_reference:
+    elif config.method.needs_reference:
         frozen_config = inference_config(load_ds_file(config.deepspeed), bf16=config.bf16, size=model_size(shape))
         reference = LiveReference(FrozenEngine(packed_model(config, shape, frozen_config), frozen_config))
     marks["reference"] = memory_now(device)
@@ -234,7 +234,7 @@ def _baseline(config: RunConfig, shape: Any, plan: Plan, device: torch.device, m
     model.train()
     optimizer = make_optimizer(config, model, offloaded="offload_optimizer" in ds_config["zero_optimization"])
     reference = None
-    if config.objective.needs_reference:
+    if config.method.needs_reference:
         blank = blank_model(shape, dtype=dtype)
         fixed = fixed_tensors(blank)
         reference = blank.to_empty(device=device).eval().requires_grad_(False)

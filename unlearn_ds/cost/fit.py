@@ -53,10 +53,10 @@ class Choice:
 def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, world_size: int, per_node: int) -> Setting:
     """What of a run's options memory depends on."""
     reference = None
-    if config.objective.needs_reference:
+    if config.method.needs_reference:
         adapter = config.lora_r is not None and config.reference == "live"
         reference = "adapter" if adapter else config.reference
-    losses = {term.loss for term in config.objective.terms}
+    losses = {term.loss for term in config.method.terms}
     return Setting(
         ds_config=sized(
             ds_file, bf16=config.bf16, size=size, ranks_per_node=per_node, bf16_states=config.optimizer_states == "bf16"

@@ -154,7 +154,7 @@ class Estimator:
         plan = make_plan(run, self.sources, world)
         work = cost.average_work(plan, self.flops)
         parts = self.memory(nodes)
-        reference = run.objective.needs_reference and run.reference == "live"
+        reference = run.method.needs_reference and run.reference == "live"
         sent = cost.traffic(
             self.model, setting.zero, bf16=run.bf16, reference=reference, nodes=nodes, per_node=per_node
         )
@@ -222,7 +222,7 @@ def advice(estimator: Estimator, nodes: int) -> list[str]:
 
     run = estimator.run
     changes: list[tuple[str, dict[str, Any]]] = []
-    if run.objective.needs_reference and run.reference == "live":
+    if run.method.needs_reference and run.reference == "live":
         changes.append(("--reference cache", {"reference": "cache"}))
     if run.loss_workspace_mib == AUTO or run.loss_workspace_mib > 256:
         changes.append(("--loss_workspace_mib 256", {"loss_workspace_mib": 256.0}))

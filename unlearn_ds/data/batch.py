@@ -20,7 +20,7 @@ from unlearn_ds.data.loss_mask import KEPT, SCATTERED
 from unlearn_ds.data.micro_batch import EvaluationBatch, MicroBatch, PackedRows, SequenceRows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE
+from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE, Divergence
 
 # Few different shapes: on a CPU oneDNN compiles a kernel per shape of a bf16 product and keeps it (0.5 MB and more each).
 _TOKENS_MULTIPLE = 128
@@ -233,13 +233,23 @@ class StepBuilder:
         log_q, at = np.zeros(size, dtype=np.float32), 0
         for i in chosen:
             if self._source[i] == source:
-                where, first = self._where(i), self._start[i] + 1
-                which = (
-                    slice(first + where, first + where + self._count[i]) if isinstance(where, int) else where + first
-                )
-                log_q[at : at + self._count[i]] = self._log_q[source][which]
+                log_q[at : at + self._count[i]] = self._log_q_of(i)
             at += self._count[i]
         return torch.from_numpy(log_q)
+
+    def _log_q_of(self, i: int) -> np.ndarray:  # (targets,) fp32
+        """What the original model said of the targets of a sequence."""
+        where, first = self._where(i), self._start[i] + 1
+        which = slice(first + where, first + where + self._count[i]) if isinstance(where, int) else where + first
+        return self._log_q[self._source[i]][which]
+
+    def _lowered(self, i: int, form: Divergence | None) -> np.ndarray:  # (targets,) fp32
+        """By how much the reference's logits of a sequence's targets are taken down: of all, or of the least likely."""
+        by = np.full(self._count[i], (form and form.beta) or 0.0, dtype=np.float32)
+        if form is not None and form.lowest_percent is not None:
+            num_lowest = max(1, round(form.lowest_percent / 100 * len(by)))
+            by[np.argsort(self._log_q_of(i), kind="stable")[num_lowest:]] = 0.0
+        return by
 
     def _cross_entropy(
         self, tokens: np.ndarray, starts: list[int], chosen: list[int], kept: list[tuple[int, int]]
@@ -321,7 +331,7 @@ class StepBuilder:
             start = parts.pop()[1] if parts and parts[-1][0] == name else end
             end += count
             parts.append((name, start, end))
-            lowered.append(np.full(count, (form and form.beta) or 0.0, dtype=np.float32))
+            lowered.append(self._lowered(i, form))
         found: dict[str, Any] = {"kl_parts": tuple(parts)}
         if any(form is not None and form.beta is not None for form in self._divergence) and chosen:
             targets = torch.from_numpy(tokens[kl_rows.numpy() + 1])

@@ -40,15 +40,28 @@ class Source:
     )
     token_loss: TokenLoss | None = None  # in the place of cross-entropy
     reference_log_prob: np.ndarray | None = (
-        None  # (tokens of the corpora,) fp32, for a token_loss that compares with the original model
+        None  # (tokens of the corpora,) fp32, for a loss that compares tokens with the original model
     )
     divergence: Divergence | None = None  # with objectives.KL: another
+
+    @property
+    def needs_log_q(self) -> bool:
+        """Whether its loss asks what the original model says of each token."""
+        return any(form is not None and form.needs_log_q for form in (self.token_loss, self.divergence))
+
+
+# Fields of a form that earlier versions lacked: where they say nothing, a plan is what it was.
+_LATER = {"lowest_percent"}
 
 
 def _term(source: Source) -> list[Any]:
     """What a checkpoint must agree with."""
     form = source.sequence_loss or source.token_loss or source.divergence
-    return [source.role, source.loss, source.factor, *([asdict(form)] if form is not None else [])]
+    return [source.role, source.loss, source.factor, *([_stated(form)] if form is not None else [])]
+
+
+def _stated(form: Any) -> dict[str, Any]:
+    return {name: value for name, value in asdict(form).items() if value is not None or name not in _LATER}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
-from unlearn_ds.objectives import RANDOM_TARGETS, SEQUENCE, Term
+from unlearn_ds.objectives import OWN, RANDOM_TARGETS, SEQUENCE, Term, TokenLoss
 from unlearn_ds.options import OptionError, check_name
 from unlearn_ds.stored import ABSENT, Count, OpenRecord, Positive, Record, check, load
 
@@ -83,7 +83,7 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
             NamedCorpus(name, term.role, open_set(config.data_dir, config.domain, name, vocab_size, tokenizer))
             for name in names(term)
         ]
-        for term in config.objective.terms
+        for term in config.method.terms
     ]
 
 
@@ -121,6 +121,7 @@ class RunFile(Record):
     versions: dict[str, str] = ABSENT
     model_fingerprint: str = ABSENT
     tokenizer: str | None = None  # its fingerprint
+    objective: str | None = None  # the name and the digest of the content, of a loss of the user's own
     corpora: list[RunCorpus] = ABSENT
     layout: dict[str, Any] | None = None  # how DeepSpeed cuts the state
     changed: list[dict[str, Any]] = ABSENT  # rates changed at a resume
@@ -158,6 +159,7 @@ class RunRecord:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: str | None = None  # its id; this and what follows: None in records of older versions
     tokenizer: str | None = None  # its fingerprint
+    objective: str | None = None  # name and digest of a loss of the user's own
     batch: int | None = None  # sequences of an update
     layout: dict[str, Any] | None = None  # how DeepSpeed cuts the state
     changed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # rates changed at a resume
@@ -185,6 +187,7 @@ def parse_record(content: Any, where: str, remedy: str = "") -> RunRecord:
         options=content["options"],
         run=found.run,
         tokenizer=found.tokenizer,
+        objective=found.objective,
         batch=found.plan.global_batch_size,
         layout=found.layout,
         changed=found.changed or [],
@@ -210,7 +213,7 @@ def make_sources(
     Random labels are what the tokenizer knows: a model's vocabulary may be padded beyond it.
     """
     sources: list[Source] = []
-    for term, named in zip(config.objective.terms, corpora):
+    for term, named in zip(config.method.terms, corpora):
         is_first = not sources
         targets = TrueTargets()
         if term.targets == RANDOM_TARGETS:
@@ -221,12 +224,12 @@ def make_sources(
                 Source(
                     role=term.role,
                     loss=term.loss,
-                    factor=term.factor * (config.forget_weight if is_first else config.retain_weight),
+                    factor=term.factor * (config.forget_weight if is_first else config.planned_retain_weight),
                     sequences=SequenceIndex([c.corpus for c in parts], config.seq_len, shortest_document(term.role)),
                     targets=targets,
                     ratio=1.0 if is_first else config.retain_ratio * share,
                     name="+".join(c.name for c in parts),
-                    kept_factor=config.retain_weight,
+                    kept_factor=config.planned_retain_weight,
                     sequence_loss=config.with_numbers(term.sequence),
                     token_loss=config.with_numbers(term.token),
                     divergence=config.with_numbers(term.divergence),
@@ -246,8 +249,18 @@ def _shares(config: RunConfig, term: Term, named: list[NamedCorpus]) -> list[tup
 
 def with_targets(config: RunConfig, sources: list[Source], targets: Any, kind: str) -> list[Source]:
     """Put `targets` in the place of every source whose term asks for targets of this kind."""
-    asking = {term.role for term in config.objective.terms if term.targets == kind}
+    asking = {term.role for term in config.method.terms if term.targets == kind}
     return [dataclasses.replace(source, targets=targets) if source.role in asking else source for source in sources]
+
+
+def with_own_loss(sources: list[Source], token: TokenLoss, sign: float) -> list[Source]:
+    """Put the user's loss, as it was loaded, in the place that the table keeps for it."""
+    return [
+        dataclasses.replace(source, token_loss=token, factor=sign * source.factor)
+        if source.token_loss is not None and source.token_loss.form == OWN
+        else source
+        for source in sources
+    ]
 
 
 def with_reference_nll(
@@ -264,10 +277,7 @@ def with_reference_log_prob(
 ) -> list[Source]:
     """Give the source that compares tokens with the original model what that model said."""
     return [
-        dataclasses.replace(source, reference_log_prob=log_prob)
-        if source.token_loss is not None and source.token_loss.needs_log_q
-        else source
-        for source in sources
+        dataclasses.replace(source, reference_log_prob=log_prob) if source.needs_log_q else source for source in sources
     ]
 
 

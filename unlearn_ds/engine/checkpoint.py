@@ -150,8 +150,10 @@ def _writing_through(engine: Any, writer: _Writer) -> Iterator[None]:
         del engine._copy_recovery_script
 
 
-def save(engine: TrainingEngine, run_dir: Path, step: int, origin: Origin, keep: int | None) -> Path:
+def save(engine: TrainingEngine, run_dir: Path, step: int, origin: Origin, keep: int | None, **state: float) -> Path:
     """Write `checkpoints/step_N` and then drop all but the newest `keep`. Every rank calls this.
+
+    state: numbers, the same on every rank, that come back with the step.
 
     Raises `CheckpointError` on every rank if any could not write; the checkpoints that were there before stay.
     """
@@ -165,7 +167,7 @@ def save(engine: TrainingEngine, run_dir: Path, step: int, origin: Origin, keep:
     manifest = Manifest.of(origin, step)
     writer = _Writer(partial, manifest)
     with _writing_through(engine.engine, writer):
-        engine.engine.save_checkpoint(str(partial), tag=STATE, client_state={"step": step}, save_latest=False)
+        engine.engine.save_checkpoint(str(partial), tag=STATE, client_state={"step": step} | state, save_latest=False)
     why = writer.failure.everywhere()
     written = distributed.gather_objects(writer.checksums)
     checksums = {name: checksum for part in written for name, checksum in sorted(part.items())}
@@ -243,8 +245,8 @@ def _convert(path: Path) -> None:
     publish_folder(partial, path / UNIVERSAL)
 
 
-def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) -> int:
-    """Restore the engine and return the number of updates done. Every rank calls this.
+def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) -> dict[str, Any]:
+    """Restore the engine; the number of updates done as `step`, and what else `save` was given. Every rank calls this.
 
     Weights, moments and the place in the schedule are the checkpoint's; learning rate, decay and clipping stay the engine's
     own. Raises `CheckpointError` if the checkpoint belongs to other data, options or parameters.
@@ -268,7 +270,7 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint, plan_fingerprint: str) 
                 state["step"] = state["step"].clone()
         distributed.barrier()
         distributed.on_main(lambda: remove_folder(checkpoint.path / UNIVERSAL))  # as large as the checkpoint itself
-    return int(client_state["step"])
+    return client_state
 
 
 @contextlib.contextmanager

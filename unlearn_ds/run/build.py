@@ -23,6 +23,7 @@ from unlearn_ds.data.sources import (
     make_plan,
     make_sources,
     open_run_corpora,
+    with_own_loss,
     with_targets,
 )
 from unlearn_ds.engine import checkpoint
@@ -31,6 +32,7 @@ from unlearn_ds.engine.ds_config import check_device, load_ds_file, state_layout
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
+from unlearn_ds.kernels import own_losses
 from unlearn_ds.methods import far_from_preset
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import load_model
@@ -48,7 +50,9 @@ from unlearn_ds.run.folder import (
     with_earlier_choices,
 )
 from unlearn_ds.run.original import ask_original, make_reference
+from unlearn_ds.run.own_loss import load_own_loss
 from unlearn_ds.run.resume import Facts, check_facts, check_options, note_changes
+from unlearn_ds.run.retain_weight import RetainWeight
 from unlearn_ds.run.subject import Subject, fingerprint_of, head_of, open_subject
 
 
@@ -66,7 +70,6 @@ class Run:
     """A run ready to take its next step."""
 
     config: RunConfig
-    run_dir: Path
     device: torch.device
     model_config: PreTrainedConfig
     larger_model: Path | None  # the folder of the model of which the trained one is a part
@@ -85,7 +88,12 @@ class Run:
     reference: Reference
     adapter: Any | None  # peft's configuration, with LoRA
     start_step: int  # updates already done
+    retain_weight: RetainWeight | None  # with --retain_target
     chosen: dict[str, Any]  # options that were `auto` -> what they came to
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.run_dir
 
 
 def build_run(config: RunConfig, held: ExitStack) -> Run:
@@ -124,10 +132,9 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
     plan = make_plan(config, sources, world)
     reference = make_reference(config, subject, sources, engine, adapter, ds_file, device)
-    start_step = checkpoint.load(engine, beginning.checkpoint, plan_id) if beginning.checkpoint is not None else 0
+    saved = checkpoint.load(engine, beginning.checkpoint, plan_id) if beginning.checkpoint else {"step": 0}
     return Run(
         config=config,
-        run_dir=config.run_dir,
         device=device,
         model_config=subject.config,
         larger_model=subject.larger_model,
@@ -145,7 +152,8 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         engine=engine,
         reference=reference,
         adapter=adapter,
-        start_step=start_step,
+        start_step=saved["step"],
+        retain_weight=RetainWeight.of(config, plan, saved.get("retain_weight"), saved["step"]),
         chosen=chosen,
     )
 
@@ -165,7 +173,10 @@ def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus
     """The terms of the objective over their corpora, and the run's updates."""
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
     sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
-    if config.objective.needs_substitute_targets:
+    if config.objective is not None:
+        own = load_own_loss(config.objective)
+        sources = with_own_loss(sources, own.token, own.sign)
+    if config.method.needs_substitute_targets:
         targets = SubstituteTargets(substitute_ids(config.substitute_text, subject.tokenizer))
         sources = with_targets(config, sources, targets, SUBSTITUTE_TARGETS)
     plan = make_plan(config, sources, distributed.world_size())
@@ -189,7 +200,9 @@ def substitute_ids(text: str, tokenizer: Any | None) -> list[int]:
 def facts_of(subject: Subject, plan: Plan, ds_file: dict[str, Any], corpora: list[list[NamedCorpus]]) -> Facts:
     """What a resume is compared by, beside the options."""
     tokenizer = fingerprint_of(subject.tokenizer)
-    return Facts(subject.fingerprint, tokenizer, plan.global_batch_size, state_layout(ds_file), corpora)
+    forms = [source.token_loss.form for source in plan.sources if source.token_loss is not None]
+    objective = next((form for form in forms if form in own_losses), None)
+    return Facts(subject.fingerprint, tokenizer, plan.global_batch_size, state_layout(ds_file), corpora, objective)
 
 
 def begin(

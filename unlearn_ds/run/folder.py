@@ -18,7 +18,9 @@ from unlearn_ds.measures.folder import mend
 from unlearn_ds.options import AUTO, OptionError
 from unlearn_ds.ownership import OWNER_FILE
 
-_READ_OPTIONS = "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed"
+_READ_OPTIONS = (
+    "target_model_name_or_path model_name_or_path tokenizer_name_or_path data_dir cache_dir deepspeed objective"
+)
 
 
 @contextmanager

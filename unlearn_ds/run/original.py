@@ -37,12 +37,12 @@ def ask_original(
 ) -> list[Source]:
     """The sources with what the original model says of the forget set: sampled labels, NLLs of sequences, log p of tokens."""
     original = Original(config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
-    if config.objective.needs_sampled_targets:
+    if config.method.needs_sampled_targets:
         sources = with_targets(config, sources, sampled_targets(original), SAMPLED_TARGETS)
     form = config.sequence_loss
     if form is not None and form.needs_reference_nll:
         sources = with_reference_nll(sources, reference_nll(original))
-    if config.token_loss is not None and config.token_loss.needs_log_q:
+    if any(source.needs_log_q for source in sources):
         sources = with_reference_log_prob(sources, reference_log_prob(original).values)
     return sources
 
@@ -75,7 +75,7 @@ def make_reference(
                 progress=not config.disable_tqdm,
             )
         )
-    if not config.objective.needs_reference:
+    if not config.method.needs_reference:
         return NoReference()
     if adapter is not None:
         return AdapterReference(engine)

@@ -49,6 +49,7 @@ def record_of(run: Run) -> dict[str, Any]:
         },
         "model_fingerprint": run.model_fingerprint,
         "tokenizer": run.facts.tokenizer,
+        "objective": run.facts.objective,
         "corpora": [describe(named) for term in run.corpora for named in term],
         "plan": {
             "fingerprint": run.plan.fingerprint,
@@ -137,7 +138,7 @@ def announce(run: Run) -> None:
         )
     sequences = ", ".join(f"{len(source.sequences):,} {source.role}" for source in plan.sources)
     distributed.say(
-        f"{config.objective_name}: {config.objective.summary}",
+        f"{config.objective_name}: {config.method.summary}",
         f"  sequences     {sequences} of at most {config.seq_len} tokens",
         f"  update        {first.num_sequences} sequences = {first.num_tokens:,} tokens in {first.num_rows} rows "
         f"({padding:.1%} padding), {first.num_micro_steps} micro-steps x {world} ranks x "

@@ -18,13 +18,13 @@ KEPT = "kept"  # decides over which data, with which state, what is minimised: a
 RATE = "rate"  # changes the updates from here on; said, and kept in run.json
 FREE = "free"  # speed, memory, what is written, measured and shown, paths
 # Compared by what the option comes to, so that a folder may be moved and a batch be made up in another way.
-MODEL, TOKENIZER, DATA, BATCH, LAYOUT = "model", "tokenizer", "data", "batch", "layout"
+MODEL, TOKENIZER, OBJECTIVE, DATA, BATCH, LAYOUT = "model", "tokenizer", "objective", "data", "batch", "layout"
 
 _NAMES = {
-    KEPT: """unlearn_method random_init domain general train_on seq_len retain_ratio retain_weight retain_sets retain_loss
-        forget_weight average completely_random top_k top_p rm_groundtruth beta beta2 alpha gamma substitute_text
-        adam_beta1 adam_beta2 adam_epsilon seed bf16 optimizer_states tf32 lora_r lora_alpha lora_target
-        eval_sequences""",
+    KEPT: """unlearn_method random_init domain general train_on seq_len retain_ratio retain_weight retain_target
+        retain_target_rate retain_target_warmup retain_sets retain_loss forget_weight average
+        completely_random top_k top_p rm_groundtruth beta beta2 alpha lowest_percent gamma substitute_text adam_beta1
+        adam_beta2 adam_epsilon seed bf16 optimizer_states tf32 lora_r lora_alpha lora_target eval_sequences""",
     RATE: """num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay max_grad_norm""",
     FREE: """preset output_dir output_sufix trust_remote_code packing cache_dir overwrite_cache max_skipped_steps attn
         activation_checkpointing leaf_modules torch_compile reference lora_export loss_impl loss_workspace_mib loading
@@ -33,6 +33,7 @@ _NAMES = {
         profile_steps logging_steps report_to run_name disable_tqdm do_unlearn fsdp fsdp_transformer_layer_cls_to_wrap""",
     MODEL: "target_model_name_or_path model_name_or_path",
     TOKENIZER: "tokenizer_name_or_path",
+    OBJECTIVE: "objective",
     DATA: "data_dir",
     BATCH: "global_batch_size per_device_train_batch_size gradient_accumulation_steps",
     LAYOUT: "deepspeed",
@@ -85,6 +86,7 @@ class Facts:
     batch: int  # sequences of an update
     layout: dict[str, Any]  # how DeepSpeed cuts the state
     corpora: list[list[NamedCorpus]]  # per term of the objective
+    objective: str | None = None  # name and digest of a loss of the user's own
 
 
 def check_facts(before: RunRecord, now: Facts, run_dir: Path) -> None:
@@ -93,6 +95,7 @@ def check_facts(before: RunRecord, now: Facts, run_dir: Path) -> None:
     pairs = {
         MODEL: (before.model_fingerprint, now.model_fingerprint),
         TOKENIZER: (before.tokenizer, now.tokenizer),
+        OBJECTIVE: (before.objective, now.objective),
         BATCH: (before.batch, now.batch),
         LAYOUT: (before.layout, now.layout),
     }
@@ -110,6 +113,8 @@ _FACT_MESSAGES = {
     "or start a new run",
     TOKENIZER: "--tokenizer_name_or_path: the run in {run_dir} began with another tokenizer: its fingerprint was {old} and is "
     "{new}. Bring the old one back, or start a new run",
+    OBJECTIVE: "--objective: the run in {run_dir} began with another loss: it was {old} and is {new} (name, and digest "
+    "of the file). Bring the old file back, or start a new run",
     BATCH: "--global_batch_size: an update of the run in {run_dir} has {old} sequences and would have {new}: give "
     "--global_batch_size {old} (without it the number is rows x ranks x --gradient_accumulation_steps)",
     LAYOUT: "--deepspeed: DeepSpeed's state in {run_dir} was made with {old}, and this file has {new}: give the run's file, or "

@@ -19,9 +19,10 @@ from unlearn_ds.options import OptionError
 from unlearn_ds.original.reference import NoReference, Reference
 from unlearn_ds.run.build import Run, build_run, plan_run
 from unlearn_ds.run.original import ask_original, make_reference
+from unlearn_ds.run.retain_weight import RetainWeight
 from unlearn_ds.run.subject import open_subject
 from unlearn_ds.run.target import Metrics, metrics_of, retrained_tables
-from unlearn_ds.run.update import accumulate
+from unlearn_ds.run.update import accumulate, reduce_losses
 from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
 from unlearn_ds.tune.options import TuneConfig, trial_config
 
@@ -143,7 +144,7 @@ class Workbench:
         return replace(self.run, config=config, plan=plan, reference=self._reference(config, sources))
 
     def _reference(self, config: RunConfig, sources: list[Any]) -> Reference:
-        if not config.objective.needs_reference:
+        if not config.method.needs_reference:
             return NoReference()
         if config.reference not in self._references:
             run, ds_file = self.run, load_ds_file(config.deepspeed)
@@ -156,10 +157,11 @@ class Workbench:
     ) -> None:
         """Update until `look`, asked where it is time to measure, says that it is enough."""
         every = self.config.eval_steps if rates is None else 1
+        weight = RetainWeight.of(run.config, run.plan)
         with Loader(run.plan, distributed.rank(), run.device, 0, run.reference.hidden_cache) as loader:
             for step in loader:
                 started, done = time.perf_counter(), step.index + 1
-                accumulate(run, step)
+                sums = accumulate(run, step, weight)
                 if rates is not None:
                     self._rewind.set_rate(rates[step.index])
                 applied = run.engine.update().applied
@@ -168,6 +170,8 @@ class Workbench:
                 if not applied:
                     outcome.given_up = "hopeless"
                     return
+                if weight is not None:
+                    weight.move(reduce_losses(run.plan, step, sums)["retain_loss"], step.index)
                 if done % every == 0 or done == run.plan.num_steps:
                     started = time.perf_counter()
                     enough = look(done)
