@@ -50,7 +50,10 @@ def test_a_run_that_is_gone_on_with_is_the_uninterrupted_one(tiny, tmp_path, met
     assert largest_difference(weights(parts), weights(whole)) == 0.0
     assert [row["forget_loss"] is not None and row["retain_loss"] > 0 for row in updates] == [True] * 4
     corpora = json.loads((whole / "run.json").read_text())["corpora"]
-    assert [one["name"] for one in corpora] == ["forget", "alternates", "retain"]
+    assert {one["name"]: one["role"] for one in corpora} == {
+        "forget": "forget", "alternates": "preferred", "retain": "retain"
+    }  # fmt: skip
+    assert "| preferred | alternates |" in (whole / "model" / "README.md").read_text()
 
 
 def test_another_set_of_answers_is_another_run(tiny, tmp_path):

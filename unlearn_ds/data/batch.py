@@ -124,7 +124,7 @@ class Layout:
     ) -> np.ndarray:  # (sum of counts,) int64
         """Positions with a target in the batch: of each sequence those given, or so many from a position on."""
         rows = self.empty(sum(counts), np.int64)
-        counter = self.count(starts[-1] + self._seq_len if starts else 0)
+        counter = self.count(max(starts) + self._seq_len if starts else 0)
         at = 0
         for start, count, given in zip(starts, counts, where):
             if isinstance(given, int):

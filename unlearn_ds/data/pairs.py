@@ -37,15 +37,14 @@ def pair_up(sequences: SequenceIndex) -> np.ndarray:  # (P, 2) int64
             "question of one row, so both must have the same rows in the same order"
         )
     documents = _pairs_of_documents(forget, other)
-    _check_questions(forget, other, documents)
     _check_lengths(forget, other, documents, sequences.seq_len)
     of_document = np.full(forget.num_documents + other.num_documents, _NONE, dtype=np.int64)
     every = np.arange(len(sequences))
     of_document[sequences.documents(every)] = every
     pairs = of_document[documents + np.array([0, forget.num_documents])]
-    _refuse(
-        (pairs == _NONE).any(axis=1), forget, other, documents, "have an answer without a token that is predicted", ""
-    )
+    silent = (pairs == _NONE).any(axis=1)
+    _refuse(silent, forget, other, documents, "have an answer without a token that is predicted", "")
+    _check_questions(forget, other, documents)
     return pairs
 
 
@@ -78,8 +77,8 @@ def _check_questions(forget: Corpus, other: Corpus, documents: np.ndarray) -> No
     differs = np.zeros(len(documents), dtype=bool)
     for number, (a, b) in enumerate(documents.tolist()):
         one, two = _question(forget, a), _question(other, b)
-        shorter = min(len(one), len(two))
-        differs[number] = shorter == 0 < max(len(one), len(two)) or not np.array_equal(one[:shorter], two[:shorter])
+        shorter = min(len(one), len(two))  # a tokenizer may take the question's last characters with the answer's first
+        differs[number] = not shorter or not np.array_equal(one[:shorter], two[:shorter])
     what = "have another question, or another text before the answer"
     _refuse(differs, forget, other, documents, what, ": prepare both from the same rows with the same options")
 

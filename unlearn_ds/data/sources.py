@@ -32,6 +32,7 @@ EVALUATION_SETS = {
     "retain": "retain",
     "general": "general_evaluation",
 }
+PREFERRED = "preferred"  # role of other answers to the questions of forget
 # Sets with other answers to the questions of forget -> how they are made of its rows.
 _MADE_OF_FORGET = {
     ALTERNATES: "--forget FILE ... --alternates_column COLUMN",
@@ -87,9 +88,12 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
             return ("forget",)
         return config.train_on or tuple(config.retain_mixture) or (("general",) if config.general else ("retain",))
 
+    def role(term: Term, name: str) -> str:
+        return PREFERRED if term.answers is not None and name != "forget" else term.role
+
     return [
         [
-            NamedCorpus(name, term.role, open_set(config.data_dir, config.domain, name, vocab_size, tokenizer))
+            NamedCorpus(name, role(term, name), open_set(config.data_dir, config.domain, name, vocab_size, tokenizer))
             for name in names(term)
         ]
         for term in config.objective.terms
