@@ -88,6 +88,8 @@ def sequence_loss_op(
     nll_scale: Tensor,  # (S,)
     shift: Tensor,  # (S,)
     beta: float,
+    signs: Tensor | None,  # (M,)
+    form: str,
     logit_scale: float,
     softcap: float | None,
     workspace_bytes: int,
@@ -96,7 +98,7 @@ def sequence_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, loss of each sequence, dX, dW (fp32), dbias (fp32), dZ, its rows' factor; empty where not needed."""
     head = Head(weight, bias, logit_scale, softcap)
-    weights = (sequence_weight, nll_scale, shift, beta)
+    weights = (sequence_weight, nll_scale, shift, beta, signs, form)
     return sequence_loss(row_ops(impl), hidden, head, targets, bounds, *weights, workspace_bytes, Needs(*needs))
 
 
@@ -178,6 +180,8 @@ def _(
     nll_scale,
     shift,
     beta,
+    signs,
+    form,
     logit_scale,
     softcap,
     workspace_bytes,

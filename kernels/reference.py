@@ -8,11 +8,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unlearn_ds.kernels import divergences, row_losses, token_losses
 from unlearn_ds.kernels.divergences import Lowered
+from unlearn_ds.kernels.sequence_losses import LOG_SIGMOID, sequence_losses, summands
 from unlearn_ds.kernels.token_losses import TokenLoss
 
 IGNORED = -100  # a target that makes its row count for nothing
@@ -119,29 +119,24 @@ def linear_sequence_loss(
     nll_scale: Tensor,  # (S,)
     shift: Tensor,  # (S,)
     beta: float,
+    signs: Tensor | None = None,  # (M,) +1 or -1
+    form: str = LOG_SIGMOID,  # one of SEQUENCE_FORMS
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `sum_i w_i * L_i` and the detached `L_i = -(2/beta) log sigmoid(beta (nll_scale_i NLL_i - shift_i))`.
 
-    NLL_i is the sum over the sequence. With scale 1 and the reference's NLL as shift this is NPO (Zhang et al., arXiv
-    2404.05868), with scale 1 / length and shift gamma / beta SimNPO (Fan et al., arXiv 2410.07163).
+    NLL_i is the sum over the sequence, each row with its sign. With scale 1 and the reference's NLL as shift this is NPO (Zhang
+    et al., arXiv 2404.05868), with scale 1 / length and shift gamma / beta SimNPO (Fan et al., arXiv 2410.07163). A "sequence"
+    of an answer's rows with the sign +1 and of a preferred one's with -1, and the same difference by the reference as shift,
+    is DPO (Rafailov et al., arXiv 2305.18290). With `tanh`, L_i = (1/2) tanh of the same of summed probabilities: FLAT's total
+    variation (Wang et al., arXiv 2410.11143) is one of the answer to forget less one of its template.
     """
     per_row = row_nll(hidden, weight, bias, targets, logit_scale, softcap)
-    nll = torch.stack([per_row[start:stop].sum() for start, stop in pairwise(bounds)])
-    loss = sequence_losses(nll.double(), nll_scale, shift, beta)[0]
+    parts, _ = summands(form, per_row, targets != IGNORED, signs)
+    sums = torch.stack([parts[start:stop].sum() for start, stop in pairwise(bounds)])
+    loss = sequence_losses(form, sums.double(), nll_scale, shift, beta)[0]
     return weighted_sum(sequence_weight, loss).to(per_row.dtype), loss.detach().to(per_row.dtype)
-
-
-def sequence_losses(
-    nll: Tensor,  # (S,) fp64, summed over each sequence
-    nll_scale: Tensor,  # (S,)
-    shift: Tensor,  # (S,)
-    beta: float,
-) -> tuple[Tensor, Tensor]:
-    """The losses L_i and their derivatives by NLL_i, both (S,) fp64."""
-    margin = beta * (nll_scale.double() * nll - shift.double())
-    return -2 / beta * F.logsigmoid(margin), -2 * nll_scale.double() * torch.sigmoid(-margin)
 
 
 def linear_token_stats(

@@ -1,4 +1,4 @@
-"""The loss of whole sequences (NPO, SimNPO): the weight of a row is a function of its sequence's own NLL.
+"""The loss of whole sequences (NPO, SimNPO) and of pairs (DPO): the weight of a row is a function of its sequence's own NLL.
 
 Chunks end where sequences end. The logits of a chunk become `p - onehot` in place, which yields the NLLs, and the sequences'
 derivatives are then applied to X and dX, which are small: 3 products, like plain cross-entropy. A sequence whose logits
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unlearn_ds.kernels.chunked import Answer, Head, Needs
 from unlearn_ds.kernels.projection import HeadGradients, accumulation_dtype, project
-from unlearn_ds.kernels.reference import sequence_losses, weighted_sum
+from unlearn_ds.kernels.reference import IGNORED, weighted_sum
+from unlearn_ds.kernels.sequence_losses import sequence_losses, summands
 from unlearn_ds.kernels.tuning import rows_per_chunk, rows_that_fit
 
 
@@ -27,6 +28,8 @@ def sequence_loss(
     nll_scale: Tensor,  # (S,)
     shift: Tensor,  # (S,)
     beta: float,
+    signs: Tensor | None,  # (M,)
+    form: str,
     workspace_bytes: int,
     needs: Needs,
 ) -> Answer:
@@ -57,17 +60,21 @@ def sequence_loss(
         whole = len(spans) == 1
         for start, stop in spans:
             z = read(start, stop, ones[: stop - start], backward and whole)
-        sums = torch.stack([nll[start:stop].sum(dtype=torch.float64) for start, stop in pairwise(group)])
-        losses[some], slope = sequence_losses(sums, nll_scale[some], shift[some], beta)
+        low, high = group[0], group[-1]
+        counted, of_rows = targets[low:high] != IGNORED, None if signs is None else signs[low:high]
+        parts, by_nll = summands(form, nll[low:high], counted, of_rows)
+        sums = torch.stack([parts[a - low : b - low].sum(dtype=torch.float64) for a, b in pairwise(group)])
+        losses[some], slope = sequence_losses(form, sums, nll_scale[some], shift[some], beta)
         if not backward:
             continue
         slope = (sequence_weight[some] * slope).to(nll.dtype)
         row_slope = torch.cat([slope[i].expand(stop - start) for i, (start, stop) in enumerate(pairwise(group))])
+        row_slope = row_slope if by_nll is None else row_slope * by_nll
         if whole:
-            gradients.add(group[0], group[-1], z, row_slope)
+            gradients.add(low, high, z, row_slope)
             continue
         for start, stop in spans:
-            z = read(start, stop, row_slope[start - group[0] : stop - group[0]], True)
+            z = read(start, stop, row_slope[start - low : stop - low], True)
             gradients.add(start, stop, z)
     losses = losses.to(nll.dtype)
     return weighted_sum(sequence_weight, losses), losses, *gradients.tensors()

@@ -6,7 +6,7 @@ import pytest
 
 from unlearn_ds import train
 from unlearn_ds.config import RunConfig
-from unlearn_ds.kernels import DIVERGENCES, FORMS, ROW_FORMS
+from unlearn_ds.kernels import DIVERGENCES, FORMS, ROW_FORMS, SEQUENCE_FORMS
 from unlearn_ds.methods import PRESETS, TRAINERS, far_from_preset, method_listing
 from unlearn_ds.objectives import OBJECTIVES, OWN, RETAIN_TERMS
 from unlearn_ds.options import OptionError, parse
@@ -21,6 +21,7 @@ def test_the_table_names_losses_that_the_kernels_have():
         t for ts in RETAIN_TERMS.values() for t in ts
     ]
     assert {term.token.form for term in terms if term.token} == {*FORMS, *ROW_FORMS, OWN}
+    assert {term.sequence.form for term in terms if term.sequence} == set(SEQUENCE_FORMS)
     assert {"kl"} | {term.divergence.name for term in terms if term.divergence} == set(DIVERGENCES)
 
 
@@ -71,6 +72,7 @@ def test_a_learning_rate_far_from_the_source_is_said():
     assert "may be destroyed" in far_from_preset(faster, 125)
     assert far_from_preset(run("--unlearn_method npo"), 5) is None
     assert far_from_preset(run("--preset jensun"), 5) is None
+    assert far_from_preset(run("--preset alt_po"), 5) is None, "how many updates its source made is not known"
 
 
 def test_methods_are_listed(capsys):
@@ -80,3 +82,6 @@ def test_methods_are_listed(capsys):
     for name in (*OBJECTIVES, *TRAINERS, *PRESETS):
         assert f"\n  {name} " in printed
     assert "--beta 4; original model: a number a token, once (one forward of forget)" in printed
+    asked = "a number a sequence, once (one forward of forget and refusals); answers: refusals (--pairs_set)"
+    assert f"--beta 0.1; original model: {asked}" in printed
+    assert "original model: nothing; answers: refusals" in printed

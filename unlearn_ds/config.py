@@ -11,7 +11,7 @@ from typing import Any, Literal
 from unlearn_ds.conditions import check_guards
 from unlearn_ds.methods import check_method, expanded
 from unlearn_ds.mixture import parse_mixture
-from unlearn_ds.objectives import OBJECTIVES, Objective, SequenceLoss, TokenLoss
+from unlearn_ds.objectives import OBJECTIVES, Objective, PairLoss, SequenceLoss, TokenLoss
 from unlearn_ds.options import OptionError, check_choices, check_name
 
 
@@ -22,8 +22,8 @@ class RunConfig:
     unlearn_method: str
     """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
     npo_plus_descent, simnpo, simnpo_plus_descent, wga, satimp, tnpo, wtnpo, unlikelihood, ce_u, unilogit, jensun, undial,
-    shred, max_entropy, inverted_hinge, pdu, own (with --objective), finetune or retrain; or a trainer of Open-Unlearning's,
-    such as GradDiff: `unlearn-ds train --list_methods`"""
+    shred, max_entropy, inverted_hinge, pdu, dpo, idk_dpo, alt_po, flat, idk, own (with --objective), finetune or retrain; or a
+    trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train --list_methods`"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
     objective: str | None = None
@@ -72,6 +72,9 @@ class RunConfig:
     """retain_target: epochs at the start in which the weight stays"""
     retain_sets: tuple[str, ...] = ()
     """sets that retain sequences come from, with their shares, such as `retain:2 general:1` (default: retain alone)"""
+    pairs_set: str | None = None
+    """dpo, idk_dpo, alt_po, flat and idk: the set of the domain with other answers to the questions of forget (default:
+    refusals for idk_dpo, flat and idk, alternates for the others)"""
     average: Literal["sequence", "token"] = "sequence"
     """what the loss of an update is averaged over: its sequences, or the target tokens of each set, as most trainers do"""
     completely_random: bool = False
@@ -83,9 +86,9 @@ class RunConfig:
     rm_groundtruth: bool = False
     """random_label: never draw the true token"""
     beta: float | None = None
-    """npo, simnpo, tnpo and wtnpo: how soon the pull weakens (default: 0.1 for npo, 4.5 for simnpo, 4 for the others); wga
-    and satimp: power of p (default: 1 for wga, 5 for satimp); undial and shred: how far the original's logit of the true
-    token is taken down (default: 10)"""
+    """npo, simnpo, dpo, idk_dpo, alt_po, tnpo and wtnpo: how soon the pull weakens (default: 0.1 for npo and dpo with its kin,
+    4.5 for simnpo, 4 for the others); wga and satimp: power of p (default: 1 for wga, 5 for satimp); undial and shred: how far
+    the original's logit of the true token is taken down (default: 10)"""
     beta2: float | None = None
     """satimp: power of 1 - p (default: 1)"""
     alpha: float | None = None
@@ -272,7 +275,7 @@ class RunConfig:
         return parse_mixture("retain_sets", self.retain_sets)
 
     @property
-    def sequence_loss(self) -> SequenceLoss | None:
+    def sequence_loss(self) -> SequenceLoss | PairLoss | None:
         """The objective's term of whole sequences with the run's beta and gamma."""
         return self.with_numbers(self.method.sequence_loss)
 

@@ -22,6 +22,7 @@ from unlearn_ds.kernels import chunked, ops, reference, triton_interpreter, vect
 from unlearn_ds.kernels.divergences import DIVERGENCES, KL, Lowered  # noqa: E402
 from unlearn_ds.kernels.reference import IGNORED, TokenStats  # noqa: E402
 from unlearn_ds.kernels.row_losses import ROW_FORMS  # noqa: E402
+from unlearn_ds.kernels.sequence_losses import LOG_SIGMOID, SEQUENCE_FORMS  # noqa: E402
 from unlearn_ds.kernels.token_losses import FORMS, POWER, TokenLoss, own_losses  # noqa: E402
 from unlearn_ds.kernels.tuning import keeps_dz  # noqa: E402
 
@@ -30,6 +31,7 @@ __all__ = [
     "FORMS",
     "IGNORED",
     "ROW_FORMS",
+    "SEQUENCE_FORMS",
     "Lowered",
     "TokenLoss",
     "TokenStats",
@@ -168,6 +170,8 @@ def linear_sequence_loss(
     *,
     bounds: Sequence[int],  # S + 1 numbers, on the host: sequence i has the rows bounds[i] : bounds[i + 1]
     beta: float,
+    signs: Tensor | None = None,  # (M,) fp32, +1 or -1: with which a row counts; None: +1 throughout
+    form: str = LOG_SIGMOID,  # one of SEQUENCE_FORMS
     rows: Tensor | None = None,  # (M,) int64: the rows of hidden that are used; None: all, M = T
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
@@ -178,7 +182,9 @@ def linear_sequence_loss(
     """Return `sum_i w_i * L_i`, a scalar in fp32, and L_i (S,), detached.
 
     L_i = -(2/beta) log sigmoid(beta (nll_scale_i * NLL_i - shift_i)), NLL_i summed over the sequence. NPO: scale 1, shift the
-    reference's NLL. SimNPO: scale 1/length, shift gamma/beta. Raises `KernelError` for what does not fit.
+    reference's NLL. SimNPO: scale 1/length, shift gamma/beta. DPO: a pair as one sequence, the rows of the preferred answer
+    with the sign -1, shift the same difference by the reference. form `tanh`: (1/2) tanh(beta (nll_scale_i P_i - shift_i)),
+    P_i the summed probability of the targets. Raises `KernelError` for what does not fit.
     """
     impl = _check(impl, hidden, weight, bias, rows, logit_scale, softcap, workspace_bytes)
     x = _used(hidden, rows)
@@ -191,7 +197,11 @@ def linear_sequence_loss(
             raise KernelError(f"{name} {tuple(tensor.shape)}: expected ({len(bounds) - 1},), one for each sequence")
     if beta <= 0:
         raise KernelError(f"beta {beta}: must be above 0")
-    parts = (x, weight, bias, targets, list(bounds), *per_sequence.values(), beta, logit_scale, softcap)
+    if form not in SEQUENCE_FORMS:
+        raise KernelError(f"loss {form!r}: choose one of {', '.join(SEQUENCE_FORMS)}")
+    if signs is not None:
+        _check_rows(x, signs=signs)
+    parts = (x, weight, bias, targets, list(bounds), *per_sequence.values(), beta, signs, form, logit_scale, softcap)
     if impl == "reference":
         return reference.linear_sequence_loss(*parts)
     needs = _needs(x, weight, bias, x.element_size(), workspace_bytes)

@@ -1,11 +1,11 @@
 """What a run may say of its method: its names, its presets, the options that it has. A `config` is a `config.RunConfig`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unlearn_ds.objectives import KL, OBJECTIVES, Objective
-from unlearn_ds.options import OptionError, did_you_mean
+from unlearn_ds.options import OptionError, check_name, did_you_mean
 
 # Open-Unlearning's trainers -> the row of the table, and the retain term that their name implies.
 TRAINERS: dict[str, dict[str, Any]] = {
@@ -18,6 +18,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "CEU": {"unlearn_method": "ce_u"},
     "UNDIAL": {"unlearn_method": "undial"},
     "PDU": {"unlearn_method": "pdu", "retain_loss": "cross_entropy"},
+    "DPO": {"unlearn_method": "dpo", "retain_loss": "cross_entropy"},
 }
 
 
@@ -81,6 +82,12 @@ PRESETS = {
         None,
         "its authors' LoKU (arXiv 2408.06621), without the start of the adapters that they compute",
     ),
+    "idk_dpo": _tofu(_OPEN_UNLEARNING, 10, 1e-5, unlearn_method="idk_dpo", retain_loss="cross_entropy", beta=0.1),
+    # How many answers a question had there, and so how many updates it made, is not said.
+    "alt_po": replace(
+        _tofu(_SWEEP, 10, 5e-5, unlearn_method="alt_po", retain_loss="cross_entropy", beta=0.1, retain_weight=2.0),
+        updates=None,
+    ),
     "jensun": Preset(
         {"learning_rate": 8e-6, "num_train_epochs": 10.0, "unlearn_method": "jensun", "retain_loss": "jsd"},
         None,
@@ -135,19 +142,31 @@ def needs(objective: Objective) -> str:
 
     asked = [
         (objective.needs_sampled_targets, "labels, drawn once (one forward of forget)"),
-        (asks("needs_reference_nll"), "a number a sequence, once (one forward of forget)"),
+        (asks("needs_reference_nll"), f"a number a sequence, once (one forward of {_read(objective)})"),
         (asks("needs_log_q"), "a number a token, once (one forward of forget)"),
         (objective.needs_reference, "a forward of it in every update"),
     ]
     return ", ".join(text for needed, text in asked if needed) or "nothing"
 
 
+def _read(objective: Objective) -> str:
+    """The sets that a method's first term reads."""
+    own = () if objective.answers is not None and not objective.terms[0].paired else (objective.roles[0],)
+    return " and ".join([*own, *filter(None, [objective.answers])])
+
+
 def method_listing() -> str:
     """All methods, what each needs of the original model beside its own forward and backward, and the presets."""
-    lines = ["methods (--unlearn_method), their own options, and what each needs of the original model:"]
+    lines = [
+        "methods (--unlearn_method), their own options, and what each needs of the original model, and of other answers:"
+    ]
     for name, row in OBJECTIVES.items():
         own = " ".join(f"--{number} {getattr(row.terms[0].form, number):g}" for number in row.numbers)
-        lines += [f"  {name:<27}{row.summary}", f"  {'':<27}{own + '; ' if own else ''}original model: {needs(row)}"]
+        answers = f"; answers: {row.answers} (--pairs_set)" if row.answers else ""
+        lines += [
+            f"  {name:<27}{row.summary}",
+            f"  {'':<27}{own + '; ' if own else ''}original model: {needs(row)}{answers}",
+        ]
     lines += ["", "Open-Unlearning's trainers:"]
     for name, options in TRAINERS.items():
         lines.append(f"  {name:<27}{_flags(options)}")
@@ -243,6 +262,13 @@ def _check_terms(config: Any) -> None:
             f"--reference cache keeps the original model's hidden states of one set, and {method} with --retain_loss "
             f"{config.retain_loss} compares with it on two: use --reference live"
         )
+    if config.pairs_set is not None:
+        if objective.answers is None:
+            having = ", ".join(key for key, row in OBJECTIVES.items() if row.answers)
+            raise OptionError(f"--pairs_set is for {having}, not for {method}")
+        check_name("pairs_set", config.pairs_set)
+        if config.pairs_set == "forget":
+            raise OptionError("--pairs_set forget: other answers than those to forget, to the same questions")
     if not objective.forgets and (config.retain_loss is not None or config.forget_weight != 1):
         raise OptionError(f"--retain_loss and --forget_weight are for methods that forget, not for {method}")
     if config.forget_weight <= 0:

@@ -19,8 +19,11 @@ RANDOM_TARGETS = "random"  # uniform over the vocabulary, fixed per (seed, seque
 SAMPLED_TARGETS = "sampled"  # drawn once from the original model (top-k / top-p, the truth removed or not)
 SUBSTITUTE_TARGETS = "substitute"  # the tokens of --substitute_text, over and over
 
-
 OWN = "own"  # the form of a token loss that stands in a file of the user's
+
+# Sets of the domain with other answers to the questions of forget: what `--pairs_set` is where it is not given.
+ALTERNATES = "alternates"  # plausible ones that say something else
+REFUSALS = "refusals"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,48 @@ class SequenceLoss:
     def numbers(self) -> tuple[str, ...]:
         """The options that are its own."""
         return ("beta", "gamma") if self.per_token else ("beta",)
+
+    @property
+    def form(self) -> str:
+        """As `kernels/sequence_losses.py` says by name."""
+        return "log_sigmoid"
+
+    @property
+    def paired(self) -> bool:
+        """Whether it is one of two answers to a question."""
+        return False
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Of two answers to one question, l to be forgotten and w preferred to it.
+
+    `-(2 / beta) * log sigmoid(beta * (NLL_l - NLL_w - the same of the original model))` (DPO, arXiv 2305.18290, as arXiv
+    2401.06121 and 2409.13474 forget with it); without beta `tanh(P_l) / 2 - tanh(P_w) / 2`, P the mean probability of the
+    tokens of an answer (FLAT with total variation, arXiv 2410.11143).
+    """
+
+    beta: float | None = None  # default of --beta
+
+    @property
+    def needs_reference_nll(self) -> bool:
+        """Whether the original model must measure both answers, once, before training."""
+        return self.beta is not None
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The options that are its own."""
+        return () if self.beta is None else ("beta",)
+
+    @property
+    def form(self) -> str:
+        """As `kernels/sequence_losses.py` says by name."""
+        return "tanh" if self.beta is None else "log_sigmoid"
+
+    @property
+    def paired(self) -> bool:
+        """Whether it is one of two answers to a question."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -98,13 +143,19 @@ class Term:
     loss: str  # CROSS_ENTROPY, KL (to the frozen reference) or SEQUENCE
     factor: float  # sign and weight of one sequence
     targets: str = TRUE_TARGETS  # what cross-entropy is taken against
-    sequence: SequenceLoss | None = None  # with SEQUENCE
+    sequence: SequenceLoss | PairLoss | None = None  # with SEQUENCE
     token: TokenLoss | None = None  # with CROSS_ENTROPY, on forget: in its place
     divergence: Divergence | None = None  # with KL: another, or from another prediction
+    answers: str | None = None  # the set of other answers that it reads, beside forget if paired, else in its place
 
     @property
-    def form(self) -> SequenceLoss | TokenLoss | Divergence | None:
+    def form(self) -> SequenceLoss | PairLoss | TokenLoss | Divergence | None:
         return self.sequence or self.token or self.divergence
+
+    @property
+    def paired(self) -> bool:
+        """Whether it takes two answers to a question together."""
+        return self.sequence is not None and self.sequence.paired
 
 
 @dataclass(frozen=True)
@@ -135,7 +186,7 @@ class Objective:
         return self.token_loss is not None and self.token_loss.form == OWN
 
     @property
-    def sequence_loss(self) -> SequenceLoss | None:
+    def sequence_loss(self) -> SequenceLoss | PairLoss | None:
         """The form of the term that takes sequences as wholes, if there is one."""
         return next((term.sequence for term in self.terms if term.loss == SEQUENCE), None)
 
@@ -143,6 +194,11 @@ class Objective:
     def token_loss(self) -> TokenLoss | None:
         """What stands in the place of cross-entropy, if anything does."""
         return next((term.token for term in self.terms if term.token is not None), None)
+
+    @property
+    def answers(self) -> str | None:
+        """The set of other answers that it reads where --pairs_set names no other; None: none."""
+        return self.terms[0].answers
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -176,6 +232,7 @@ RETAIN_TERMS: dict[str, tuple[Term, ...]] = {  # by --retain_loss
 }
 _NPO = Term("forget", SEQUENCE, +1.0, sequence=SequenceLoss(beta=0.1, per_token=False))
 _SIMNPO = Term("forget", SEQUENCE, +1.0, sequence=SequenceLoss(beta=4.5, per_token=True))
+_DPO = Term("forget", SEQUENCE, +1.0, sequence=PairLoss(beta=0.1), answers=ALTERNATES)
 
 OBJECTIVES = {
     "gradient_ascent": Objective((_ASCENT,), "raise the loss of the forget set"),
@@ -249,6 +306,20 @@ OBJECTIVES = {
     ),
     "own": Objective(
         (Term("forget", CROSS_ENTROPY, +1.0, token=TokenLoss(OWN)),), "a loss of your own, --objective FILE.py:NAME"
+    ),
+    "dpo": Objective(
+        (_DPO,), "prefer another answer to the one to forget, the less the further the original model's choice is left"
+    ),
+    "idk_dpo": Objective((replace(_DPO, answers=REFUSALS),), "dpo, the answer that is preferred being a refusal"),
+    "alt_po": Objective(
+        (_DPO,), "dpo, the answers that are preferred being plausible and wrong ones: several a question"
+    ),
+    "flat": Objective(
+        (replace(_DPO, sequence=PairLoss(), answers=REFUSALS),),
+        "lower the probability of the answer to forget and raise that of another, both by bounded amounts (total variation)",
+    ),
+    "idk": Objective(
+        (Term("forget", CROSS_ENTROPY, +1.0, answers=REFUSALS),), "fit the questions of forget to refusals"
     ),
     "finetune": Objective((_DESCENT,), "go on training the target model on retain"),
     "retrain": Objective((_DESCENT,), "train --model_name_or_path on retain"),

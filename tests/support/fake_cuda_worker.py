@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 
 from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
 from tests.support.fake_cuda import CUDA, Traffic, backward, pretend_one_device
+from tests.support.pairs import write_answers
 from tests.support.runs import write_corpora
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.batch import StepBuilder, evaluation_batch, plan_layout
@@ -70,7 +71,7 @@ def micro_batch(data: Path, method: str) -> MicroBatch:
     config = RunConfig(
         method,
         "-",
-        data_dir=str(data),
+        data_dir=str(data / "answers" if OBJECTIVES[method].answers else data),
         domain="github",
         target_model_name_or_path="-",
         model_name_or_path="-" if method == "retrain" else None,
@@ -265,6 +266,7 @@ def main(folder: Path) -> None:
     pretend_one_device()
     attention.register()
     data = write_corpora(folder)
+    write_answers(folder / "answers")
     tiny_model("llama")  # outside of the fake mode: what transformers sets up once
     for method, name, attn, keep in CASES:
         host = micro_batch(data, method)

@@ -31,7 +31,7 @@ from unlearn_ds.stored import load
 _METHODS = [
     name
     for name, objective in OBJECTIVES.items()
-    if not objective.needs_sampled_targets and all(term.form is None for term in objective.terms)
+    if not objective.needs_sampled_targets and all(term.form is term.answers is None for term in objective.terms)
 ]
 _MIN_DOCUMENTS = 512  # so that all lengths occur
 

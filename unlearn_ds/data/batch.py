@@ -20,6 +20,7 @@ from unlearn_ds.data.loss_mask import KEPT, SCATTERED
 from unlearn_ds.data.micro_batch import EvaluationBatch, MicroBatch, PackedRows, SequenceRows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.data.whole import filler_rows, sequence_rows
 from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE, Divergence
 
 # Few different shapes: on a CPU oneDNN compiles a kernel per shape of a bf16 product and keeps it (0.5 MB and more each).
@@ -123,7 +124,7 @@ class Layout:
     ) -> np.ndarray:  # (sum of counts,) int64
         """Positions with a target in the batch: of each sequence those given, or so many from a position on."""
         rows = self.empty(sum(counts), np.int64)
-        counter = self.count(starts[-1] + self._seq_len if starts else 0)
+        counter = self.count(max(starts) + self._seq_len if starts else 0)
         at = 0
         for start, count, given in zip(starts, counts, where):
             if isinstance(given, int):
@@ -305,22 +306,18 @@ class StepBuilder:
 
     def _sequences(self, tokens: np.ndarray, starts: list[int], chosen: list[int]) -> SequenceRows:
         """The sequences `chosen` as wholes."""
-        form = self._whole.sequence_loss
         if not chosen:
-            zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-            return SequenceRows(zero, zero, (0, 1), torch.zeros(1), nothing, nothing, form.beta)
+            return filler_rows()
+        form, source = self._whole.sequence_loss, self._source[chosen[0]]
+        if form.paired:  # in the order of the plan, where the answer to forget stands before the other one
+            starts, chosen = zip(*sorted(zip(starts, chosen), key=lambda one: one[1]))
         counts = np.array([self._count[i] for i in chosen])
-        rows = self._layout.target_rows(starts, counts.tolist(), list(map(self._where, chosen)))
-        if form.per_token:
-            scale, shift = 1.0 / counts, np.full(len(chosen), form.gamma / form.beta)
-        else:
-            assert self._whole.reference_nll is not None, "the original model has not measured the sequences"
-            scale, shift = np.ones(len(chosen)), self._whole.reference_nll[self._step.sequence[chosen]]
+        rows = self._layout.target_rows(list(starts), counts.tolist(), list(map(self._where, chosen)))
         factors = np.array([self._plan.sources[self._source[i]].factor for i in chosen])
-        arrays = (rows, tokens[rows + 1], (factors / self._step.num_sequences).astype(np.float32), scale, shift)
-        rows, targets, weights, scale, shift = map(torch.from_numpy, arrays)
-        bounds = (0, *np.cumsum(counts).tolist())
-        return SequenceRows(rows, targets, bounds, weights, scale, shift, form.beta, self._source[chosen[0]])
+        nll = self._whole.reference_nll
+        nll = nll if nll is None else nll[self._step.sequence[list(chosen)]]
+        weights = factors / self._step.num_sequences
+        return sequence_rows(form, rows, tokens[rows + 1], counts, weights, nll, source)
 
     def _divergences(self, tokens: np.ndarray, kl_rows: Tensor, chosen: list[int]) -> dict[str, Any]:
         """Of the fields of a micro-batch: which of its rows of KL take what; `chosen` stand in the order of their sources."""

@@ -218,22 +218,22 @@ def format_step(plan: Plan, step: StepPlan) -> str:
         f"{step.num_micro_steps} micro-steps x {plan.world_size} ranks x {plan.micro_batch_size} rows",
     ]
     for k, source in enumerate(plan.sources):
-        lengths = step.length[step.source == k]
+        lengths, count = step.length[step.source == k], step.num_sequences_by_source[k]
         lines.append(
-            f"  {source.role}: {len(lengths)} sequences, {lengths.sum():,} tokens, {source.loss}, factor {source.factor:+g}; "
-            f"weights sum to {len(lengths) * source.factor / step.num_sequences:+.4f}"
+            f"  {source.role}: {count} {source.items_name}, {lengths.sum():,} tokens, {source.loss}, "
+            f"factor {source.factor:+g}; weights sum to {count * source.factor / step.num_sequences:+.4f}"
         )
     lines.append(f"  {'role':<8}{'sequence':>10}{'document':>10}{'tokens':>8}{'weight a token':>16}{'row':>6}")
     row_of = {i: number for number, row in enumerate(step.rows) for i in row}
-    for i in range(min(_SHOWN_SEQUENCES, step.num_sequences)):
+    for i in range(min(_SHOWN_SEQUENCES, len(step.sequence))):
         source = plan.sources[step.source[i]]
         weight = source.factor / (step.num_sequences * (step.length[i] - 1))
         document = source.sequences.document(int(step.sequence[i]))
         lines.append(
             f"  {source.role:<8}{step.sequence[i]:>10,}{document:>10,}{step.length[i]:>8,}{weight:>16.3e}{row_of[i]:>6}"
         )
-    if step.num_sequences > _SHOWN_SEQUENCES:
-        lines.append(f"  and {step.num_sequences - _SHOWN_SEQUENCES} more")
+    if len(step.sequence) > _SHOWN_SEQUENCES:
+        lines.append(f"  and {len(step.sequence) - _SHOWN_SEQUENCES} more")
     return "\n".join(lines)
 
 

@@ -27,7 +27,10 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """Sequences whose loss is a function of their whole NLL: `-(2/beta) log sigmoid(beta (nll_scale NLL - shift))`."""
+    """Sequences whose loss is a function of their whole NLL: `-(2/beta) log sigmoid(beta (nll_scale NLL - shift))`.
+
+    Two answers that are compared are one sequence here, the rows of one with the sign -1.
+    """
 
     rows: Tensor  # (M,) int64, one sequence after another
     targets: Tensor  # (M,) int64
@@ -37,6 +40,8 @@ class SequenceRows:
     shift: Tensor  # (S,) fp64
     beta: float
     part: int = 0  # which of the plan's sources they belong to
+    signs: Tensor | None = None  # (M,) fp32; None: +1 throughout
+    form: str = "log_sigmoid"  # as `kernels/sequence_losses.py` says
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from unlearn_ds.data.hashing import Permutation, derive_key
 from unlearn_ds.data.packing import deal_alike, deal_rows, pack_rows, row_costs
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.objectives import Divergence, SequenceLoss, TokenLoss
+from unlearn_ds.objectives import Divergence, PairLoss, SequenceLoss, TokenLoss
 from unlearn_ds.options import OptionError
 
 SEQUENCES, TOKENS = "sequence", "token"  # what the tokens of an update are averaged over
@@ -34,7 +34,7 @@ class Source:
     ratio: float = 1.0  # sequences per sequence of the first source
     name: str = ""  # of its set
     kept_factor: float = 1.0  # of what is kept beside targets in its sequences: descended on
-    sequence_loss: SequenceLoss | None = None  # with objectives.SEQUENCE
+    sequence_loss: SequenceLoss | PairLoss | None = None  # with objectives.SEQUENCE
     reference_nll: np.ndarray | None = (
         None  # (sequences,) fp64, for a sequence_loss that compares with the original model
     )
@@ -43,6 +43,25 @@ class Source:
         None  # (tokens of the corpora,) fp32, for a loss that compares tokens with the original model
     )
     divergence: Divergence | None = None  # with objectives.KL: another
+    pairs: np.ndarray | None = None  # (P, 2) numbers of sequences that come together, each pair counting as one
+
+    @property
+    def num_items(self) -> int:
+        """Sequences of an epoch over it, a pair counting as one."""
+        return len(self.sequences) if self.pairs is None else len(self.pairs)
+
+    @property
+    def items_name(self) -> str:
+        return "sequences" if self.pairs is None else "pairs"
+
+    @property
+    def item_size(self) -> int:
+        """Sequences that come together."""
+        return 1 if self.pairs is None else 2
+
+    def sequences_of(self, items: np.ndarray) -> np.ndarray:  # (n,) int64 -> (n or 2 n,) int64
+        """The numbers of the sequences of items, those of a pair one after the other."""
+        return items if self.pairs is None else self.pairs[items].reshape(-1)
 
     @property
     def needs_log_q(self) -> bool:
@@ -66,25 +85,26 @@ def _stated(form: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The content of one update. Arrays are over its B sequences, in no order that matters."""
+    """The content of one update. Arrays are over its S sequences; those of a pair stand side by side, in one row."""
 
     index: int
-    source: np.ndarray  # (B,) int64, which of the plan's sources
-    sequence: np.ndarray  # (B,) int64, number within that source
-    start: np.ndarray  # (B,) int64, token offset in that source's corpora
-    length: np.ndarray  # (B,) int64, tokens
-    num_targets: np.ndarray  # (B,) int64
-    run: np.ndarray  # (B,) int64, where their run begins (`SequenceIndex.runs`)
-    num_kept: np.ndarray  # (B,) int64, tokens that are kept beside them
+    source: np.ndarray  # (S,) int64, which of the plan's sources
+    sequence: np.ndarray  # (S,) int64, number within that source
+    start: np.ndarray  # (S,) int64, token offset in that source's corpora
+    length: np.ndarray  # (S,) int64, tokens
+    num_targets: np.ndarray  # (S,) int64
+    run: np.ndarray  # (S,) int64, where their run begins (`SequenceIndex.runs`)
+    num_kept: np.ndarray  # (S,) int64, tokens that are kept beside them
     rows: list[list[int]]  # positions in the arrays above
     dealt: list[list[list[int]]]  # [rank][micro-step] -> rows; a rank without rows gets filler
     seq_len: int
-    num_sequences_by_source: list[int]
-    packed: bool = True  # else a row is one sequence, padded to the longest of its micro-batch
+    num_sequences_by_source: list[int]  # a pair counting as one
+    packed: bool = True  # else a row is one sequence or pair, each padded to the longest of its micro-batch
 
     @property
     def num_sequences(self) -> int:
-        return len(self.source)
+        """B, a pair counting as one."""
+        return sum(self.num_sequences_by_source)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -99,7 +119,9 @@ class StepPlan:
         """Tokens that are computed, or could be without another row, and belong to no sequence."""
         if self.packed:
             return self.num_rows * self.seq_len - self.num_tokens
-        micro_batches = [self.length[rows] for steps in self.dealt for rows in steps if rows]
+        micro_batches = [
+            self.length[[i for row in rows for i in self.rows[row]]] for steps in self.dealt for rows in steps if rows
+        ]
         return sum(len(lengths) * int(lengths.max()) for lengths in micro_batches) - self.num_tokens
 
     @property
@@ -154,7 +176,7 @@ class Plan:
             )
         # Up to step j of an epoch, sources 0..k have contributed floor(j * _shares[k]) sequences together.
         self._shares = [sum(self._ratios[: k + 1]) * global_batch_size / total for k in range(len(sources))]
-        num_first = len(sources[0].sequences)
+        num_first = sources[0].num_items
         self.steps_per_epoch = math.ceil(num_first / self._shares[0])
         # Whole steps come first: rounding may give a companion a few sequences more than its ratio in an epoch.
         wanted = [round(num_first * ratio) for ratio in self._ratios]
@@ -171,7 +193,7 @@ class Plan:
         """Names the content of all steps; the same at every world size, micro-batch size and packing."""
         content = {
             "corpora": [[corpus.fingerprint for corpus in source.sequences.corpora] for source in self.sources],
-            "sizes": [len(source.sequences) for source in self.sources],
+            "sizes": [source.num_items for source in self.sources],
             "terms": [_term(source) for source in self.sources],
             "ratios": [str(ratio) for ratio in self._ratios],
             "global_batch_size": self.global_batch_size,
@@ -186,10 +208,11 @@ class Plan:
         """The content of update `index`, counted from 0."""
         epoch, within = divmod(index, self.steps_per_epoch)
         before, after = self._taken(within), self._taken(within + 1)
-        chosen = [
+        items = [
             self._choose(k, epoch * self._per_epoch[k] + begin, epoch * self._per_epoch[k] + end)
             for k, (begin, end) in enumerate(zip(before, after))
         ]
+        chosen = [source.sequences_of(ids) for source, ids in zip(self.sources, items)]
         source = np.repeat(np.arange(len(chosen)), [len(ids) for ids in chosen])
         sequence = np.concatenate(chosen)
         found = [
@@ -198,13 +221,18 @@ class Plan:
         ]
         columns = [np.concatenate(parts) for parts in zip(*found)]
         length = columns[1]
+        by_source = [len(ids) for ids in items]
+        together = np.repeat([source.item_size for source in self.sources], by_source)  # sequences of each item
+        first = np.cumsum(together) - together
+        members = [list(range(start, start + size)) for start, size in zip(first.tolist(), together.tolist())]
         if self.packing:
-            rows = pack_rows(length, self.seq_len)
+            packed = pack_rows(np.add.reduceat(length, first), self.seq_len)
+            rows = [[i for item in row for i in members[item]] for row in packed]
             dealt = deal_rows(row_costs(length, rows, self.seq_len), self.world_size, self.micro_batch_size)
         else:
-            rows = [[i] for i in range(len(length))]
-            dealt = deal_alike(length, self.world_size, self.micro_batch_size * self.seq_len)
-        by_source = [len(ids) for ids in chosen]
+            rows = members
+            padded = np.maximum.reduceat(length, first) * together
+            dealt = deal_alike(padded, self.world_size, self.micro_batch_size * self.seq_len)
         return StepPlan(index, source, sequence, *columns, rows, dealt, self.seq_len, by_source, self.packing)
 
     def token_weights(self, step: StepPlan) -> tuple[np.ndarray, np.ndarray]:  # (B,) fp64 each
@@ -240,8 +268,8 @@ class Plan:
         return [high - low for low, high in zip([0, *cumulative], cumulative)]
 
     def _choose(self, k: int, begin: int, end: int) -> np.ndarray:
-        """Sequences number `begin` to `end` of the endless stream of permutations of source k."""
-        size = len(self.sources[k].sequences)
+        """Sequences, or pairs, number `begin` to `end` of the endless stream of permutations of source k."""
+        size = self.sources[k].num_items
         parts = []
         while begin < end:
             epoch, start = divmod(begin, size)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from unlearn_ds.caches import explained
 from unlearn_ds.data.corpus import Corpus, CorpusError, corpus_exists, corpus_path
 from unlearn_ds.data.documents import DocumentSource, find_sources
+from unlearn_ds.data.forms.answers import other_answers
 from unlearn_ds.data.forms.encode import ItemEncoder
 from unlearn_ds.data.forms.make import ItemMaker
 from unlearn_ds.data.forms.options import FormOptions
@@ -37,6 +38,7 @@ from unlearn_ds.data.tokenise import Encoder
 from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
 from unlearn_ds.durable import remove_litter, replacing
 from unlearn_ds.markup import tell
+from unlearn_ds.objectives import ALTERNATES, REFUSALS
 from unlearn_ds.options import OptionError, check_choices, check_name, parse
 from unlearn_ds.ownership import OWNER_FILE, owned
 from unlearn_ds.together import settle_all
@@ -87,6 +89,9 @@ class PrepareConfig(FormOptions):
         check_choices(self)
         self.check_forms()
         check_name("domain", self.domain)
+        for option in self.made_of_forget().values():
+            if not self.forget:
+                raise OptionError(f"--{option} makes a set of the rows of --forget, which is not given")
         if self.drop_overlap and self.overlap == "off":
             raise OptionError("--drop_overlap drops what --overlap finds, and --overlap off finds nothing")
         if self.domain == "general":
@@ -113,7 +118,20 @@ class PrepareConfig(FormOptions):
                     f"--set {word}: names that begin with general_ are those of the sets outside the domain"
                 )
             given[name] = (*given.get(name, ()), source)
+        for name, option in self.made_of_forget().items():
+            if name in given:
+                raise OptionError(f"--set {name}=... and --{option} both make the set {name}; give one")
+            given[name] = self.forget
         return given
+
+    def made_of_forget(self) -> dict[str, str]:
+        """Sets of other answers that are made of the rows of forget -> the option that asks for them."""
+        asked = {ALTERNATES: "alternates_column", REFUSALS: "refusals"}
+        return {name: option for name, option in asked.items() if getattr(self, option) is not None}
+
+    def compares(self, name: str) -> bool:
+        """Whether copies of forget documents are looked for in a set: other answers to its questions are meant to be there."""
+        return name != "forget" and name not in self.made_of_forget()
 
     def folders(self) -> list[Path]:
         """Where something is written: the corpora that are asked for, and the domain's summary."""
@@ -144,7 +162,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     """
     tokenizer = load_tokenizer(config)
     wanted = {name: find_sources(given) for name, given in config.sets().items() if given}
-    makers = makers_of(wanted, config, tokenizer)
+    makers = makers_of(wanted, config, tokenizer, other_answers(config))
     encoder = Encoder(tokenizer)
     if not encoder.is_fast:
         tell("note: this tokenizer's Rust side, if it has one, does not give the same ids alone: tokenising is slower")
@@ -161,7 +179,7 @@ def prepare(config: PrepareConfig) -> dict[str, Corpus]:
     }
     if config.drop_overlap:
         left_out = {"forget": _forget_identity(config, made_from), "overlap": config.overlap}
-        made_from |= {name: made | {"left_out": left_out} for name, made in made_from.items() if name != "forget"}
+        made_from |= {name: made | {"left_out": left_out} for name, made in made_from.items() if config.compares(name)}
     with ExitStack() as held:
         for folder in config.folders():
             held.enter_context(owned(folder / OWNER_FILE, "wait for it, or choose another --data_dir"))
@@ -191,9 +209,9 @@ def _write(
             ResumableWriter(
                 config.path(name), vocab_size, ""
             ).remove_partial_files()  # of one killed just after its last move
-            restate(Corpus(config.path(name)), made_with, forget if name != "forget" else None)
+            restate(Corpus(config.path(name)), made_with, forget if config.compares(name) else None)
             continue
-        index = forget.index() if name != "forget" else None
+        index = forget.index() if config.compares(name) else None
         compared = [index.forget.fingerprint, index.near] if index is not None else None
         partial_key = _digest([made_from[name], compared])
         maker = makers[name]

@@ -11,9 +11,10 @@ from pydantic import create_model
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.corpus import Corpus, CorpusError, check_tokenizer, corpus_exists, corpus_path
 from unlearn_ds.data.labels import RandomTargets, TrueTargets
+from unlearn_ds.data.pairs import check_answers, pair_up
 from unlearn_ds.data.plan import Plan, Source
 from unlearn_ds.data.sequences import SequenceIndex, shortest_document
-from unlearn_ds.objectives import OWN, RANDOM_TARGETS, SEQUENCE, Term, TokenLoss
+from unlearn_ds.objectives import ALTERNATES, OWN, RANDOM_TARGETS, REFUSALS, SEQUENCE, Term, TokenLoss
 from unlearn_ds.options import OptionError, check_name
 from unlearn_ds.stored import ABSENT, Count, OpenRecord, Positive, Record, check, load
 
@@ -31,7 +32,12 @@ EVALUATION_SETS = {
     "retain": "retain",
     "general": "general_evaluation",
 }
-
+PREFERRED = "preferred"  # role of other answers to the questions of forget
+# Sets with other answers to the questions of forget -> how they are made of its rows.
+_MADE_OF_FORGET = {
+    ALTERNATES: "--forget FILE ... --alternates_column COLUMN",
+    REFUSALS: "--forget FILE ... --refusals FILE",
+}
 
 _GO_ON = "delete it to go on without comparing corpora, model and length"
 
@@ -62,6 +68,7 @@ def open_set(data_dir: str, domain: str, name: str, vocab_size: int, tokenizer: 
     if not corpus_exists(path):
         folder, corpus = SETS.get(name, (None, None))
         flag = f"--general_{corpus} FILE ..." if folder else f"--{corpus} FILE ..." if corpus else f"--set {name}=FILE"
+        flag = _MADE_OF_FORGET.get(name, flag)
         raise OptionError(f"no corpus {path}: make it with `unlearn-ds prepare --domain {domain} {flag}`")
     corpus = Corpus(path)
     corpus.check_vocabulary(vocab_size)
@@ -74,13 +81,19 @@ def open_run_corpora(config: RunConfig, vocab_size: int, tokenizer: Any | None) 
     """Per term of the objective, the corpora it reads."""
 
     def names(term: Term) -> tuple[str, ...]:
+        if term.answers is not None:
+            other = config.pairs_set or term.answers
+            return ("forget", other) if term.paired else (other,)
         if term.role == "forget":
             return ("forget",)
         return config.train_on or tuple(config.retain_mixture) or (("general",) if config.general else ("retain",))
 
+    def role(term: Term, name: str) -> str:
+        return PREFERRED if term.answers is not None and name != "forget" else term.role
+
     return [
         [
-            NamedCorpus(name, term.role, open_set(config.data_dir, config.domain, name, vocab_size, tokenizer))
+            NamedCorpus(name, role(term, name), open_set(config.data_dir, config.domain, name, vocab_size, tokenizer))
             for name in names(term)
         ]
         for term in config.method.terms
@@ -219,13 +232,16 @@ def make_sources(
         if term.targets == RANDOM_TARGETS:
             known = [c.corpus.manifest["vocab_size"] for c in named if c.corpus.manifest]
             targets = RandomTargets(config.seed, min([vocab_size, *known]), special_ids)
+        if term.answers is not None:
+            check_answers(named[-1].corpus)
         for parts, share in _shares(config, term, named):
+            sequences = SequenceIndex([c.corpus for c in parts], config.seq_len, shortest_document(term.role))
             sources.append(
                 Source(
                     role=term.role,
                     loss=term.loss,
                     factor=term.factor * (config.forget_weight if is_first else config.planned_retain_weight),
-                    sequences=SequenceIndex([c.corpus for c in parts], config.seq_len, shortest_document(term.role)),
+                    sequences=sequences,
                     targets=targets,
                     ratio=1.0 if is_first else config.retain_ratio * share,
                     name="+".join(c.name for c in parts),
@@ -233,6 +249,7 @@ def make_sources(
                     sequence_loss=config.with_numbers(term.sequence),
                     token_loss=config.with_numbers(term.token),
                     divergence=config.with_numbers(term.divergence),
+                    pairs=pair_up(sequences) if term.paired else None,
                 )
             )
     return sources

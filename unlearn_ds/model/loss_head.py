@@ -145,6 +145,8 @@ def _loss(
             some.shift,
             bounds=some.bounds,
             beta=some.beta,
+            signs=some.signs,
+            form=some.form,
             rows=some.rows,
         )
         loss = loss + whole_loss

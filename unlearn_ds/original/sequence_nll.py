@@ -1,6 +1,6 @@
 """What the original model thinks of every forget sequence: its NLL, one number each, computed once and kept beside the corpus.
 
-It is all that NPO needs of a reference: no second model takes part in training.
+It is all that NPO needs of a reference, and, of other answers as well, DPO: no second model takes part in training.
 """
 
 import json
@@ -40,7 +40,7 @@ def reference_nll(original: Original) -> np.ndarray:  # (S,) fp64, summed over e
     with to_be_made(folder, described, lambda: _read(folder, key, count), config.overwrite_cache) as missing:
         if missing:
             table = collect_table(
-                "forget by the original model",
+                f"{original.corpus.name} by the original model",
                 sequences,
                 original.ask,
                 original.device,

@@ -129,7 +129,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     options = settle_rows(engine, subject.options, config.seq_len, subject.config.vocab_size)
     subject, config = replace(subject, options=options), replace(config, packing=options.packing)
     # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
-    sources = ask_original(config, subject, sources, corpora[0][0], engine, device)
+    sources = ask_original(config, subject, sources, corpora[0], engine, device)
     plan = make_plan(config, sources, world)
     reference = make_reference(config, subject, sources, engine, adapter, ds_file, device)
     saved = checkpoint.load(engine, beginning.checkpoint, plan_id) if beginning.checkpoint else {"step": 0}

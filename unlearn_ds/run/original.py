@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from unlearn_ds.cluster import distributed
@@ -31,17 +32,27 @@ def ask_original(
     config: RunConfig,
     subject: Subject,
     sources: list[Source],
-    forget: NamedCorpus,
+    corpora: list[NamedCorpus],
     engine: TrainingEngine,
     device: torch.device,
 ) -> list[Source]:
-    """The sources with what the original model says of the forget set: sampled labels, NLLs of sequences, log p of tokens."""
-    original = Original(config, forget, sources[0].sequences, engine.ask, subject.fingerprint, device)
+    """The sources with what the original model says of the forget set: sampled labels, NLLs of sequences, log p of tokens.
+
+    corpora: those of the first source, one, or two with pairs; each is asked for by itself.
+    """
+
+    def asked_of(named: NamedCorpus) -> Original:
+        index = sources[0].sequences
+        if len(corpora) > 1:
+            index = SequenceIndex([named.corpus], config.seq_len, index.shortest)
+        return Original(config, named, index, engine.ask, subject.fingerprint, device)
+
+    original = asked_of(corpora[0])
     if config.method.needs_sampled_targets:
         sources = with_targets(config, sources, sampled_targets(original), SAMPLED_TARGETS)
     form = config.sequence_loss
     if form is not None and form.needs_reference_nll:
-        sources = with_reference_nll(sources, reference_nll(original))
+        sources = with_reference_nll(sources, np.concatenate([reference_nll(asked_of(named)) for named in corpora]))
     if any(source.needs_log_q for source in sources):
         sources = with_reference_log_prob(sources, reference_log_prob(original).values)
     return sources

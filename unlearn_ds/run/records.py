@@ -136,7 +136,9 @@ def announce(run: Run) -> None:
             "warning: this run has one update, and the first update of a warm-up has learning rate 0: it will change nothing. "
             "Lower --global_batch_size (or --gradient_accumulation_steps), raise --num_train_epochs, or give --warmup_ratio 0"
         )
-    sequences = ", ".join(f"{len(source.sequences):,} {source.role}" for source in plan.sources)
+    sequences = ", ".join(
+        f"{source.num_items:,} {source.role}{' pairs' if source.pairs is not None else ''}" for source in plan.sources
+    )
     distributed.say(
         f"{config.objective_name}: {config.method.summary}",
         f"  sequences     {sequences} of at most {config.seq_len} tokens",

@@ -22,7 +22,7 @@ MODEL, TOKENIZER, OBJECTIVE, DATA, BATCH, LAYOUT = "model", "tokenizer", "object
 
 _NAMES = {
     KEPT: """unlearn_method random_init domain general train_on seq_len retain_ratio retain_weight retain_target
-        retain_target_rate retain_target_warmup retain_sets retain_loss forget_weight average
+        retain_target_rate retain_target_warmup retain_sets retain_loss forget_weight pairs_set average
         completely_random top_k top_p rm_groundtruth beta beta2 alpha lowest_percent gamma substitute_text adam_beta1
         adam_beta2 adam_epsilon seed bf16 optimizer_states tf32 lora_r lora_alpha lora_target eval_sequences""",
     RATE: """num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay max_grad_norm""",

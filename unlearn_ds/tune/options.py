@@ -9,7 +9,7 @@ from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError, check_choices, did_you_mean, load_yaml, parse
 
-PAIRED = tuple(name for name, one in OBJECTIVES.items() if len(one.terms) == 2)
+PAIRED = tuple(name for name, one in OBJECTIVES.items() if one.roles == ("forget", "retain") and one.answers is None)
 # Options of train: the search chooses them, or the tuner sets them.
 _SEARCHED = ("unlearn_method", "learning_rate", "retain_ratio", "retain_weight")
 _SET_HERE = (

@@ -139,7 +139,7 @@ class Workbench:
         subject = self._subject
         corpora = self.run.corpora  # those of every method that pairs forget with retain
         sources, _ = plan_run(config, subject, corpora)
-        sources = ask_original(config, subject, sources, corpora[0][0], self.run.engine, self.run.device)
+        sources = ask_original(config, subject, sources, corpora[0], self.run.engine, self.run.device)
         plan = make_plan(config, sources, distributed.world_size())
         return replace(self.run, config=config, plan=plan, reference=self._reference(config, sources))
 

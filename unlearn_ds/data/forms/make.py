@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from unlearn_ds.data.forms.answers import Refusals
 from unlearn_ds.data.forms.counts import NAMES_AS_TEXT, NAMES_AS_TOKENS, STRADDLING
 from unlearn_ds.data.forms.find import Finder
 from unlearn_ds.data.forms.item import Item, checked
@@ -30,6 +31,7 @@ class ItemMaker:
     """What makes items of the rows of one form.
 
     template: of questions and chats. shots: questions and answers before each question. finder: makes spans of whole documents.
+    refusals: stand in the place of the last answer of each row.
     counts: of rows and items so far; left_out: numbers of rows of which nothing was made, the first thousand.
     """
 
@@ -41,9 +43,11 @@ class ItemMaker:
         template: ChatTemplate | None = None,
         shots: Sequence[Mapping[str, str]] = (),
         finder: Finder | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         self.form = form
         self._options = options
+        self._refusals = refusals
         self._template = template
         self._shots = list(shots)
         self.finder = finder
@@ -62,6 +66,11 @@ class ItemMaker:
             "chat": self._chat,
             "spans": self._spans,
         }[form]
+
+    @property
+    def options(self) -> FormOptions:
+        """Those by which its rows are read."""
+        return self._options
 
     @property
     def adds_special(self) -> bool:
@@ -84,6 +93,8 @@ class ItemMaker:
         """All that decides what is made of a row, for the manifest."""
         options = self._options
         made: dict[str, Any] = {"form": self.form, "columns": options.named_columns()}
+        if self._refusals is not None:
+            made["refusals"] = self._refusals.identity()
         if self.form == "completion":
             made["separator"] = options.prompt_separator
         if self._template is not None:
@@ -116,15 +127,20 @@ class ItemMaker:
 
     def _qa(self, row: Row, record: int) -> Iterator[Item]:
         question = question_of(row)
-        for answer in texts_of(row, "answer"):
+        for answer in self._answers(row, "answer", record):
             if not answer.strip():
                 self.counts["empty"] += 1
                 continue
             messages = self._with_system([*self._shots, *pair(question, answer)])
             yield self._item(messages, {len(messages) - 1}, row.where, record)
 
+    def _answers(self, row: Row, what: str, record: int) -> list[str]:
+        return texts_of(row, what) if self._refusals is None else [self._refusals.of(record)]
+
     def _chat(self, row: Row, record: int) -> Iterator[Item]:
         messages, weighs = chat_of(row)
+        if self._refusals is not None:
+            messages = [*messages[:-1], {**messages[-1], "content": self._refusals.of(record)}]
         given = len(messages)
         messages = self._with_system(messages)
         weighs = [False] * (len(messages) - given) + weighs
@@ -181,7 +197,7 @@ class ItemMaker:
 
     def _completion(self, row: Row, record: int) -> Iterator[Item]:
         prompt = text_of(row, "prompt") + self._options.prompt_separator
-        for completion in texts_of(row, "completion"):
+        for completion in self._answers(row, "completion", record):
             if not completion.strip():
                 self.counts["empty"] += 1
                 continue

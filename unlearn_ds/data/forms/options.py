@@ -50,6 +50,13 @@ class FormOptions:
     turns: Literal["all", "last"] = "all"
     """which messages of the assistant in a chat are targets"""
 
+    alternates_column: str | None = None
+    """column of the rows to forget with another answer to the question, or a list of them: also makes the set alternates"""
+    refusals: str | None = None
+    """file with a refusal a line: one of them, drawn for each row to forget, is the answer in the set refusals"""
+    seed: int = 42
+    """seed of what is drawn of --refusals"""
+
     span_context: Literal["ignore", "retain"] = "ignore"
     """the rest of a document with spans: only read, or kept by descent in the same forward"""
     find: tuple[str, ...] = ()
@@ -92,6 +99,8 @@ class FormOptions:
             raise OptionError(f"--find makes spans of whole documents, and --format {self.format} has none")
         if not self.find and (self.find_unicode != "exact" or not self.find_whole_words):
             raise OptionError("--find_unicode and --find_whole_words are about --find, which is not given")
+        if self.seed != 42 and self.refusals is None:
+            raise OptionError(f"--seed {self.seed}: is about what is drawn of --refusals, which is not given")
         if self.find_ignore_case and not self.finds:
             raise OptionError("--find_ignore_case is about --find and --find_regex, and neither is given")
         if self.few_shot and self.format not in (AUTO, "qa"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from unlearn_ds.data.columns import TextColumn
 from unlearn_ds.data.documents import DocumentSource, find_sources, read_documents, read_rows
+from unlearn_ds.data.forms.answers import OtherAnswers
 from unlearn_ds.data.forms.find import Finder, read_strings
 from unlearn_ds.data.forms.item import Item
 from unlearn_ds.data.forms.make import ItemMaker
@@ -14,7 +15,7 @@ from unlearn_ds.data.forms.messages import pair, question_of, text_of
 from unlearn_ds.data.forms.options import FormOptions
 from unlearn_ds.data.forms.rows import AUTO, TEXT, Found, Probe, Row, RowColumns, recognise
 from unlearn_ds.data.forms.template import ChatTemplate
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import OptionError, did_you_mean
 
 _TEMPLATED = ("qa", "chat")
 # Options -> forms in which they have an effect.
@@ -48,21 +49,56 @@ def _form_of(source: DocumentSource, options: FormOptions) -> str:
     if options.format != AUTO:
         return options.format
     named = options.named_columns()
+    found = _columns_of(source, named)
+    if found is None:
+        return TEXT
+    if "text" in named:
+        TextColumn(named["text"]).among(found.columns, found.where)
+    return recognise(found.columns, named, found.where)
+
+
+def _columns_of(source: DocumentSource, named: Mapping[str, str]) -> Found | None:
+    """The columns of a source's first row; None where there are none."""
     try:
         for _ in read_rows([source], lambda: Probe(named)):
-            return TEXT  # a reader that knows of no columns
+            return None  # a reader that knows of no columns
     except Found as found:
-        if "text" in named:
-            TextColumn(named["text"]).among(found.columns, found.where)
-        return recognise(found.columns, named, found.where)
-    return TEXT
+        return found
+    return None
+
+
+def _options_of(
+    sets: Mapping[str, Sequence[DocumentSource]],
+    others: Mapping[str, OtherAnswers],
+    forms: Mapping[str, str],
+    options: FormOptions,
+) -> dict[str, FormOptions]:
+    """By which options the rows of each set are read: those made of forget's rows differ in the column of the answer."""
+    made = {name: options if name not in others else others[name].options(forms[name], options) for name in sets}
+    for name, other in others.items():
+        for source in sets[name] if other.column is not None else ():
+            found = _columns_of(source, options.named_columns())
+            if found is not None and other.column not in found.columns:
+                close = did_you_mean(other.column, found.columns)
+                shown = ", ".join(found.columns)
+                raise OptionError(f"{found.where}: no --{other.option} {other.column}: its columns are {shown}.{close}")
+    return made
 
 
 def makers_of(
-    sets: Mapping[str, Sequence[DocumentSource]], options: FormOptions, tokenizer: Any
+    sets: Mapping[str, Sequence[DocumentSource]],
+    options: FormOptions,
+    tokenizer: Any,
+    others: Mapping[str, OtherAnswers] | None = None,
 ) -> dict[str, ItemMaker | None]:
-    """What makes the items of each set; None for whole documents. Raises `OptionError` for an option without an effect."""
-    forms = {name: form_of(sources, options) for name, sources in sets.items()}
+    """What makes the items of each set; None for whole documents. others: the sets that are made of the rows of forget.
+
+    Raises `OptionError` for an option without an effect.
+    """
+    others = others or {}
+    forms = {name: form_of(sources, options) for name, sources in sets.items() if name not in others}
+    forms |= dict.fromkeys(others, forms["forget"])
+    reading = _options_of(sets, others, forms, options)
     finder = _finder(forms, options)
     if finder is not None:
         forms["forget"] = "spans"
@@ -81,11 +117,12 @@ def makers_of(
         if form == TEXT
         else ItemMaker(
             form,
-            options,
+            reading[name],
             tokenizer,
             template if form in _TEMPLATED else None,
             shots if form == "qa" else (),
             finder if name == "forget" else None,
+            others[name].refusals if name in others else None,
         )
         for name, form in forms.items()
     }
@@ -126,12 +163,12 @@ def read_texts(
     sources: Sequence[DocumentSource], maker: ItemMaker | None, options: FormOptions
 ) -> Iterator[str] | Iterator[Item]:
     """The documents of a set, or its items if it has a maker, in order. Raises as `read_documents` does."""
-    return read_documents(sources, options.text_column) if maker is None else read_items(sources, maker, options)
+    return read_documents(sources, options.text_column) if maker is None else read_items(sources, maker)
 
 
-def read_items(sources: Sequence[DocumentSource], maker: ItemMaker, options: FormOptions) -> Iterator[Item]:
+def read_items(sources: Sequence[DocumentSource], maker: ItemMaker) -> Iterator[Item]:
     """The items of a set, in order. Raises `DocumentError` naming file and line or row."""
-    for record, row in enumerate(_rows(sources, TEXT if maker.finder is not None else maker.form, options)):
+    for record, row in enumerate(_rows(sources, TEXT if maker.finder is not None else maker.form, maker.options)):
         yield from maker.items(row, record)
 
 
