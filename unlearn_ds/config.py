@@ -4,6 +4,7 @@ The docstring under a field is its help text on the command line.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -144,6 +145,9 @@ class RunConfig:
     reference: Literal["live", "cache"] = "live"
     """the original model for KL: live (a frozen engine beside the trained one) or cache (its final hidden states of the
     retain data, computed once and kept beside the corpus)"""
+    trainable: tuple[str, ...] = ()
+    """train only the parameters whose whole name one of these regular expressions matches, such as
+    'model\\.layers\\.[567]\\.mlp\\.down_proj\\.weight'; the others are frozen (default: all are trained)"""
     lora_r: int | None = None
     """train adapters of this rank instead of the weights (needs peft)"""
     lora_alpha: float = 16.0
@@ -357,6 +361,15 @@ def _check_checkpointing(config: RunConfig) -> None:
         raise OptionError("--torch_compile needs --leaf_modules True: ZeRO's hooks inside a layer cannot be compiled")
     if config.lora_r is None and (config.lora_target or config.lora_export != "merged" or config.lora_alpha != 16):
         raise OptionError("--lora_target, --lora_alpha and --lora_export need --lora_r, the rank of the adapters")
+    if config.lora_r is not None and config.trainable:
+        raise OptionError(
+            "--trainable and --lora_r both say what is trained: adapters alone, in the matrices of --lora_target; give one"
+        )
+    for pattern in config.trainable:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OptionError(f"--trainable {pattern}: no regular expression: {error}") from error
     if config.reference == "cache" and not config.objective.needs_reference:
         raise OptionError(f"--reference cache: {config.unlearn_method} has no KL term and uses no reference")
     if config.profile_steps is not None:

@@ -36,6 +36,7 @@ from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import ZeroInit, head_options
 from unlearn_ds.model.loss_head import PackedCausalLM, attach
 from unlearn_ds.model.size import model_size, num_parameters
+from unlearn_ds.model.trained import trained_by
 from unlearn_ds.objectives import KL
 from unlearn_ds.original.hidden_cache import open_or_fill
 from unlearn_ds.original.reference import CachedReference, LiveReference, NoReference, Reference
@@ -101,8 +102,8 @@ def settled(config: RunConfig, shape: Any, plan: Plan, device: torch.device) -> 
     setting = setting_of(
         config, load_ds_file(config.deepspeed), size, distributed.world_size(), distributed.ranks_per_node()
     )
-    parameters = num_parameters(shape)
-    return settle_memory(config, model_facts(shape, size, parameters, parameters), shape, setting, plan, device)
+    facts = model_facts(size, num_parameters(shape), trained_by(config, shape))
+    return settle_memory(config, facts, shape, setting, plan, device)
 
 
 def memory_now(device: torch.device) -> int:

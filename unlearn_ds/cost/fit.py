@@ -18,8 +18,8 @@ from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine.ds_config import sized
 from unlearn_ds.model.activations import LayerActivations, layer_activations
 from unlearn_ds.model.configs import parameter_dtype
-from unlearn_ds.model.lora import LoraOptions, add_adapters
 from unlearn_ds.model.size import ModelSize
+from unlearn_ds.model.trained import Trained, freeze
 from unlearn_ds.objectives import KL, SEQUENCE
 from unlearn_ds.options import AUTO, OptionError
 
@@ -72,23 +72,23 @@ def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, worl
     )
 
 
-def model_facts(model_config: PreTrainedConfig, size: ModelSize, parameters: int, trainable: int) -> Model:
+def model_facts(size: ModelSize, parameters: int, trained: Trained) -> Model:
     """What of a model memory depends on, but for its activations."""
     return Model(
         parameters=parameters,
-        trainable=trainable,
+        trainable=trained.parameters,
         layer_parameters=size.layer,
-        num_layers=model_config.num_hidden_layers,
+        num_layers=trained.kept_layers,
         head_parameters=size.head,
         hidden_size=size.hidden,
         activations=LayerActivations(0, 0),
+        trains_head=trained.head,
     )
 
 
 def with_activations(config: RunConfig, model: Model, model_config: PreTrainedConfig) -> Model:
     """The same with what a token leaves for backward. Raises `Uncountable` for a model that does not run on shapes alone."""
-    options = LoraOptions(config.lora_r or 0, config.lora_alpha, config.lora_target)
-    adapt = partial(add_adapters, options=options) if config.lora_r else None
+    adapt = partial(freeze, config=config)
     dtype, trusted = parameter_dtype(config.bf16), {"trust_remote_code": config.trust_remote_code}
     try:
         counted = layer_activations(model_config, dtype, adapt, **trusted)

@@ -88,12 +88,12 @@ class Estimator:
 
     def __init__(self, config: PlanConfig, run: RunConfig) -> None:
         from unlearn_ds.cost.fit import Uncountable, model_facts, with_activations
-        from unlearn_ds.cost.flops import model_flops
+        from unlearn_ds.cost.flops import run_flops
         from unlearn_ds.data.sources import make_sources, open_run_corpora
         from unlearn_ds.engine.ds_config import load_ds_file
         from unlearn_ds.model.configs import ModelOptions, load_config
-        from unlearn_ds.model.lora import lora_options, trainable_parameters
         from unlearn_ds.model.size import model_size, num_parameters
+        from unlearn_ds.model.trained import trained_by
 
         if run.bf16 == AUTO:
             run = dataclasses.replace(run, bf16=True)  # every kind of GPU that is known here computes in it
@@ -102,11 +102,11 @@ class Estimator:
         model_config = load_config(options)
         trusted = {"trust_remote_code": run.trust_remote_code}
         parameters = num_parameters(model_config, **trusted)
-        adapters = trainable_parameters(model_config, lora_options(run), **trusted) if run.lora_r else 0
+        trained = trained_by(run, model_config, **trusted)
         self.size = model_size(model_config, **trusted)
-        facts = model_facts(model_config, self.size, parameters, adapters or parameters)
+        facts = model_facts(self.size, parameters, trained)
         self.model = with_activations(run, facts, model_config)
-        self.flops = model_flops(model_config, adapters, **trusted)
+        self.flops = run_flops(run, model_config, trained)
         if self.flops is None:
             raise Uncountable(f"{run.start_model}: its matrix products cannot be counted, so no time can be estimated")
         corpora = open_run_corpora(run, model_config.vocab_size, None)

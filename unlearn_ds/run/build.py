@@ -13,7 +13,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.cluster.health import compare_ranks, rank_facts
 from unlearn_ds.config import RunConfig, profiled_steps
 from unlearn_ds.cost.fit import check_memory, model_facts, setting_of, settle_memory
-from unlearn_ds.cost.flops import ModelFlops, model_flops
+from unlearn_ds.cost.flops import ModelFlops, run_flops
 from unlearn_ds.cost.peak import state
 from unlearn_ds.data.labels import SubstituteTargets
 from unlearn_ds.data.plan import Plan, Source
@@ -34,8 +34,8 @@ from unlearn_ds.engine.precision import settle
 from unlearn_ds.methods import far_from_preset
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import load_model
-from unlearn_ds.model.lora import add_adapters, lora_options
 from unlearn_ds.model.size import ModelSize
+from unlearn_ds.model.trained import freeze
 from unlearn_ds.objectives import SUBSTITUTE_TARGETS
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.reference import Reference
@@ -109,7 +109,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
 
     setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node())
-    facts = model_facts(subject.config, subject.size, subject.num_parameters, subject.num_trainable)
+    facts = model_facts(subject.size, subject.num_parameters, subject.trained)
     check_memory(facts, setting, device)
     asked, config = config, with_earlier_choices(config, before, world)
     config = settle_memory(config, facts, subject.config, setting, plan, device)
@@ -152,8 +152,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
 
 def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
     """What an update's FLOPs follow from; None, and said so, for a model in which they cannot be counted."""
-    adapters = subject.num_trainable if config.lora_r else 0
-    counted = model_flops(subject.config, adapters, trust_remote_code=config.trust_remote_code)
+    counted = run_flops(config, subject.config, subject.trained)
     if counted is None:
         distributed.say(
             "warning: this model's matrix products cannot be counted: TFLOP/s are not written to metrics.jsonl"
@@ -231,7 +230,7 @@ def build_engine(
 ) -> tuple[TrainingEngine, Any | None]:
     """The model in ZeRO partitions with its optimizer; and peft's configuration of its adapters, with LoRA."""
     model = load_model(subject.options, subject.config, ds_config, head_of(config, subject), device)
-    adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
+    adapter = freeze(model.model, config)
     wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}

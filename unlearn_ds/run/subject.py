@@ -15,9 +15,9 @@ from unlearn_ds.model.composite import check_writable, is_part
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
 from unlearn_ds.model.files import model_fingerprint, model_folder
 from unlearn_ds.model.load import head_options
-from unlearn_ds.model.lora import lora_options, trainable_parameters
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size, num_parameters
+from unlearn_ds.model.trained import Trained, trained_by
 from unlearn_ds.options import OptionError
 
 
@@ -32,7 +32,11 @@ class Subject:
     fingerprint: str
     size: ModelSize
     num_parameters: int
-    num_trainable: int
+    trained: Trained
+
+    @property
+    def num_trainable(self) -> int:
+        return self.trained.parameters
 
 
 def open_subject(config: RunConfig) -> Subject:
@@ -51,8 +55,6 @@ def open_subject(config: RunConfig) -> Subject:
     model_config = open_config(options, config.seq_len)
     options = with_rows(options, model_config)
     trusted = {"trust_remote_code": config.trust_remote_code}
-    parameters = num_parameters(model_config, **trusted)
-    adapters = trainable_parameters(model_config, lora_options(config), **trusted) if config.lora_r else None
     return Subject(
         options=options,
         config=model_config,
@@ -60,8 +62,8 @@ def open_subject(config: RunConfig) -> Subject:
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
         size=model_size(model_config, **trusted),
-        num_parameters=parameters,
-        num_trainable=parameters if adapters is None else adapters,
+        num_parameters=num_parameters(model_config, **trusted),
+        trained=trained_by(config, model_config, **trusted),
     )
 
 
