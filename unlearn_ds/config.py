@@ -23,7 +23,8 @@ class RunConfig:
     unlearn_method: str
     """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
     npo_plus_descent, simnpo, simnpo_plus_descent, wga, satimp, tnpo, wtnpo, unlikelihood, ce_u, unilogit, jensun, undial,
-    finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train --list_methods`"""
+    rmu, adaptive_rmu, circuit_breakers, finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff:
+    `unlearn-ds train --list_methods`"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
     preset: str | None = None
@@ -51,9 +52,9 @@ class RunConfig:
     """longest sequence, in tokens; documents are cut into pieces of this length"""
     packing: bool = True
     """several sequences in one row, if the model keeps them apart; False: one a row, padded to the longest beside it"""
-    retain_loss: Literal["none", "cross_entropy", "kl", "reverse_kl", "jsd"] | None = None
+    retain_loss: Literal["none", "cross_entropy", "kl", "reverse_kl", "jsd", "hidden"] | None = None
     """the retain term beside any forget term: none, cross_entropy (lower the loss of retain), or stay close to the original
-    model there by kl, reverse_kl or jsd (Jensen-Shannon) (default: the method's own)"""
+    model there by kl, reverse_kl or jsd (Jensen-Shannon), or in the states of --layer by hidden (default: the method's own)"""
     forget_weight: float = 1.0
     """weight of the forget term"""
     retain_ratio: float = 1.0
@@ -82,6 +83,12 @@ class RunConfig:
     """wtnpo: power of p (default: 1.5)"""
     gamma: float | None = None
     """simnpo: margin (default: 0)"""
+    layer: tuple[int, ...] = ()
+    """rmu, adaptive_rmu, circuit_breakers and --retain_loss hidden: the decoder layers, counted from 0, whose output is meant
+    (default: a quarter of the way up, 7 of 32; for circuit_breakers a third and two thirds)"""
+    steering_coefficient: float | None = None
+    """rmu: length of the vector that forget states are steered to (default: 2); adaptive_rmu: the same in mean norms of the
+    original model's states (default: 5)"""
     substitute_text: str = "No Idea"
     """jensun: what forget tokens are pulled towards, over and over"""
     cache_dir: str | None = None
@@ -143,8 +150,8 @@ class RunConfig:
     torch_compile: bool = False
     """compile each decoder layer"""
     reference: Literal["live", "cache"] = "live"
-    """the original model for KL: live (a frozen engine beside the trained one) or cache (its final hidden states of the
-    retain data, computed once and kept beside the corpus)"""
+    """the original model for KL and for hidden states: live (a frozen engine beside the trained one) or cache (its hidden
+    states of the retain data, computed once and kept beside the corpus)"""
     trainable: tuple[str, ...] = ()
     """train only the parameters whose whole name one of these regular expressions matches, such as
     'model\\.layers\\.[567]\\.mlp\\.down_proj\\.weight'; the others are frozen (default: all are trained)"""
@@ -266,6 +273,21 @@ class RunConfig:
         """What stands in the place of cross-entropy on forget, with the run's numbers."""
         return self.with_numbers(self.objective.token_loss)
 
+    def hidden_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The decoder layers, from 0, whose output a term takes, of a model with so many; none without such a term.
+
+        Raises `OptionError` for --layer beyond the model.
+        """
+        form = self.objective.hidden_loss
+        if form is None:
+            return ()
+        for layer in self.layer:
+            if layer >= num_layers:
+                raise OptionError(
+                    f"--layer {layer}: the model has {num_layers} decoder layers, counted from 0 to {num_layers - 1}"
+                )
+        return tuple(sorted(set(self.layer or form.layers(num_layers))))
+
     def with_numbers(self, form: Any) -> Any:
         """A term's form with the run's numbers; None for None."""
         names = () if form is None else form.numbers
@@ -371,7 +393,9 @@ def _check_checkpointing(config: RunConfig) -> None:
         except re.error as error:
             raise OptionError(f"--trainable {pattern}: no regular expression: {error}") from error
     if config.reference == "cache" and not config.objective.needs_reference:
-        raise OptionError(f"--reference cache: {config.unlearn_method} has no KL term and uses no reference")
+        raise OptionError(
+            f"--reference cache: {config.unlearn_method} has no KL term, nor one of hidden states: it asks no reference"
+        )
     if config.profile_steps is not None:
         profiled_steps(config.profile_steps)
     if (config.resume or config.auto_resume) and config.overwrite_output_dir:

@@ -82,7 +82,7 @@ def main(case: StepCase) -> None:
             "step_s": [max(rank["times"][i] for rank in everyone) for i in range(case.steps)],
             "memory": {name: max(rank["marks"][name] for rank in everyone) for name in marks},
             "lengths": [step.length.tolist() for step in steps],
-            "kl_lengths": [plan.lengths_with(KL, step).tolist() for step in steps],
+            "kl_lengths": [plan.lengths_compared(step).tolist() for step in steps],
             "rows": [step.num_rows for step in steps],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "attention": shape._attn_implementation,

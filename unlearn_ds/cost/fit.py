@@ -50,13 +50,21 @@ class Choice:
     fits: bool
 
 
-def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, world_size: int, per_node: int) -> Setting:
-    """What of a run's options memory depends on."""
+def setting_of(
+    config: RunConfig,
+    ds_file: dict[str, Any],
+    size: ModelSize,
+    world_size: int,
+    per_node: int,
+    last: int | None = None,
+) -> Setting:
+    """What of a run's options memory depends on. last: the decoder layer at which its forward ends, without logits."""
     reference = None
     if config.objective.needs_reference:
         adapter = config.lora_r is not None and config.reference == "live"
         reference = "adapter" if adapter else config.reference
     losses = {term.loss for term in config.objective.terms}
+    workspace_mib = _WORKSPACE_MIB if config.loss_workspace_mib == AUTO else config.loss_workspace_mib
     return Setting(
         ds_config=sized(
             ds_file, bf16=config.bf16, size=size, ranks_per_node=per_node, bf16_states=config.optimizer_states == "bf16"
@@ -64,10 +72,8 @@ def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, worl
         bf16=config.bf16,
         world_size=world_size,
         seq_len=config.seq_len,
-        workspace_bytes=int(
-            (_WORKSPACE_MIB if config.loss_workspace_mib == AUTO else config.loss_workspace_mib) * 2**20
-        ),
-        num_losses=1 + len(losses & {KL, SEQUENCE}),
+        workspace_bytes=int(workspace_mib * 2**20),
+        num_losses=1 + len(losses & {KL, SEQUENCE}) if last is None else 0,
         reference=reference,
     )
 

@@ -44,7 +44,9 @@ class Setting:
     world_size: int
     seq_len: int
     workspace_bytes: int
-    num_losses: int  # that the output projection computes one by one: cross-entropy, of whole sequences, KL
+    num_losses: (
+        int  # that the output projection computes one by one: cross-entropy, of whole sequences, KL; 0: no logits
+    )
     reference: str | None  # what KL compares with: "live", "cache", "adapter" (the same weights, adapters off) or None
 
     @property
@@ -110,7 +112,7 @@ def _loss(model: Model, setting: Setting, rows: int) -> dict[str, float]:
     head = model.head_parameters * setting.width
     gradients = setting.num_losses * 4 * model.head_parameters if model.trains_head else 0
     # Of small models less: logits of the model and of the reference and their gradient, all in fp32, of all positions.
-    logits = 3 * 4 * rows * setting.seq_len * (model.head_parameters // model.hidden_size)
+    logits = 3 * 4 * rows * setting.seq_len * (model.head_parameters // model.hidden_size) if setting.num_losses else 0
     parts = {"loss": min(setting.workspace_bytes, logits) + gradients + (1 + setting.num_losses) * states}
     whole = setting.zero["stage"] == 3
     if setting.reference is not None:

@@ -230,6 +230,8 @@ def make_sources(
                     sequence_loss=config.with_numbers(term.sequence),
                     token_loss=config.with_numbers(term.token),
                     divergence=config.with_numbers(term.divergence),
+                    hidden=config.with_numbers(term.hidden),
+                    ramp=term.ramp,
                 )
             )
     return sources
@@ -268,6 +270,22 @@ def with_reference_log_prob(
         if source.token_loss is not None and source.token_loss.needs_log_q
         else source
         for source in sources
+    ]
+
+
+def with_layers(sources: list[Source], layers: tuple[int, ...]) -> list[Source]:
+    """Tell the sources of hidden states which decoder layers they are about."""
+    return [dataclasses.replace(s, layers=layers) if s.hidden is not None else s for s in sources]
+
+
+def with_steering(
+    sources: list[Source],
+    steering: np.ndarray,  # (layers * D,) fp32
+) -> list[Source]:
+    """Give the source that steers states what it steers them to."""
+    return [
+        dataclasses.replace(s, steering=steering) if s.hidden is not None and not s.hidden.compares else s
+        for s in sources
     ]
 
 

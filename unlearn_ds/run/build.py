@@ -23,6 +23,7 @@ from unlearn_ds.data.sources import (
     make_plan,
     make_sources,
     open_run_corpora,
+    with_layers,
     with_targets,
 )
 from unlearn_ds.engine import checkpoint
@@ -35,7 +36,7 @@ from unlearn_ds.methods import far_from_preset
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import load_model
 from unlearn_ds.model.size import ModelSize
-from unlearn_ds.model.trained import freeze
+from unlearn_ds.model.trained import freeze, trained_by
 from unlearn_ds.objectives import SUBSTITUTE_TARGETS
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.reference import Reference
@@ -108,7 +109,11 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
 
-    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node())
+    last = plan.last_layer
+    if last is not None:
+        trusted = {"trust_remote_code": config.trust_remote_code}
+        subject = replace(subject, trained=trained_by(config, subject.config, last, **trusted))
+    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node(), last)
     facts = model_facts(subject.size, subject.num_parameters, subject.trained)
     check_memory(facts, setting, device)
     asked, config = config, with_earlier_choices(config, before, world)
@@ -117,7 +122,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     ds_config = complete_ds_config(config, ds_file, subject.size)
     compared = facts_of(subject, plan, ds_file, corpora)
     beginning = begin(config, before, compared, plan, ds_config, device)
-    engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
+    engine, adapter = build_engine(config, subject, ds_config, plan, device)
     options = settle_rows(engine, subject.options, config.seq_len, subject.config.vocab_size)
     subject, config = replace(subject, options=options), replace(config, packing=options.packing)
     # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
@@ -136,7 +141,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         num_parameters=subject.num_parameters,
         num_trainable=subject.num_trainable,
         state=state(facts, setting),
-        flops=count_flops(config, subject),
+        flops=count_flops(config, subject, last),
         corpora=corpora,
         plan=plan,
         plan_id=plan_id,
@@ -150,9 +155,9 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     )
 
 
-def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
+def count_flops(config: RunConfig, subject: Subject, last: int | None = None) -> ModelFlops | None:
     """What an update's FLOPs follow from; None, and said so, for a model in which they cannot be counted."""
-    counted = run_flops(config, subject.config, subject.trained)
+    counted = run_flops(config, subject.config, subject.trained, last)
     if counted is None:
         distributed.say(
             "warning: this model's matrix products cannot be counted: TFLOP/s are not written to metrics.jsonl"
@@ -163,7 +168,7 @@ def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
 def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]]) -> tuple[list[Source], Plan]:
     """The terms of the objective over their corpora, and the run's updates."""
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
-    sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
+    sources = with_layers(make_sources(config, corpora, subject.config.vocab_size, special_ids), subject.layers)
     if config.objective.needs_substitute_targets:
         targets = SubstituteTargets(substitute_ids(config.substitute_text, subject.tokenizer))
         sources = with_targets(config, sources, targets, SUBSTITUTE_TARGETS)
@@ -226,16 +231,16 @@ def facts_of_rank(
 
 
 def build_engine(
-    config: RunConfig, subject: Subject, ds_config: dict[str, Any], num_steps: int, device: torch.device
+    config: RunConfig, subject: Subject, ds_config: dict[str, Any], plan: Plan, device: torch.device
 ) -> tuple[TrainingEngine, Any | None]:
     """The model in ZeRO partitions with its optimizer; and peft's configuration of its adapters, with LoRA."""
     model = load_model(subject.options, subject.config, ds_config, head_of(config, subject), device)
-    adapter = freeze(model.model, config)
+    adapter = freeze(model.model, config, plan.last_layer)
     wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
     model.train()
-    return TrainingEngine(model, config, ds_config, num_steps), adapter
+    return TrainingEngine(model, config, ds_config, plan.num_steps), adapter
 
 
 def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSize) -> dict[str, Any]:

@@ -22,7 +22,8 @@ MODEL, TOKENIZER, DATA, BATCH, LAYOUT = "model", "tokenizer", "data", "batch", "
 
 _NAMES = {
     KEPT: """unlearn_method random_init domain general train_on seq_len retain_ratio retain_weight retain_sets retain_loss
-        forget_weight average completely_random top_k top_p rm_groundtruth beta beta2 alpha gamma substitute_text
+        forget_weight average completely_random top_k top_p rm_groundtruth beta beta2 alpha gamma layer steering_coefficient
+        substitute_text
         adam_beta1 adam_beta2 adam_epsilon seed bf16 optimizer_states tf32 trainable lora_r lora_alpha lora_target
         eval_sequences""",
     RATE: """num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay max_grad_norm""",

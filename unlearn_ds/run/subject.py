@@ -14,6 +14,7 @@ from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.composite import check_writable, is_part
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
 from unlearn_ds.model.files import model_fingerprint, model_folder
+from unlearn_ds.model.layers import decoder_layers
 from unlearn_ds.model.load import head_options
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size, num_parameters
@@ -33,6 +34,7 @@ class Subject:
     size: ModelSize
     num_parameters: int
     trained: Trained
+    layers: tuple[int, ...] = ()  # the decoder layers whose states a term takes
 
     @property
     def num_trainable(self) -> int:
@@ -64,6 +66,7 @@ def open_subject(config: RunConfig) -> Subject:
         size=model_size(model_config, **trusted),
         num_parameters=num_parameters(model_config, **trusted),
         trained=trained_by(config, model_config, **trusted),
+        layers=config.hidden_layers(len(decoder_layers(blank_model(model_config, **trusted)))),
     )
 
 
