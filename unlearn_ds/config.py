@@ -273,21 +273,6 @@ class RunConfig:
         """What stands in the place of cross-entropy on forget, with the run's numbers."""
         return self.with_numbers(self.objective.token_loss)
 
-    def hidden_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The decoder layers, from 0, whose output a term takes, of a model with so many; none without such a term.
-
-        Raises `OptionError` for --layer beyond the model.
-        """
-        form = self.objective.hidden_loss
-        if form is None:
-            return ()
-        for layer in self.layer:
-            if layer >= num_layers:
-                raise OptionError(
-                    f"--layer {layer}: the model has {num_layers} decoder layers, counted from 0 to {num_layers - 1}"
-                )
-        return tuple(sorted(set(self.layer or form.layers(num_layers))))
-
     def with_numbers(self, form: Any) -> Any:
         """A term's form with the run's numbers; None for None."""
         names = () if form is None else form.numbers

@@ -244,3 +244,19 @@ def _check_layers(config: Any) -> None:
             f"--retain_loss {config.retain_loss}: with {method} one term would compare predictions with the original model's, "
             "and one the states of a layer: choose another, such as cross_entropy"
         )
+
+
+def hidden_layers(config: Any, num_layers: int) -> tuple[int, ...]:
+    """The decoder layers, counted from 0, whose output a term takes, of a model with so many; none without such a term.
+
+    Raises `OptionError` for --layer beyond the model.
+    """
+    form = config.objective.hidden_loss
+    if form is None:
+        return ()
+    for layer in config.layer:
+        if layer >= num_layers:
+            raise OptionError(
+                f"--layer {layer}: the model has {num_layers} decoder layers, counted from 0 to {num_layers - 1}"
+            )
+    return tuple(sorted(set(config.layer or form.layers(num_layers))))

@@ -92,6 +92,7 @@ class Estimator:
         from unlearn_ds.data.plan import last_layer
         from unlearn_ds.data.sources import make_sources, open_run_corpora, with_layers
         from unlearn_ds.engine.ds_config import load_ds_file
+        from unlearn_ds.methods import hidden_layers
         from unlearn_ds.model.blank import blank_model
         from unlearn_ds.model.configs import ModelOptions, load_config
         from unlearn_ds.model.layers import decoder_layers
@@ -107,7 +108,7 @@ class Estimator:
         parameters = num_parameters(model_config, **trusted)
         self.size = model_size(model_config, **trusted)
         corpora = open_run_corpora(run, model_config.vocab_size, None)
-        layers = run.hidden_layers(len(decoder_layers(blank_model(model_config, **trusted))))
+        layers = hidden_layers(run, len(decoder_layers(blank_model(model_config, **trusted))))
         self.sources = with_layers(make_sources(run, corpora, model_config.vocab_size, ()), layers)
         self.last = last_layer(self.sources)
         trained = trained_by(run, model_config, self.last, **trusted)

@@ -36,7 +36,7 @@ from unlearn_ds.methods import far_from_preset
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import load_model
 from unlearn_ds.model.size import ModelSize
-from unlearn_ds.model.trained import freeze, trained_by
+from unlearn_ds.model.trained import freeze
 from unlearn_ds.objectives import SUBSTITUTE_TARGETS
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.reference import Reference
@@ -50,7 +50,7 @@ from unlearn_ds.run.folder import (
 )
 from unlearn_ds.run.original import ask_original, make_reference
 from unlearn_ds.run.resume import Facts, check_facts, check_options, note_changes
-from unlearn_ds.run.subject import Subject, fingerprint_of, head_of, open_subject
+from unlearn_ds.run.subject import Subject, ending_at, fingerprint_of, head_of, open_subject
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,8 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     sources, plan = plan_run(config, subject, corpora)
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
-
-    last = plan.last_layer
-    if last is not None:
-        trusted = {"trust_remote_code": config.trust_remote_code}
-        subject = replace(subject, trained=trained_by(config, subject.config, last, **trusted))
-    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node(), last)
+    subject = ending_at(config, subject, plan.last_layer)
+    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node(), plan.last_layer)
     facts = model_facts(subject.size, subject.num_parameters, subject.trained)
     check_memory(facts, setting, device)
     asked, config = config, with_earlier_choices(config, before, world)
@@ -141,7 +137,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         num_parameters=subject.num_parameters,
         num_trainable=subject.num_trainable,
         state=state(facts, setting),
-        flops=count_flops(config, subject, last),
+        flops=count_flops(config, subject, plan.last_layer),
         corpora=corpora,
         plan=plan,
         plan_id=plan_id,

@@ -1,6 +1,6 @@
 """The model that a run starts from: its options, config, tokenizer and fingerprint, before anything is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.engine.tf32 import EXACT, training_precision
+from unlearn_ds.methods import hidden_layers
 from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.composite import check_writable, is_part
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
@@ -66,8 +67,16 @@ def open_subject(config: RunConfig) -> Subject:
         size=model_size(model_config, **trusted),
         num_parameters=num_parameters(model_config, **trusted),
         trained=trained_by(config, model_config, **trusted),
-        layers=config.hidden_layers(len(decoder_layers(blank_model(model_config, **trusted)))),
+        layers=hidden_layers(config, len(decoder_layers(blank_model(model_config, **trusted)))),
     )
+
+
+def ending_at(config: RunConfig, subject: Subject, last: int | None) -> Subject:
+    """The same where no update needs anything above decoder layer `last`: what is above is not trained."""
+    if last is None:
+        return subject
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    return replace(subject, trained=trained_by(config, subject.config, last, **trusted))
 
 
 def larger_model_of(config: RunConfig, model_config: PreTrainedConfig) -> Path | None:
