@@ -269,7 +269,7 @@ class PackedCausalLM(nn.Module):
             pick, layers = asked.rows, asked.layers
         stops = bool(layers) if asked is None else asked.alone
         with layer_outputs(self.model, self.layers, layers, stops) as given:
-            hidden = _in_place(projected(self.model, inputs, idle=stops), places)
+            hidden = _in_place(projected(self.model, inputs), places)
         if layers:
             tokens = tuple(inputs["input_ids"].shape)
             each = [_in_place(state_of(given, at, tokens), places)[0].index_select(0, pick) for at in layers]

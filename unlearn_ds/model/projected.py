@@ -17,10 +17,9 @@ from unlearn_ds.options import OptionError
 class _Keeper(nn.Module):
     """Stands where an output projection stands, keeps what it is given, and returns the logits of no token."""
 
-    def __init__(self, head: nn.Module, idle: bool) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.__dict__["_head"] = head  # no child of this one: it stays where ZeRO-3 knows it
-        self._idle = idle
         self.given: list[Tensor] = []
 
     @property
@@ -34,19 +33,16 @@ class _Keeper(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, 0, V)
         self.given.append(hidden)
-        if self._idle:  # ZeRO-3 would gather the weight to tell its shape
-            return hidden.new_empty(*hidden.shape[:-2], 0, 0)
         vocab_size = getattr(self.weight, "ds_shape", self.weight.shape)[0]
         return hidden.new_empty(*hidden.shape[:-2], 0, vocab_size)
 
 
-def projected(model: nn.Module, inputs: dict[str, Any], idle: bool = False) -> Tensor:  # (B, L, D)
+def projected(model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (B, L, D)
     """What `model`, called with `inputs`, gives to its output projection, which is not computed.
 
-    idle: nobody will project it, so that the projection's weight need not be there.
     Raises `OptionError` for a model that does not call it once, with something for each token.
     """
-    with _kept(model, model.get_output_embeddings(), idle) as keeper:
+    with _kept(model, model.get_output_embeddings()) as keeper:
         model(**inputs)
     shapes = [tuple(hidden.shape) for hidden in keeper.given]
     if len(shapes) != 1 or shapes[0][:-1] != tuple(inputs["input_ids"].shape):
@@ -58,9 +54,9 @@ def projected(model: nn.Module, inputs: dict[str, Any], idle: bool = False) -> T
 
 
 @contextmanager
-def _kept(model: nn.Module, head: nn.Module, idle: bool) -> Iterator[_Keeper]:
+def _kept(model: nn.Module, head: nn.Module) -> Iterator[_Keeper]:
     """A context in which a keeper stands in every place where `model` has its output projection `head`."""
-    keeper = _Keeper(head, idle)
+    keeper = _Keeper(head)
     places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is head]
     for parent, name in places:
         parent._modules[name] = keeper
