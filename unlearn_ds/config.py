@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unlearn_ds.conditions import check_guards
+from unlearn_ds.limits import check_numbers, check_together
 from unlearn_ds.methods import check_method, expanded
 from unlearn_ds.mixture import parse_mixture
 from unlearn_ds.objectives import OBJECTIVES, Objective, PairLoss, SequenceLoss, TokenLoss
-from unlearn_ds.options import OptionError, check_choices, check_name
+from unlearn_ds.options import check_choices, check_name
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class RunConfig:
     unlearn_method: str
     """what to do: gradient_ascent, random_label, adversarial, ascent_plus_descent, ascent_plus_kl_divergence, npo,
     npo_plus_descent, simnpo, simnpo_plus_descent, wga, satimp, tnpo, wtnpo, unlikelihood, ce_u, unilogit, jensun, undial,
-    shred, max_entropy, inverted_hinge, pdu, dpo, idk_dpo, alt_po, flat, idk, own (with --objective), finetune or retrain; or a
-    trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train --list_methods`"""
+    shred, max_entropy, inverted_hinge, pdu, dpo, idk_dpo, alt_po, flat, idk, rmu, adaptive_rmu, circuit_breakers, own (with
+    --objective), finetune or retrain; or a trainer of Open-Unlearning's, such as GradDiff: `unlearn-ds train --list_methods`"""
     output_dir: str
     """where run.json, metrics.jsonl, checkpoints/, model/ and evaluation.json go"""
     objective: str | None = None
@@ -54,9 +55,9 @@ class RunConfig:
     """longest sequence, in tokens; documents are cut into pieces of this length"""
     packing: bool = True
     """several sequences in one row, if the model keeps them apart; False: one a row, padded to the longest beside it"""
-    retain_loss: Literal["none", "cross_entropy", "kl", "reverse_kl", "jsd"] | None = None
+    retain_loss: Literal["none", "cross_entropy", "kl", "reverse_kl", "jsd", "hidden"] | None = None
     """the retain term beside any forget term: none, cross_entropy (lower the loss of retain), or stay close to the original
-    model there by kl, reverse_kl or jsd (Jensen-Shannon) (default: the method's own)"""
+    model there by kl, reverse_kl or jsd (Jensen-Shannon), or in the states of --layer by hidden (default: the method's own)"""
     forget_weight: float = 1.0
     """weight of the forget term"""
     retain_ratio: float = 1.0
@@ -98,6 +99,12 @@ class RunConfig:
     found it least likely (default: 20)"""
     gamma: float | None = None
     """simnpo: margin (default: 0)"""
+    layer: tuple[int, ...] = ()
+    """rmu, adaptive_rmu, circuit_breakers and --retain_loss hidden: the decoder layers, counted from 0, whose output is meant
+    (default: a quarter of the way up, 7 of 32; for circuit_breakers a third and two thirds)"""
+    steering_coefficient: float | None = None
+    """rmu: length of the vector that forget states are steered to (default: 2); adaptive_rmu: the same in mean norms of the
+    original model's states (default: 5)"""
     substitute_text: str = "No Idea"
     """jensun: what forget tokens are pulled towards, over and over"""
     cache_dir: str | None = None
@@ -159,8 +166,11 @@ class RunConfig:
     torch_compile: bool = False
     """compile each decoder layer"""
     reference: Literal["live", "cache"] = "live"
-    """the original model for KL: live (a frozen engine beside the trained one) or cache (its final hidden states of the
-    retain data, computed once and kept beside the corpus)"""
+    """the original model for KL and for hidden states: live (a frozen engine beside the trained one) or cache (its hidden
+    states of the retain data, computed once and kept beside the corpus)"""
+    trainable: tuple[str, ...] = ()
+    """train only the parameters whose whole name one of these regular expressions matches, such as
+    'model\\.layers\\.[567]\\.mlp\\.down_proj\\.weight'; the others are frozen (default: all are trained)"""
     lora_r: int | None = None
     """train adapters of this rank instead of the weights (needs peft)"""
     lora_alpha: float = 16.0
@@ -244,8 +254,8 @@ class RunConfig:
         if self.output_sufix:
             check_name("output_sufix", self.output_sufix)
         check_method(self)
-        _check_numbers(self)
-        _check_checkpointing(self)
+        check_numbers(self)
+        check_together(self)
         check_guards(self)
 
     @classmethod
@@ -320,73 +330,3 @@ class RunConfig:
                 "--fsdp_transformer_layer_cls_to_wrap: decoder layers are found by themselves; see --leaf_modules"
             )
         return notes
-
-
-def _check_numbers(config: RunConfig) -> None:
-    positive = (
-        "seq_len retain_ratio per_device_train_batch_size gradient_accumulation_steps loss_workspace_mib logging_steps "
-        "max_skipped_steps per_device_eval_batch_size retain_target_rate adam_epsilon num_train_epochs lora_alpha"
-    )
-    if config.per_device_train_batch_size == "auto" and config.global_batch_size is None:
-        raise OptionError(
-            "--per_device_train_batch_size auto needs --global_batch_size: without it the rows of a rank say how many "
-            "sequences an update has"
-        )
-    for name in positive.split():
-        if getattr(config, name) != "auto" and getattr(config, name) <= 0:
-            raise OptionError(f"--{name} {getattr(config, name)}: must be above 0")
-    for name in [
-        "learning_rate",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "save_steps",
-        "seed",
-        "retain_weight",
-        "retain_target",
-        "retain_target_warmup",
-        "hang_timeout",
-    ]:
-        if (getattr(config, name) or 0) < 0:
-            raise OptionError(f"--{name} {getattr(config, name)}: must not be negative")
-    for name in ["global_batch_size", "top_k", "save_total_limit", "num_threads", "lora_r"]:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} {value}: must be at least 1")
-    if config.seq_len < 5:
-        raise OptionError(f"--seq_len {config.seq_len}: sequences under 5 tokens are dropped, so at least 5")
-    if config.max_steps == 0 or config.max_steps < -1:
-        raise OptionError(f"--max_steps {config.max_steps}: a number of updates, or -1 for num_train_epochs")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        raise OptionError(f"--top_p {config.top_p}: a probability above 0 and at most 1")
-    if not 0 <= config.warmup_ratio <= 1:
-        raise OptionError(f"--warmup_ratio {config.warmup_ratio}: between 0 and 1")
-
-
-def profiled_steps(text: str) -> tuple[int, int]:
-    """The first and the last update of `FIRST:LAST`, counted from 1."""
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise OptionError(f"--profile_steps {text}: FIRST:LAST, two numbers of updates such as 3:5")
-    return int(first), int(last)
-
-
-def _check_checkpointing(config: RunConfig) -> None:
-    value = config.activation_checkpointing
-    if value not in ("none", "full", "offloaded", "auto") and not (value.isdigit() and int(value) >= 1):
-        raise OptionError(
-            f"--activation_checkpointing {value}: none, full, every n-th layer as a number, offloaded or auto"
-        )
-    if config.torch_compile and not config.leaf_modules:
-        raise OptionError("--torch_compile needs --leaf_modules True: ZeRO's hooks inside a layer cannot be compiled")
-    if config.lora_r is None and (config.lora_target or config.lora_export != "merged" or config.lora_alpha != 16):
-        raise OptionError("--lora_target, --lora_alpha and --lora_export need --lora_r, the rank of the adapters")
-    if config.reference == "cache" and not config.method.needs_reference:
-        raise OptionError(f"--reference cache: {config.unlearn_method} has no KL term and uses no reference")
-    if config.profile_steps is not None:
-        profiled_steps(config.profile_steps)
-    if (config.resume or config.auto_resume) and config.overwrite_output_dir:
-        raise OptionError(
-            f"--{'resume' if config.resume else 'auto_resume'} and --overwrite_output_dir contradict each other: one keeps "
-            "the folder, one clears it"
-        )

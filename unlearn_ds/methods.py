@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unlearn_ds.objectives import KL, OBJECTIVES, Objective
+from unlearn_ds.objectives import OBJECTIVES, Objective
 from unlearn_ds.options import OptionError, check_name, did_you_mean
 
 # Open-Unlearning's trainers -> the row of the table, and the retain term that their name implies.
@@ -19,6 +19,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "UNDIAL": {"unlearn_method": "undial"},
     "PDU": {"unlearn_method": "pdu", "retain_loss": "cross_entropy"},
     "DPO": {"unlearn_method": "dpo", "retain_loss": "cross_entropy"},
+    "RMU": {"unlearn_method": "rmu"},
 }
 
 
@@ -40,6 +41,12 @@ def _tofu(source: str, epochs: int, learning_rate: float, **options: Any) -> Pre
     common = {"learning_rate": learning_rate, "num_train_epochs": float(epochs)}
     pairs = {"global_batch_size": 64 if options.get("retain_loss") != "none" else 32}
     return Preset(common | pairs | options, round(_TOFU_EPOCH * epochs), source)
+
+
+def _rmu(source: str, updates: int, **options: Any) -> Preset:
+    common = {"unlearn_method": "rmu", "layer": (7,), "learning_rate": 5e-5, "lr_scheduler_type": "constant"}
+    down_projections = (r"model\.layers\.[567]\.mlp\.down_proj\.weight",)
+    return Preset(common | {"max_steps": updates, "trainable": down_projections} | options, updates, source)
 
 
 PRESETS = {
@@ -87,6 +94,19 @@ PRESETS = {
     "alt_po": replace(
         _tofu(_SWEEP, 10, 5e-5, unlearn_method="alt_po", retain_loss="cross_entropy", beta=0.1, retain_weight=2.0),
         updates=None,
+    ),
+    "rmu": _rmu(
+        "Open-Unlearning's WMDP experiment on zephyr-7b-beta (github.com/locuslab/open-unlearning)",
+        80,
+        global_batch_size=32,
+        steering_coefficient=2.0,
+    ),
+    "rmu_wmdp": _rmu(
+        "its authors on zephyr-7b-beta (arXiv 2403.03218, github.com/centerforaisafety/wmdp)",
+        150,
+        global_batch_size=8,
+        steering_coefficient=6.5,
+        retain_weight=1200.0,
     ),
     "jensun": Preset(
         {"learning_rate": 8e-6, "num_train_epochs": 10.0, "unlearn_method": "jensun", "retain_loss": "jsd"},
@@ -140,11 +160,13 @@ def needs(objective: Objective) -> str:
     def asks(what: str) -> bool:
         return any(getattr(term.form, what, False) for term in objective.terms)
 
+    inner = all(term.hidden is not None for term in objective.terms if term.compares)
     asked = [
         (objective.needs_sampled_targets, "labels, drawn once (one forward of forget)"),
         (asks("needs_reference_nll"), f"a number a sequence, once (one forward of {_read(objective)})"),
         (asks("needs_log_q"), "a number a token, once (one forward of forget)"),
-        (objective.needs_reference, "a forward of it in every update"),
+        (objective.steers_relatively, "its states in the first update"),
+        (objective.needs_reference, f"a forward of it{' up to --layer' if inner else ''} in every update"),
     ]
     return ", ".join(text for needed, text in asked if needed) or "nothing"
 
@@ -177,9 +199,12 @@ def method_listing() -> str:
 
 
 def _flags(options: Mapping[str, Any]) -> str:
-    return " ".join(
-        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in options.items()
-    )
+    def shown(value: Any) -> str:
+        if isinstance(value, tuple):
+            return " ".join(map(shown, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return " ".join(f"--{name} {shown(value)}" for name, value in options.items())
 
 
 def check_method(config: Any) -> None:
@@ -244,23 +269,24 @@ def _check_own(config: Any) -> None:
 def _check_terms(config: Any) -> None:
     """What a method's forget and retain terms leave to choose."""
     method, objective = config.unlearn_method, config.method
-    for name in ("beta", "gamma", "beta2", "alpha", "lowest_percent"):
+    for name in ("beta", "gamma", "beta2", "alpha", "lowest_percent", "steering_coefficient"):
         value = getattr(config, name)
         if value is None:
             continue
         if name not in objective.numbers:
-            having = " and ".join(key for key, row in OBJECTIVES.items() if name in row.numbers and len(row.terms) == 1)
-            raise OptionError(f"--{name} is for {having}, not for {method}")
+            having = {row.terms[0]: key for key, row in reversed(OBJECTIVES.items()) if name in row.numbers}
+            raise OptionError(f"--{name} is for {' and '.join(reversed(having.values()))}, not for {method}")
         if name == "beta" and objective.sequence_loss is not None and value <= 0:
             raise OptionError(f"--beta {value}: must be above 0")
         if name == "lowest_percent" and not 0 < value <= 100:
             raise OptionError(f"--lowest_percent {value}: above 0 and at most 100")
         if name != "gamma" and value < 0:
             raise OptionError(f"--{name} {value}: must not be negative")
-    if config.reference == "cache" and sum(term.loss == KL for term in objective.terms) > 1:
+    _check_layers(config)
+    if config.reference == "cache" and sum(term.compares for term in objective.terms) > 1:
         raise OptionError(
             f"--reference cache keeps the original model's hidden states of one set, and {method} with --retain_loss "
-            f"{config.retain_loss} compares with it on two: use --reference live"
+            f"{config.retain_loss or '(its own)'} compares with it on two: use --reference live"
         )
     if config.pairs_set is not None:
         if objective.answers is None:
@@ -288,3 +314,34 @@ def _check_terms(config: Any) -> None:
             f"--retain_weight and --retain_ratio are for methods that pair forget with retain, not for {method} (--retain_loss "
             "adds such a term)"
         )
+
+
+def _check_layers(config: Any) -> None:
+    """What terms of inner layers leave to choose."""
+    method, objective = config.unlearn_method, config.method
+    if config.layer and objective.hidden_loss is None:
+        having = " and ".join(key for key, row in OBJECTIVES.items() if row.hidden_loss is not None)
+        raise OptionError(f"--layer is for {having}, or with --retain_loss hidden, not for {method}")
+    if any(layer < 0 for layer in config.layer):
+        raise OptionError(f"--layer {' '.join(map(str, config.layer))}: decoder layers are counted from 0")
+    if len({term.loss for term in objective.terms if term.compares}) > 1:
+        raise OptionError(
+            f"--retain_loss {config.retain_loss}: with {method} one term would compare predictions with the original model's, "
+            "and one the states of a layer: choose another, such as cross_entropy"
+        )
+
+
+def hidden_layers(config: Any, num_layers: int) -> tuple[int, ...]:
+    """The decoder layers, counted from 0, whose output a term takes, of a model with so many; none without such a term.
+
+    Raises `OptionError` for --layer beyond the model.
+    """
+    form = config.method.hidden_loss
+    if form is None:
+        return ()
+    for layer in config.layer:
+        if layer >= num_layers:
+            raise OptionError(
+                f"--layer {layer}: the model has {num_layers} decoder layers, counted from 0 to {num_layers - 1}"
+            )
+    return tuple(sorted(set(config.layer or form.layers(num_layers))))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 CROSS_ENTROPY = "cross_entropy"
 KL = "kl"
 SEQUENCE = "sequence"  # a function of the sequence's whole NLL, see SequenceLoss
+HIDDEN = "hidden"  # of the states of an inner decoder layer, see HiddenLoss
 
 TRUE_TARGETS = "true"  # the next token itself
 RANDOM_TARGETS = "random"  # uniform over the vocabulary, fixed per (seed, sequence, position)
@@ -136,21 +137,59 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class HiddenLoss:
+    """What a target token's state h (D,) at the output of a decoder layer takes; of several layers their mean.
+
+    `steer`: `||h - c u||^2 / D`, u a random unit vector; and, h0 being the state in the original model, `stay`:
+    `||h - h0||^2 / D`, `turn`: `relu(cos(h, h0))`, `near`: `||h - h0||` (`model/hidden.py`).
+    """
+
+    form: str
+    steering_coefficient: float | None = None  # default of --steering_coefficient, the c of `steer`
+    relative: bool = False  # c counts in mean norms of h0
+    depths: tuple[float, ...] = (1 / 4,)  # which layers are meant without --layer, as shares of the model's
+
+    @property
+    def compares(self) -> bool:
+        """Whether the original model's states are asked for in every step."""
+        return self.form != "steer"
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The options that are its own."""
+        return () if self.steering_coefficient is None else ("steering_coefficient",)
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Of a model with so many: those of which a share `depths` is at or below, 7 of 32 for a quarter; counted from 0."""
+        return tuple(max(round(depth * num_layers) - 1, 0) for depth in self.depths)
+
+
+@dataclass(frozen=True)
 class Term:
     """One sum of an objective: `factor * mean_t loss_t` for each of its sequences."""
 
     role: str  # "forget" or "retain": which data it reads and under which name it is logged
-    loss: str  # CROSS_ENTROPY, KL (to the frozen reference) or SEQUENCE
+    loss: str  # CROSS_ENTROPY, KL (to the frozen reference), SEQUENCE or HIDDEN
     factor: float  # sign and weight of one sequence
     targets: str = TRUE_TARGETS  # what cross-entropy is taken against
     sequence: SequenceLoss | PairLoss | None = None  # with SEQUENCE
     token: TokenLoss | None = None  # with CROSS_ENTROPY, on forget: in its place
     divergence: Divergence | None = None  # with KL: another, or from another prediction
     answers: str | None = None  # the set of other answers that it reads, beside forget if paired, else in its place
+    hidden: HiddenLoss | None = None  # with HIDDEN
+    ramp: tuple[float, float] = (
+        1.0,
+        1.0,
+    )  # what the factor is multiplied by at the first update and, linearly, at the end
 
     @property
-    def form(self) -> SequenceLoss | PairLoss | TokenLoss | Divergence | None:
-        return self.sequence or self.token or self.divergence
+    def form(self) -> SequenceLoss | PairLoss | TokenLoss | Divergence | HiddenLoss | None:
+        return self.sequence or self.token or self.divergence or self.hidden
+
+    @property
+    def compares(self) -> bool:
+        """Whether the frozen original model takes part in every step."""
+        return self.loss == KL or (self.hidden is not None and self.hidden.compares)
 
     @property
     def paired(self) -> bool:
@@ -168,7 +207,7 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether the frozen original model takes part in every step."""
-        return any(term.loss == KL for term in self.terms)
+        return any(term.compares for term in self.terms)
 
     @property
     def needs_sampled_targets(self) -> bool:
@@ -201,8 +240,18 @@ class Objective:
         return self.terms[0].answers
 
     @property
+    def hidden_loss(self) -> HiddenLoss | None:
+        """The first form of what is asked of an inner layer, if anything is."""
+        return next((term.hidden for term in self.terms if term.hidden is not None), None)
+
+    @property
+    def steers_relatively(self) -> bool:
+        """Whether the original model's states of the first update must be measured before training."""
+        return any(term.hidden is not None and term.hidden.relative for term in self.terms)
+
+    @property
     def numbers(self) -> tuple[str, ...]:
-        """The options that are this method's own: of `beta`, `beta2`, `alpha`, `gamma`, `lowest_percent`."""
+        """The options that are its own: of `beta`, `beta2`, `alpha`, `gamma`, `lowest_percent`, `steering_coefficient`."""
         form = self.terms[0].form
         return () if form is None else form.numbers
 
@@ -223,12 +272,15 @@ class Objective:
 
 _ASCENT = Term("forget", CROSS_ENTROPY, -1.0)
 _DESCENT = Term("retain", CROSS_ENTROPY, +1.0)
+_STAY = Term("retain", HIDDEN, +1.0, hidden=HiddenLoss("stay"))
+_TWO_THIRDS = (1 / 3, 2 / 3)
 RETAIN_TERMS: dict[str, tuple[Term, ...]] = {  # by --retain_loss
     "none": (),
     "cross_entropy": (_DESCENT,),
     "kl": (Term("retain", KL, +1.0),),
     "reverse_kl": (Term("retain", KL, +1.0, divergence=Divergence("reverse_kl")),),
     "jsd": (Term("retain", KL, +1.0, divergence=Divergence("jsd")),),
+    "hidden": (_STAY,),
 }
 _NPO = Term("forget", SEQUENCE, +1.0, sequence=SequenceLoss(beta=0.1, per_token=False))
 _SIMNPO = Term("forget", SEQUENCE, +1.0, sequence=SequenceLoss(beta=4.5, per_token=True))
@@ -320,6 +372,21 @@ OBJECTIVES = {
     ),
     "idk": Objective(
         (Term("forget", CROSS_ENTROPY, +1.0, answers=REFUSALS),), "fit the questions of forget to refusals"
+    ),
+    "rmu": Objective(
+        (Term("forget", HIDDEN, +1.0, hidden=HiddenLoss("steer", steering_coefficient=2.0)), _STAY),
+        "steer forget states of an inner layer to a random vector, keep those of retain",
+    ),
+    "adaptive_rmu": Objective(
+        (Term("forget", HIDDEN, +1.0, hidden=HiddenLoss("steer", steering_coefficient=5.0, relative=True)), _STAY),
+        "rmu, the length of the vector in mean norms of the original model's states",
+    ),
+    "circuit_breakers": Objective(
+        (
+            Term("forget", HIDDEN, +1.0, hidden=HiddenLoss("turn", depths=_TWO_THIRDS), ramp=(1.0, 0.75)),
+            Term("retain", HIDDEN, +1.0, hidden=HiddenLoss("near", depths=_TWO_THIRDS), ramp=(0.0, 1.0)),
+        ),
+        "turn forget states of inner layers away from the original model's, keep those of retain more and more",
     ),
     "finetune": Objective((_DESCENT,), "go on training the target model on retain"),
     "retrain": Objective((_DESCENT,), "train --model_name_or_path on retain"),

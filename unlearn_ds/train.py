@@ -41,7 +41,6 @@ from unlearn_ds.layout import MODEL
 from unlearn_ds.measures.folder import stamp_model
 from unlearn_ds.methods import method_listing
 from unlearn_ds.model.files import model_fingerprint
-from unlearn_ds.objectives import KL
 from unlearn_ds.options import check_utf8, parse
 from unlearn_ds.run.build import Run, build_run
 from unlearn_ds.run.export import export_model, model_card, sample_logits
@@ -281,7 +280,7 @@ def achieved_flops(run: Run, step: Step, elapsed_s: float) -> dict[str, float]:
     seconds = elapsed_s * distributed.world_size()
     rate = run.flops.training(step.length) / seconds
     forward = run.reference.hidden_cache is None  # with a cache none is made
-    reference = run.flops.reference(run.plan.lengths_with(KL, step)) / seconds if forward else 0.0
+    reference = run.flops.reference(run.plan.lengths_compared(step)) / seconds if forward else 0.0
     rates = {"tflops": rate / 1e12, "reference_tflops": reference / 1e12}
     peak = peak_flops(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None
     return rates | ({"mfu": rate / peak} if peak else {})

@@ -68,7 +68,7 @@ def test_the_loss_of_kl_is_counted():
     assert sum(parts.values()) - sum(base.values()) == 8 * 10**5 + 2 * states
     cached = update_bytes(model, dataclasses.replace(kl, reference="cache"), 1, "full")
     assert cached["cached hidden states"] == 33 * states
-    frozen = update_bytes(dataclasses.replace(model, trainable=10), kl, 1, "full")
+    frozen = update_bytes(dataclasses.replace(model, trainable=10, trains_head=False), kl, 1, "full")
     assert frozen["loss"] == logits + 3 * states, "a frozen projection has no gradient"
 
 

@@ -61,7 +61,7 @@ class Made:
         self.count += 1
         return {"log_prob": np.full(len(self.sequences), -1.0), "num_tokens": np.full(len(self.sequences), 2)}
 
-    def _fill(self, sequences, engine, folder, key, rows, packing, progress):
+    def _fill(self, sequences, engine, folder, key, rows, packing, progress, layers):
         self.count += 1
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

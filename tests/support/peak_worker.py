@@ -17,6 +17,7 @@ from unlearn_ds.cost.peak import update_bytes
 from unlearn_ds.data.loader import Loader
 from unlearn_ds.engine.ds_config import load_ds_file
 from unlearn_ds.model.size import model_size
+from unlearn_ds.model.trained import trained_by
 from unlearn_ds.run.build import Run, build_run
 from unlearn_ds.run.update import accumulate
 
@@ -51,7 +52,7 @@ def measured(run: Run) -> int:
 def estimated(run: Run) -> float:
     config, size = run.config, model_size(run.model_config)
     setting = setting_of(config, load_ds_file(config.deepspeed), size, distributed.world_size(), 2)
-    facts = model_facts(run.model_config, size, run.num_parameters, run.num_trainable)
+    facts = model_facts(size, run.num_parameters, trained_by(run.config, run.model_config))
     model = with_activations(config, facts, run.model_config)
     parts = update_bytes(model, setting, config.per_device_train_batch_size, config.activation_checkpointing)
     return sum(parts.values())

@@ -5,7 +5,7 @@
 SPEC is a list of {"name", "arguments", "num_updates"}; OUT_DIR/NAME.npz gets `losses`, `retain_weights` and, where there are
 some, `retain_losses`, (num_updates,) each, and, for each update k of
 `DETAILED`, the sequences it saw (`source/k`, `sequence/k`) and, per parameter, `weight/k/PARAMETER` before it and
-`grad/k/PARAMETER` in it, both whole.
+`grad/k/PARAMETER` in it, both whole, of what is trained.
 """
 
 import json
@@ -28,7 +28,8 @@ DETAILED = (0, 2)  # the first update, and one in which the model has moved away
 
 def parameters(run: Run):
     for name, parameter in run.engine.engine.module.named_parameters():
-        yield name.removeprefix("model."), parameter
+        if parameter.requires_grad:
+            yield name.removeprefix("model."), parameter
 
 
 def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:

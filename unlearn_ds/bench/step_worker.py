@@ -36,6 +36,7 @@ from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import ZeroInit, head_options
 from unlearn_ds.model.loss_head import PackedCausalLM, attach
 from unlearn_ds.model.size import model_size, num_parameters
+from unlearn_ds.model.trained import trained_by
 from unlearn_ds.objectives import KL
 from unlearn_ds.original.hidden_cache import open_or_fill
 from unlearn_ds.original.reference import CachedReference, LiveReference, NoReference, Reference
@@ -81,7 +82,7 @@ def main(case: StepCase) -> None:
             "step_s": [max(rank["times"][i] for rank in everyone) for i in range(case.steps)],
             "memory": {name: max(rank["marks"][name] for rank in everyone) for name in marks},
             "lengths": [step.length.tolist() for step in steps],
-            "kl_lengths": [plan.lengths_with(KL, step).tolist() for step in steps],
+            "kl_lengths": [plan.lengths_compared(step).tolist() for step in steps],
             "rows": [step.num_rows for step in steps],
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "attention": shape._attn_implementation,
@@ -101,8 +102,8 @@ def settled(config: RunConfig, shape: Any, plan: Plan, device: torch.device) -> 
     setting = setting_of(
         config, load_ds_file(config.deepspeed), size, distributed.world_size(), distributed.ranks_per_node()
     )
-    parameters = num_parameters(shape)
-    return settle_memory(config, model_facts(shape, size, parameters, parameters), shape, setting, plan, device)
+    facts = model_facts(size, num_parameters(shape), trained_by(config, shape))
+    return settle_memory(config, facts, shape, setting, plan, device)
 
 
 def memory_now(device: torch.device) -> int:

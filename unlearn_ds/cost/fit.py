@@ -18,8 +18,8 @@ from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine.ds_config import sized
 from unlearn_ds.model.activations import LayerActivations, layer_activations
 from unlearn_ds.model.configs import parameter_dtype
-from unlearn_ds.model.lora import LoraOptions, add_adapters
 from unlearn_ds.model.size import ModelSize
+from unlearn_ds.model.trained import Trained, freeze
 from unlearn_ds.objectives import KL, SEQUENCE
 from unlearn_ds.options import AUTO, OptionError
 
@@ -50,13 +50,21 @@ class Choice:
     fits: bool
 
 
-def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, world_size: int, per_node: int) -> Setting:
-    """What of a run's options memory depends on."""
+def setting_of(
+    config: RunConfig,
+    ds_file: dict[str, Any],
+    size: ModelSize,
+    world_size: int,
+    per_node: int,
+    last: int | None = None,
+) -> Setting:
+    """What of a run's options memory depends on. last: the decoder layer at which its forward ends, without logits."""
     reference = None
     if config.method.needs_reference:
         adapter = config.lora_r is not None and config.reference == "live"
         reference = "adapter" if adapter else config.reference
     losses = {term.loss for term in config.method.terms}
+    workspace_mib = _WORKSPACE_MIB if config.loss_workspace_mib == AUTO else config.loss_workspace_mib
     return Setting(
         ds_config=sized(
             ds_file, bf16=config.bf16, size=size, ranks_per_node=per_node, bf16_states=config.optimizer_states == "bf16"
@@ -64,31 +72,29 @@ def setting_of(config: RunConfig, ds_file: dict[str, Any], size: ModelSize, worl
         bf16=config.bf16,
         world_size=world_size,
         seq_len=config.seq_len,
-        workspace_bytes=int(
-            (_WORKSPACE_MIB if config.loss_workspace_mib == AUTO else config.loss_workspace_mib) * 2**20
-        ),
-        num_losses=1 + len(losses & {KL, SEQUENCE}),
+        workspace_bytes=int(workspace_mib * 2**20),
+        num_losses=1 + len(losses & {KL, SEQUENCE}) if last is None else 0,
         reference=reference,
     )
 
 
-def model_facts(model_config: PreTrainedConfig, size: ModelSize, parameters: int, trainable: int) -> Model:
+def model_facts(size: ModelSize, parameters: int, trained: Trained) -> Model:
     """What of a model memory depends on, but for its activations."""
     return Model(
         parameters=parameters,
-        trainable=trainable,
+        trainable=trained.parameters,
         layer_parameters=size.layer,
-        num_layers=model_config.num_hidden_layers,
+        num_layers=trained.kept_layers,
         head_parameters=size.head,
         hidden_size=size.hidden,
         activations=LayerActivations(0, 0),
+        trains_head=trained.head,
     )
 
 
 def with_activations(config: RunConfig, model: Model, model_config: PreTrainedConfig) -> Model:
     """The same with what a token leaves for backward. Raises `Uncountable` for a model that does not run on shapes alone."""
-    options = LoraOptions(config.lora_r or 0, config.lora_alpha, config.lora_target)
-    adapt = partial(add_adapters, options=options) if config.lora_r else None
+    adapt = partial(freeze, config=config)
     dtype, trusted = parameter_dtype(config.bf16), {"trust_remote_code": config.trust_remote_code}
     try:
         counted = layer_activations(model_config, dtype, adapt, **trusted)

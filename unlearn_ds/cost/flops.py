@@ -2,18 +2,24 @@
 
 Convention: a token costs 6 FLOP per parameter in a matrix product (2 forward, 2 for the gradient of the input, 2
 for that of the parameter): the output projection, not a table of embeddings; of experts only the chosen ones. A frozen one
-costs 4. Causal attention costs 6 * n^2 * (heads * head size) per layer for a sequence of n tokens, whatever its window. Norms,
-activations and recomputed layers count nothing, nor does padding. The reference's forward, a third at most, stands apart.
+costs 4, or 2 where no gradient passes: below the first layer that is trained. Causal attention costs
+6 * n^2 * (heads * head size) per layer for a sequence of n tokens, whatever its window. Norms, activations and recomputed
+layers count nothing, nor does padding. The reference's forward, a third at most, stands apart.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from unlearn_ds.config import RunConfig
 from unlearn_ds.model.blank import blank_model
+from unlearn_ds.model.layers import decoder_layers
+from unlearn_ds.model.trained import Trained, first_trained, freeze
 
 # Names of a config's field for the number of experts, and for how many of them a token meets.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -31,14 +37,20 @@ _PEAKS = {
 class ModelFlops:
     """What of a model its FLOPs depend on."""
 
-    matrices: int  # parameters that take part in a matrix product, without adapters
+    matrices: int  # parameters that take part in a matrix product of the forward, without adapters
     attention: int  # layers * heads * head size
     adapters: int = 0  # parameters of LoRA; with them `matrices` are frozen
+    trained: int | None = None  # of the matrices, where some are frozen; None: all, or none with adapters
+    passed: int | None = None  # those at and above the first layer that is trained: a gradient passes through them
+    attention_passed: int | None = None  # of its layers alike
 
     def training(self, lengths: np.ndarray) -> float:
         """Forward and backward over sequences of these lengths."""
-        per_token = 4 * self.matrices + 6 * self.adapters if self.adapters else 6 * self.matrices
-        return per_token * float(lengths.sum()) + 6 * self.attention * _squares(lengths)
+        trained, passed, attention = self.trained, self.passed, self.attention_passed
+        if trained is None:
+            trained, passed, attention = 0 if self.adapters else self.matrices, self.matrices, self.attention
+        per_token = 2 * (self.matrices + passed + trained) + 6 * self.adapters
+        return per_token * float(lengths.sum()) + (2 * self.attention + 4 * attention) * _squares(lengths)
 
     def reference(self, lengths: np.ndarray) -> float:
         """The original model's forward over sequences of these lengths."""
@@ -49,21 +61,54 @@ def _squares(lengths: np.ndarray) -> float:
     return float((lengths.astype(np.float64) ** 2).sum())
 
 
-def model_flops(config: Any, adapters: int = 0, **options: Any) -> ModelFlops | None:
+def model_flops(
+    config: Any,
+    adapters: int = 0,
+    frozen: Callable[[nn.Module], Any] | None = None,
+    last: int | None = None,
+    **options: Any,
+) -> ModelFlops | None:
     """Count the matrices of the causal LM that `config` describes; None for a model in which they cannot be counted.
 
-    adapters: trainable parameters of LoRA, 0 without. options: those of `blank_model`.
+    adapters: trainable parameters of LoRA, 0 without. frozen: freezes what of it is not trained, without LoRA. last: the
+    decoder layer at which the forward ends, without logits. options: those of `blank_model`.
     """
     model = blank_model(config, **options)
     owners = {p: module for module in model.modules() for p in module._parameters.values() if p is not None}
     head = model.get_output_embeddings()
     counted = {p: owner for p, owner in owners.items() if p.dim() > 1 and not isinstance(owner, nn.Embedding)}
     counted[head.weight] = head  # which may be the input embedding too
-    matrices = [_active(owner, parameter, config) for parameter, owner in counted.items()]
+    matrices = {parameter: _active(owner, parameter, config) for parameter, owner in counted.items()}
     attention = _attention_width(model, config)
-    if None in matrices or attention is None:
+    if None in matrices.values() or attention is None:
         return None
-    return ModelFlops(sum(matrices), attention, adapters)
+    if frozen is None and last is None:
+        return ModelFlops(sum(matrices.values()), attention, adapters)
+    return _part(model, matrices, attention, adapters, frozen, last)
+
+
+def _part(
+    model: nn.Module,
+    matrices: dict[nn.Parameter, int],
+    attention: int,
+    adapters: int,
+    frozen: Callable[[nn.Module], Any] | None,
+    last: int | None,
+) -> ModelFlops:
+    """The same where only a part of the model is trained, or runs."""
+    if frozen is not None:
+        frozen(model)
+    layers = decoder_layers(model)
+    end, first = len(layers) if last is None else last + 1, 0 if adapters else first_trained(model)
+    unused = {p for layer in layers[end:] for p in layer.parameters()}
+    if last is not None:
+        unused.add(model.get_output_embeddings().weight)
+    below = {p for layer in layers[:first] for p in layer.parameters()}
+    runs = {parameter: size for parameter, size in matrices.items() if parameter not in unused}
+    trained = sum(size for parameter, size in runs.items() if parameter.requires_grad and not adapters)
+    passed = sum(size for parameter, size in runs.items() if parameter not in below)
+    width = attention // len(layers)
+    return ModelFlops(sum(runs.values()), width * end, adapters, trained, passed, width * max(end - first, 0))
 
 
 def _active(owner: nn.Module, parameter: nn.Parameter, config: Any) -> int | None:
@@ -105,3 +150,11 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name; None for one that is not listed."""
     return next((peak for pattern, peak in _PEAKS.items() if re.search(pattern, device_name)), None)
+
+
+def run_flops(config: RunConfig, model_config: Any, trained: Trained, last: int | None = None) -> ModelFlops | None:
+    """What an update's FLOPs follow from by a run's options; None for a model in which they cannot be counted."""
+    adapters = trained.parameters if config.lora_r else 0
+    part = not config.lora_r and (config.trainable or last is not None)
+    frozen = partial(freeze, config=config, last=last) if part else None
+    return model_flops(model_config, adapters, frozen, last, trust_remote_code=config.trust_remote_code)

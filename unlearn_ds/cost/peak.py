@@ -28,10 +28,11 @@ class Model:
     parameters: int
     trainable: int
     layer_parameters: int  # of the largest decoder layer
-    num_layers: int
+    num_layers: int  # that keep activations for backward
     head_parameters: int  # V D
     hidden_size: int
     activations: LayerActivations  # bytes per token
+    trains_head: bool = True  # whether the output projection is trained
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Setting:
     world_size: int
     seq_len: int
     workspace_bytes: int
-    num_losses: int  # that the output projection computes one by one: cross-entropy, of whole sequences, KL
+    num_losses: (
+        int  # that the output projection computes one by one: cross-entropy, of whole sequences, KL; 0: no logits
+    )
     reference: str | None  # what KL compares with: "live", "cache", "adapter" (the same weights, adapters off) or None
 
     @property
@@ -107,10 +110,9 @@ def _loss(model: Model, setting: Setting, rows: int) -> dict[str, float]:
     """Every loss keeps the gradient of its hidden states, and that of the projection in fp32 unless it is frozen."""
     states = rows * setting.seq_len * model.hidden_size * setting.width
     head = model.head_parameters * setting.width
-    # With adapters the projection is frozen; else all of it is trained.
-    gradients = setting.num_losses * 4 * model.head_parameters if model.trainable == model.parameters else 0
+    gradients = setting.num_losses * 4 * model.head_parameters if model.trains_head else 0
     # Of small models less: logits of the model and of the reference and their gradient, all in fp32, of all positions.
-    logits = 3 * 4 * rows * setting.seq_len * (model.head_parameters // model.hidden_size)
+    logits = 3 * 4 * rows * setting.seq_len * (model.head_parameters // model.hidden_size) if setting.num_losses else 0
     parts = {"loss": min(setting.workspace_bytes, logits) + gradients + (1 + setting.num_losses) * states}
     whole = setting.zero["stage"] == 3
     if setting.reference is not None:

@@ -88,12 +88,16 @@ class Estimator:
 
     def __init__(self, config: PlanConfig, run: RunConfig) -> None:
         from unlearn_ds.cost.fit import Uncountable, model_facts, with_activations
-        from unlearn_ds.cost.flops import model_flops
-        from unlearn_ds.data.sources import make_sources, open_run_corpora
+        from unlearn_ds.cost.flops import run_flops
+        from unlearn_ds.data.plan import last_layer
+        from unlearn_ds.data.sources import make_sources, open_run_corpora, with_layers
         from unlearn_ds.engine.ds_config import load_ds_file
+        from unlearn_ds.methods import hidden_layers
+        from unlearn_ds.model.blank import blank_model
         from unlearn_ds.model.configs import ModelOptions, load_config
-        from unlearn_ds.model.lora import lora_options, trainable_parameters
+        from unlearn_ds.model.layers import decoder_layers
         from unlearn_ds.model.size import model_size, num_parameters
+        from unlearn_ds.model.trained import trained_by
 
         if run.bf16 == AUTO:
             run = dataclasses.replace(run, bf16=True)  # every kind of GPU that is known here computes in it
@@ -102,15 +106,16 @@ class Estimator:
         model_config = load_config(options)
         trusted = {"trust_remote_code": run.trust_remote_code}
         parameters = num_parameters(model_config, **trusted)
-        adapters = trainable_parameters(model_config, lora_options(run), **trusted) if run.lora_r else 0
         self.size = model_size(model_config, **trusted)
-        facts = model_facts(model_config, self.size, parameters, adapters or parameters)
-        self.model = with_activations(run, facts, model_config)
-        self.flops = model_flops(model_config, adapters, **trusted)
+        corpora = open_run_corpora(run, model_config.vocab_size, None)
+        layers = hidden_layers(run, len(decoder_layers(blank_model(model_config, **trusted))))
+        self.sources = with_layers(make_sources(run, corpora, model_config.vocab_size, ()), layers)
+        self.last = last_layer(self.sources)
+        trained = trained_by(run, model_config, self.last, **trusted)
+        self.model = with_activations(run, model_facts(self.size, parameters, trained), model_config)
+        self.flops = run_flops(run, model_config, trained, self.last)
         if self.flops is None:
             raise Uncountable(f"{run.start_model}: its matrix products cannot be counted, so no time can be estimated")
-        corpora = open_run_corpora(run, model_config.vocab_size, None)
-        self.sources = make_sources(run, corpora, model_config.vocab_size, ())
         self.ds_file = load_ds_file(run.deepspeed)
 
     def setting(self, nodes: int, run: RunConfig, ds_file: dict[str, Any]) -> cost.Setting:
@@ -118,7 +123,7 @@ class Estimator:
         from unlearn_ds.cost.fit import setting_of
 
         per_node = self.config.gpus_per_node
-        return setting_of(run, ds_file, self.size, nodes * per_node, per_node)
+        return setting_of(run, ds_file, self.size, nodes * per_node, per_node, self.last)
 
     def memory(self, nodes: int, **changes: Any) -> dict[str, float]:
         """Component -> bytes on a GPU, with some of the run's options changed."""

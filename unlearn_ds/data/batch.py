@@ -17,11 +17,11 @@ from torch import Tensor
 
 from unlearn_ds.data.labels import TrueTargets
 from unlearn_ds.data.loss_mask import KEPT, SCATTERED
-from unlearn_ds.data.micro_batch import EvaluationBatch, MicroBatch, PackedRows, SequenceRows
+from unlearn_ds.data.micro_batch import EvaluationBatch, HiddenRows, MicroBatch, PackedRows, SequenceRows
 from unlearn_ds.data.plan import Plan, StepPlan
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.whole import filler_rows, sequence_rows
-from unlearn_ds.objectives import CROSS_ENTROPY, KL, SEQUENCE, Divergence
+from unlearn_ds.objectives import CROSS_ENTROPY, HIDDEN, KL, SEQUENCE, Divergence
 
 # Few different shapes: on a CPU oneDNN compiles a kernel per shape of a bf16 product and keeps it (0.5 MB and more each).
 _TOKENS_MULTIPLE = 128
@@ -164,8 +164,10 @@ class StepBuilder:
         self._log_q = [source.reference_log_prob for source in plan.sources]
         self._view = [source.sequences.view for source in plan.sources]
         self._sequences_of = [source.sequences for source in plan.sources]
-        sizes = [sum(c.num_tokens for c in s.sequences.corpora) * (s.loss == KL) for s in plan.sources]
-        self._kl_offset = np.cumsum([0, *sizes]).tolist()  # the cache counts tokens over all sets with KL
+        self._factor = plan.factors(step.index)
+        self._compares = [source.compares for source in plan.sources]
+        sizes = [sum(c.num_tokens for c in s.sequences.corpora) * s.compares for s in plan.sources]
+        self._cache_offset = np.cumsum([0, *sizes]).tolist()  # the cache counts tokens over all sets that are compared
 
     def build(self, rank: int, micro_step: int) -> MicroBatch:
         """The micro-batch of one rank; of weight-0 filler if the plan has nothing for it."""
@@ -178,9 +180,11 @@ class StepBuilder:
         kept = [(start, i) for start, i in zip(starts, chosen) if self._num_kept[i]] if self._any_kept else []
         if self._loss.count(CROSS_ENTROPY) == len(self._loss):
             return self._with_cross_entropy(rows, tokens, starts, chosen, kept)
-        of_loss: dict[str, list[int]] = {CROSS_ENTROPY: [], KL: [], SEQUENCE: []}  # positions in `chosen`
+        of_loss: dict[str, list[int]] = {CROSS_ENTROPY: [], KL: [], SEQUENCE: [], HIDDEN: []}  # positions in `chosen`
         for k, i in enumerate(chosen):
             of_loss[self._loss[source[i]]].append(k)
+        for loss in (KL, HIDDEN):  # in the plan's order, so that each divergence, each form is one run of rows
+            of_loss[loss].sort(key=lambda k: source[chosen[k]])
 
         def part(loss: str) -> tuple[list[int], list[int]]:
             return [starts[k] for k in of_loss[loss]], [chosen[k] for k in of_loss[loss]]
@@ -188,22 +192,44 @@ class StepBuilder:
         batch = self._with_cross_entropy(rows, tokens, *part(CROSS_ENTROPY), kept)
         if self._whole is not None:
             batch = replace(batch, sequences=self._sequences(tokens, *part(SEQUENCE)))
-        if KL not in self._loss:
+        if HIDDEN in self._loss:
+            batch = replace(batch, hidden=self._hidden(*part(HIDDEN)))
+        if KL in self._loss:
+            kl_rows, kl_weights, kl_part = self._weighted_rows(*part(KL))
+            batch = replace(batch, kl_rows=kl_rows, kl_weights=kl_weights, kl_part=kl_part)
+            batch = replace(batch, **self._divergences(tokens, kl_rows, part(KL)[1]))
+        if not any(self._compares):
             return batch
-        of_loss[KL].sort(
-            key=lambda k: source[chosen[k]]
-        )  # in the plan's order, so that each divergence is one run of rows
-        kl_starts, kl = part(KL)
-        kl_rows, kl_weights, kl_part = self._kl_rows(kl_starts, kl)
-        batch = replace(batch, kl_rows=kl_rows, kl_weights=kl_weights, kl_part=kl_part)
-        batch = replace(batch, **self._divergences(tokens, kl_rows, kl))
+        return self._with_reference(
+            batch, views, chosen, [k for k in of_loss[KL] + of_loss[HIDDEN] if self._compares[source[chosen[k]]]]
+        )
+
+    def _with_reference(
+        self, batch: MicroBatch, views: list[tuple[np.ndarray, int]], chosen: list[int], compared: list[int]
+    ) -> MicroBatch:
+        """The micro-batch with what the reference is asked, or was: of `compared`, positions in `chosen`."""
+        asked = [chosen[k] for k in compared]
         if self._hidden_cache is not None:
-            first = [given if isinstance(given, int) else int(given[0]) for given in map(self._where, kl)]
-            at = [self._kl_offset[source[i]] + self._start[i] + position for i, position in zip(kl, first)]
-            return replace(batch, ref_hidden=self._hidden_cache.read(at, [self._count[i] for i in kl]))
+            first = [given if isinstance(given, int) else int(given[0]) for given in map(self._where, asked)]
+            at = [self._cache_offset[self._source[i]] + self._start[i] + place for i, place in zip(asked, first)]
+            return replace(batch, ref_hidden=self._hidden_cache.read(at, [self._count[i] for i in asked]))
         # Not filled: the reference would compute on padding where the student computes on forget sequences.
-        reference, _, ref_starts = self._layout.pack([views[k] for k in of_loss[KL]] or _FILLER, fill=False)
-        return replace(batch, reference=reference, ref_rows=self._kl_rows(ref_starts, kl)[0])
+        reference, _, starts = self._layout.pack([views[k] for k in compared] or _FILLER, fill=False)
+        of_tokens = batch.kl_rows is None
+        return replace(batch, reference=reference, ref_rows=self._weighted_rows(starts, asked)[0] + of_tokens)
+
+    def _hidden(self, starts: list[int], chosen: list[int]) -> HiddenRows:
+        """Those of the sequences `chosen` whose states have a loss: at each target itself, one behind what predicts it."""
+        sources = [source for source in self._plan.sources if source.hidden is not None]
+        rows, weights, part = self._weighted_rows(starts, chosen)
+        parts, end = [], 0
+        for i in chosen:
+            form, start, end = self._plan.sources[self._source[i]].hidden.form, end, end + self._count[i]
+            parts.append((form, parts.pop()[1] if parts and parts[-1][0] == form else start, end))
+        steering = next((torch.from_numpy(s.steering) for s in sources if s.steering is not None), None)
+        parts = tuple(parts) or ((sources[0].hidden.form, 0, 1),)
+        alone = self._plan.last_layer is not None
+        return HiddenRows(sources[0].layers, alone, rows + 1, weights, part, parts, steering)
 
     def _where(self, i: int) -> int | np.ndarray:
         """The position that predicts the first target of a sequence, if they stand in one run, else all that predict one."""
@@ -313,7 +339,7 @@ class StepBuilder:
             starts, chosen = zip(*sorted(zip(starts, chosen), key=lambda one: one[1]))
         counts = np.array([self._count[i] for i in chosen])
         rows = self._layout.target_rows(list(starts), counts.tolist(), list(map(self._where, chosen)))
-        factors = np.array([self._plan.sources[self._source[i]].factor for i in chosen])
+        factors = np.array([self._factor[self._source[i]] for i in chosen])
         nll = self._whole.reference_nll
         nll = nll if nll is None else nll[self._step.sequence[list(chosen)]]
         weights = factors / self._step.num_sequences
@@ -335,8 +361,8 @@ class StepBuilder:
             found |= {"kl_targets": targets, "kl_lowered": torch.from_numpy(np.concatenate(lowered))}
         return found
 
-    def _kl_rows(self, starts: list[int], chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, weights and part of KL; filler of weight 0 if there are none."""
+    def _weighted_rows(self, starts: list[int], chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions that predict a target, their weights and part; filler of weight 0 if there are none."""
         if not chosen:
             return torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.int8)
         counts = [self._count[i] for i in chosen]

@@ -167,7 +167,7 @@ def _hand_over(batches: list[MicroBatch], device: torch.device) -> None:
     """Tell CUDA's allocator that the tensors, made on the copy stream, are now used on the current one."""
     stream = torch.cuda.current_stream(device)
     for batch in batches:
-        for holder in (batch, batch.rows, batch.reference, batch.sequences):
+        for holder in (batch, batch.rows, batch.reference, batch.sequences, batch.hidden):
             for field in fields(holder) if holder is not None else ():
                 value = getattr(holder, field.name)
                 if isinstance(value, Tensor):

@@ -45,6 +45,19 @@ class SequenceRows:
 
 
 @dataclass(frozen=True)
+class HiddenRows:
+    """Tokens whose states at the output of decoder layers have a loss: each target token itself, not the one before it."""
+
+    layers: tuple[int, ...]
+    alone: bool  # nothing else of the update needs what is above the last of them
+    rows: Tensor  # (H,) int64, positions in the micro-batch's rows
+    weights: Tensor  # (H,) fp32
+    part: Tensor  # (H,) int8
+    parts: tuple[tuple[str, int, int], ...]  # which of them take which loss: (form, first, end)
+    steering: Tensor | None = None  # (layers * D,) fp32: what `steer` steers to
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One forward and backward of a rank. Rows and weights are never empty: filler has weight 0."""
 
@@ -57,14 +70,15 @@ class MicroBatch:
     ce_takes: Tensor | None = None  # (M,) bool, which
     ce_log_q: Tensor | None = None  # (M,) fp32, log-probability by the original model; None where nobody asks
     sequences: SequenceRows | None = None  # None without a term of whole sequences
+    hidden: HiddenRows | None = None  # None without a term of inner layers
     kl_rows: Tensor | None = None  # (K,) int64, positions in `rows`; None without a KL term
     kl_weights: Tensor | None = None  # (K,) fp32
     kl_part: Tensor | None = None  # (K,) int8
     kl_parts: tuple[tuple[str, int, int], ...] = ()  # which of the K rows take which divergence: (name, first, end)
     kl_targets: Tensor | None = None  # (K,) int64 and
     kl_lowered: Tensor | None = None  # (K,) fp32: by how much the reference's logits of these are taken down; None: not
-    reference: PackedRows | None = None  # the KL sequences alone
-    ref_rows: Tensor | None = None  # (K,) int64, positions in `reference`
+    reference: PackedRows | None = None  # the sequences that are compared with the original model, alone
+    ref_rows: Tensor | None = None  # (K,) int64, positions in `reference`: of KL, or of the states that are compared
     ref_hidden: Tensor | None = None  # (K, D): in the place of these two, where hidden states are cached
 
 
@@ -87,6 +101,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.pin_memory().to(device, non_blocking=True)
-        return to_device(value, device) if isinstance(value, (PackedRows, SequenceRows)) else value
+        return to_device(value, device) if isinstance(value, (PackedRows, SequenceRows, HiddenRows)) else value
 
     return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch)})

@@ -16,7 +16,7 @@ import numpy as np
 from unlearn_ds.data.hashing import Permutation, derive_key
 from unlearn_ds.data.packing import deal_alike, deal_rows, pack_rows, row_costs
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.objectives import Divergence, PairLoss, SequenceLoss, TokenLoss
+from unlearn_ds.objectives import KL, Divergence, HiddenLoss, PairLoss, SequenceLoss, TokenLoss
 from unlearn_ds.options import OptionError
 
 SEQUENCES, TOKENS = "sequence", "token"  # what the tokens of an update are averaged over
@@ -44,6 +44,15 @@ class Source:
     )
     divergence: Divergence | None = None  # with objectives.KL: another
     pairs: np.ndarray | None = None  # (P, 2) numbers of sequences that come together, each pair counting as one
+    hidden: HiddenLoss | None = None  # with objectives.HIDDEN,
+    layers: tuple[int, ...] = ()  # the decoder layers whose output it takes, and
+    steering: np.ndarray | None = None  # (layers * D,) fp32: what it steers to, if it does
+    ramp: tuple[float, float] = (1.0, 1.0)  # what the factor is multiplied by at the first update and at the end
+
+    @property
+    def compares(self) -> bool:
+        """Whether its sequences are shown to the frozen original model in every step."""
+        return self.loss == KL or (self.hidden is not None and self.hidden.compares)
 
     @property
     def num_items(self) -> int:
@@ -75,12 +84,20 @@ _LATER = {"lowest_percent"}
 
 def _term(source: Source) -> list[Any]:
     """What a checkpoint must agree with."""
-    form = source.sequence_loss or source.token_loss or source.divergence
-    return [source.role, source.loss, source.factor, *([_stated(form)] if form is not None else [])]
+    form = source.sequence_loss or source.token_loss or source.divergence or source.hidden
+    inner = [source.layers, source.ramp] if source.hidden is not None else []
+    return [source.role, source.loss, source.factor, *([_stated(form)] if form is not None else []), *inner]
 
 
 def _stated(form: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(form).items() if value is not None or name not in _LATER}
+
+
+def last_layer(sources: list[Source]) -> int | None:
+    """The decoder layer above which no update over these needs anything; None: the logits are needed."""
+    if any(source.hidden is None or source.sequences.has_kept for source in sources):
+        return None
+    return max(max(source.layers) for source in sources)
 
 
 @dataclass(frozen=True)
@@ -235,6 +252,16 @@ class Plan:
             dealt = deal_alike(padded, self.world_size, self.micro_batch_size * self.seq_len)
         return StepPlan(index, source, sequence, *columns, rows, dealt, self.seq_len, by_source, self.packing)
 
+    def factors(self, index: int) -> list[float]:
+        """Sign and weight of a sequence of each source in update `index`."""
+        share = index / self.num_steps
+        return [s.factor * (s.ramp[0] + (s.ramp[1] - s.ramp[0]) * share) for s in self.sources]
+
+    @cached_property
+    def last_layer(self) -> int | None:
+        """The decoder layer above which no update needs anything; None: the logits are needed."""
+        return last_layer(self.sources)
+
     def token_weights(self, step: StepPlan) -> tuple[np.ndarray, np.ndarray]:  # (B,) fp64 each
         """What a target of each sequence weighs, and what a kept token does; those of an update sum to its terms' factors.
 
@@ -243,7 +270,7 @@ class Plan:
         """
         weights = []
         for factors, counts in (
-            ([source.factor for source in self.sources], step.num_targets),
+            (self.factors(step.index), step.num_targets),
             ([source.kept_factor for source in self.sources], step.num_kept),
         ):
             of_sequence = np.array(factors)[step.source]
@@ -255,10 +282,9 @@ class Plan:
             weights.append(of_sequence / (step.num_sequences * np.maximum(counts, 1)))
         return weights[0], weights[1]
 
-    def lengths_with(self, loss: str, step: Any) -> np.ndarray:  # (n,) tokens
-        """Lengths of those sequences of a step whose term takes this loss. `step`: what has `length` and `source` of each."""
-        takes = np.array([source.loss == loss for source in self.sources])
-        return step.length[takes[step.source]]
+    def lengths_compared(self, step: Any) -> np.ndarray:  # (n,) tokens
+        """Lengths of those sequences of a step that the frozen original model is shown."""
+        return step.length[np.array([source.compares for source in self.sources])[step.source]]
 
     def _taken(self, steps: int) -> list[int]:
         """How many sequences each source has contributed to the first `steps` steps of an epoch."""

@@ -133,6 +133,11 @@ class SequenceIndex:
         """Targets per sequence: tokens that are predicted and count."""
         return self._of(self._counts, self.target, ids) if self._counts else self.lengths(ids) - 1
 
+    @property
+    def has_kept(self) -> bool:
+        """Whether any token of it is kept while others are forgotten."""
+        return self.target != KEPT and KEPT in self._counts and bool(self._counts[KEPT].any())
+
     def num_kept(self, ids: np.ndarray) -> np.ndarray:  # (n,) int64 -> (n,) int64
         """Tokens per sequence that are kept while others of it are forgotten."""
         return self._of(self._counts, KEPT, ids)

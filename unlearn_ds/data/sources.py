@@ -250,6 +250,8 @@ def make_sources(
                     token_loss=config.with_numbers(term.token),
                     divergence=config.with_numbers(term.divergence),
                     pairs=pair_up(sequences) if term.paired else None,
+                    hidden=config.with_numbers(term.hidden),
+                    ramp=term.ramp,
                 )
             )
     return sources
@@ -295,6 +297,22 @@ def with_reference_log_prob(
     """Give the source that compares tokens with the original model what that model said."""
     return [
         dataclasses.replace(source, reference_log_prob=log_prob) if source.needs_log_q else source for source in sources
+    ]
+
+
+def with_layers(sources: list[Source], layers: tuple[int, ...]) -> list[Source]:
+    """Tell the sources of hidden states which decoder layers they are about."""
+    return [dataclasses.replace(s, layers=layers) if s.hidden is not None else s for s in sources]
+
+
+def with_steering(
+    sources: list[Source],
+    steering: np.ndarray,  # (layers * D,) fp32
+) -> list[Source]:
+    """Give the source that steers states what it steers them to."""
+    return [
+        dataclasses.replace(s, steering=steering) if s.hidden is not None and not s.hidden.compares else s
+        for s in sources
     ]
 
 

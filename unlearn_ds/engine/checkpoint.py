@@ -311,5 +311,5 @@ def _check_parameters(engine: TrainingEngine, checkpoint: Checkpoint, grouped: b
     name, shape = min(kept ^ asked, default=("the way in which it is cut into groups", ()))
     raise CheckpointError(
         f"{checkpoint.path} holds the state of other parameters than this run trains (first: {name} {list(shape) or ''}): "
-        "give the model, --lora_* and --deepspeed options of the run, or start afresh in another --output_dir"
+        "give the model, --trainable, --lora_* and --deepspeed options of the run, or start afresh in another --output_dir"
     )

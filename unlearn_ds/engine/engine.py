@@ -138,11 +138,14 @@ class TrainingEngine:
             self.engine.optimizer.empty_partition_cache()
 
     @torch.no_grad()
-    def ask(self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None) -> Any:
-        """Forward only, between steps: statistics, samples, the final hidden states at `pick`, or the model's own logits."""
+    def ask(
+        self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None, layers: tuple[int, ...] = ()
+    ) -> Any:
+        """Forward only, between steps: statistics, samples, the model's own logits, or hidden states at `pick`: the final ones,
+        or those of decoder `layers`."""
         was_training = self.engine.module.training
         self.engine.eval()
-        answer = self.engine(rows, call, pick)
+        answer = self.engine(rows, call, pick, layers)
         if pick is not None:  # the head was fetched ahead and not used
             self.at_rest()
         self.engine.train(was_training)
@@ -166,9 +169,9 @@ class FrozenEngine:
         return self.engine(rows, call)
 
     @torch.no_grad()
-    def hidden_states(self, rows: Any, pick: Tensor) -> Tensor:
-        """Final hidden states (len(pick), D) of the positions `pick`."""
-        return self.engine(rows, None, pick)
+    def hidden_states(self, rows: Any, pick: Tensor, layers: tuple[int, ...] = ()) -> Tensor:
+        """Hidden states (len(pick), D) of the positions `pick`: the final ones, or side by side those of decoder `layers`."""
+        return self.engine(rows, None, pick, layers)
 
     @property
     def head(self) -> nn.Module:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from unlearn_ds.cluster import distributed
-from unlearn_ds.config import profiled_steps
 from unlearn_ds.durable import make_folder, replacing
 from unlearn_ds.layout import PROFILE
+from unlearn_ds.limits import profiled_steps
 from unlearn_ds.marks import BACKWARD, FORWARD, LOSS, OPTIMIZER, REFERENCE
 from unlearn_ds.markup import tell
 

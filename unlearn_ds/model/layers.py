@@ -55,11 +55,11 @@ def wrap_layers(model: nn.Module, checkpointing: str, compiled: bool) -> None:
         if compiled:
             forward = torch.compile(forward, dynamic=True)
         if checkpointing != "none" and index % every == 0:
-            forward = recompute(forward)
+            forward = recompute(layer, forward)
         layer.forward = forward
 
 
-def _recomputed(forward: Callable) -> Callable:
+def _recomputed(_layer: nn.Module, forward: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -69,11 +69,12 @@ def _recomputed(forward: Callable) -> Callable:
     return run
 
 
-def _offloaded(forward: Callable) -> Callable:
+def _offloaded(layer: nn.Module, forward: Callable) -> Callable:
     """Keep only the layer's input, in (pinned) host memory; the reentrant form saves it where hooks can reach it."""
 
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        trained = hidden.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
+        if not torch.is_grad_enabled() or not trained:
             return forward(hidden, *args, **kwargs)
         if not hidden.requires_grad:  # under frozen embeddings; reentrant checkpoints would pass no gradient at all
             hidden = hidden.detach().requires_grad_()

@@ -9,7 +9,7 @@ Legend: T tokens of a micro-batch, D hidden size, V vocabulary, M rows with cros
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,13 +26,15 @@ from unlearn_ds.kernels import (
     linear_token_stats,
 )
 from unlearn_ds.marks import LOSS
+from unlearn_ds.model.hidden import hidden_loss, layer_outputs, state_of
+from unlearn_ds.model.layers import decoder_layers
 from unlearn_ds.model.projected import projected
 from unlearn_ds.model.weights import Loading
 
 _LENGTH_MULTIPLE = 8  # of a padded row: few different shapes
 
 if TYPE_CHECKING:
-    from unlearn_ds.data.micro_batch import SequenceRows
+    from unlearn_ds.data.micro_batch import HiddenRows, SequenceRows
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class LossCall:
     ref_weight: Tensor | None = None  # (V, D)
     ref_bias: Tensor | None = None  # (V,)
     sequences: "SequenceRows | None" = None
+    hidden: "HiddenRows | None" = None  # beside these `w_t * L(h_t)`; ref_hidden is then of its layers, (K, n D)
 
 
 @dataclass(frozen=True)
@@ -241,11 +244,19 @@ class PackedCausalLM(nn.Module):
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
-    def forward(self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None) -> Any:
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return decoder_layers(self.model)
+
+    def forward(
+        self, rows: Any, call: HeadCall | None = None, pick: Tensor | None = None, layers: tuple[int, ...] = ()
+    ) -> Any:
         """Run `rows` (a `PackedRows`) and return the head's answer to `call`.
 
-        Without a call: what the head would be given, (len(pick), D), at the positions `pick`, or, without `pick` either, the
-        model's own logits (1, T, V), which only the check on a few tokens wants.
+        Without a call: what the head would be given, (len(pick), D), at the positions `pick`, or, side by side, what those
+        decoder `layers` gave, above which nothing runs; or, without `pick` either, the model's own logits (1, T, V), which
+        only the check on a few tokens wants.
         """
         if self.packs:
             inputs, places = packed_inputs(rows), None
@@ -255,10 +266,26 @@ class PackedCausalLM(nn.Module):
             inputs, places = padded_inputs(rows, positions, filler if filler in range(config.vocab_size) else 0)
         if call is None and pick is None:
             return _in_place(self.model(**inputs).logits, places)
-        hidden = _in_place(projected(self.model, inputs), places)
+        asked = call.hidden if isinstance(call, LossCall) else None
+        if asked is not None:
+            pick, layers = asked.rows, asked.layers
+        stops = bool(layers) if asked is None else asked.alone
+        with layer_outputs(self.model, self.layers, layers, stops) as given:
+            hidden = _in_place(projected(self.model, inputs), places)
+        if layers:
+            tokens = tuple(inputs["input_ids"].shape)
+            each = [_in_place(state_of(given, at, tokens), places)[0].index_select(0, pick) for at in layers]
+            states = torch.cat(each, -1)
         if call is None:
-            return torch.index_select(hidden[0], 0, pick)
-        return self.head(hidden, call)
+            return states if layers else torch.index_select(hidden[0], 0, pick)
+        if asked is None:
+            return self.head(hidden, call)
+        loss, values = hidden_loss(states, asked, call.ref_hidden)
+        if stops:
+            none = values.new_empty(0)
+            return loss, torch.zeros_like(call.ce_weights), none, none, values
+        others, *parts = self.head(hidden, call)
+        return others + loss, *parts, values
 
 
 def packed_inputs(rows: Any) -> dict[str, Any]:

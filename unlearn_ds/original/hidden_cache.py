@@ -1,4 +1,7 @@
-"""The original model's final hidden states of the retain sequences, computed once, kept beside the corpus, memory-mapped.
+"""The original model's hidden states of the retain sequences, computed once, kept beside the corpus, memory-mapped.
+
+They are the final ones at the positions that predict a target, or, for losses of inner layers, those that decoder layers gave
+at the targets themselves, side by side and without an output projection.
 
 A folder `hidden-KEY/`: `part_R.bin` per writing rank (rows of D values, a sequence's rows one after the other), `index.bin`
 (int64 per token of the corpora: part * 2^40 + row, -1 where none), `head.bin` and `bias.bin` (the output projection), and
@@ -34,9 +37,13 @@ _BATCHES_BETWEEN_CHECKS = 32  # of whether all ranks can still write
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def cache_key(sequences: SequenceIndex, model_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
+def cache_key(
+    sequences: SequenceIndex, model_fingerprint: str, dtype: torch.dtype, layers: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """Everything the hidden states depend on."""
+    of_layers = {"layers": list(layers)} if layers else {}
     return {
+        **of_layers,
         "corpora": [corpus.fingerprint for corpus in sequences.corpora],
         **original_model(model_fingerprint),
         "seq_len": sequences.seq_len,
@@ -49,7 +56,7 @@ class HiddenRecord(Record):
     """The cache.json of a complete cache."""
 
     key: dict[Text, Any]
-    vocab_size: Positive
+    vocab_size: Count  # 0 where there is no projection
     hidden_size: Positive
     files: dict[Annotated[str, Field(pattern=r"^(part_\d+|index|head|bias)\.bin$")], Count]  # name -> bytes
 
@@ -68,7 +75,7 @@ def read_whole(folder: Path, key: dict[str, Any]) -> HiddenRecord:
             raise OptionError(f"{folder / name}: {found.get(name, 0)} bytes instead of {stated.get(name, 0)}: damaged")
     value, vocab_size, hidden_size = _DTYPES[key["dtype"]].itemsize, manifest.vocab_size, manifest.hidden_size
     parts = [stated.get(f"part_{rank}.bin", 1) for rank in range(sum(name.startswith("part_") for name in stated))]
-    fits = stated.get("head.bin") == value * vocab_size * hidden_size and stated.get("index.bin", 1) % 8 == 0
+    fits = stated.get("head.bin", 0) == value * vocab_size * hidden_size and stated.get("index.bin", 1) % 8 == 0
     fits = fits and stated.get("bias.bin", value * vocab_size) == value * vocab_size
     if not fits or not parts or any(size % (value * hidden_size) for size in parts):
         raise OptionError(f"{folder / _MANIFEST}: the sizes in it do not fit each other: damaged")
@@ -93,10 +100,11 @@ class HiddenCache:
             for path in parts
         ]
         self._rows = -(-self._vocab_size // distributed.world_size())
-        whole = np.memmap(folder / "head.bin", dtype=storage, mode="r").reshape(self._vocab_size, self._size)
-        mine = whole[distributed.rank() * self._rows : (distributed.rank() + 1) * self._rows]
         self._head = torch.zeros(self._rows, self._size, dtype=self.dtype)
-        self._head[: len(mine)] = torch.from_numpy(mine.copy()).view(self.dtype)
+        if self._vocab_size:
+            whole = np.memmap(folder / "head.bin", dtype=storage, mode="r").reshape(self._vocab_size, self._size)
+            mine = whole[distributed.rank() * self._rows : (distributed.rank() + 1) * self._rows]
+            self._head[: len(mine)] = torch.from_numpy(mine.copy()).view(self.dtype)
         self._head = self._head.to(device)
         self.bias = None
         if (folder / "bias.bin").exists():
@@ -134,13 +142,17 @@ def open_or_fill(
     cache_dir: str | None,
     overwrite: bool,
     progress: bool,
+    layers: tuple[int, ...] = (),
 ) -> HiddenCache:
-    """Open the cache, or let `engine`, which must still hold the original weights, compute it. Every rank calls this."""
-    key = cache_key(sequences, model_fingerprint, dtype)
+    """Open the cache, or let `engine`, which must still hold the original weights, compute it. Every rank calls this.
+
+    layers: decoder layers whose states are meant, instead of the final ones.
+    """
+    key = cache_key(sequences, model_fingerprint, dtype, layers)
     folder = cache_path(sequences.corpora[0].path, "hidden", key, cache_dir)
     with to_be_made(folder, folder / _MANIFEST, lambda: read_whole(folder, key), overwrite) as missing:
         if missing:
-            _fill(sequences, engine, folder, key, rows_per_batch, packing, progress)
+            _fill(sequences, engine, folder, key, rows_per_batch, packing, progress, layers)
     return HiddenCache(folder, key, engine.device)
 
 
@@ -152,6 +164,7 @@ def _fill(
     rows_per_batch: int,
     packing: bool,
     progress: bool,
+    layers: tuple[int, ...],
 ) -> None:
     head = engine.engine.module.head
     vocab_size, hidden_size = getattr(head.weight, "ds_shape", head.weight.shape)
@@ -160,7 +173,8 @@ def _fill(
 
     def prepare() -> None:
         # States and head; the index, and the offsets that it is made of.
-        needed = (num_tokens + vocab_size) * hidden_size * _DTYPES[key["dtype"]].itemsize + 2 * 8 * num_tokens
+        rows = num_tokens * len(layers) if layers else num_tokens + vocab_size
+        needed = rows * hidden_size * _DTYPES[key["dtype"]].itemsize + 2 * 8 * num_tokens
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise OptionError(
@@ -183,7 +197,8 @@ def _fill(
     offsets, failure = [], distributed.KeptFailure()
     bar = tqdm(batches, desc="reference", unit="batch", disable=not (progress and distributed.is_main()))
     for number, batch in enumerate(bar):
-        hidden = engine.ask(batch.rows, pick=batch.ce_rows)
+        hidden = engine.ask(batch.rows, pick=batch.ce_rows + bool(layers), layers=layers)
+        width = hidden.shape[1]
         with failure.keep(), naming(part), part.open("ab") as file:
             file.write(hidden.cpu().contiguous().view(torch.uint8).numpy())
         offsets.append(batch.token_offsets.cpu().numpy() - 1)  # of the position, whose target is the next token
@@ -192,9 +207,9 @@ def _fill(
     with failure.keep(), naming(partial):
         (partial / f"offsets_{distributed.rank()}.bin").write_bytes(np.concatenate(offsets))
     _end_on(failure, partial)
-    state = _whole(head)
+    state = {} if layers else _whole(head)
     with failure.keep():
-        distributed.on_main(lambda: _publish(partial, folder, key, state, num_tokens))
+        distributed.on_main(lambda: _publish(partial, folder, key, state, num_tokens, width))
     _end_on(failure, partial)
 
 
@@ -215,7 +230,9 @@ def _whole(head: nn.Module) -> dict[str, Tensor]:
     return gathered_state_dict(head)
 
 
-def _publish(partial: Path, folder: Path, key: dict[str, Any], head: dict[str, Tensor], num_tokens: int) -> None:
+def _publish(
+    partial: Path, folder: Path, key: dict[str, Any], head: dict[str, Tensor], num_tokens: int, width: int
+) -> None:
     index = np.full(num_tokens, -1, dtype=np.int64)
     for rank in range(distributed.world_size()):
         path = partial / f"offsets_{rank}.bin"
@@ -229,8 +246,8 @@ def _publish(partial: Path, folder: Path, key: dict[str, Any], head: dict[str, T
                 (partial / file).write_bytes(head[name].contiguous().view(torch.uint8).numpy())
     manifest = {
         "key": key,
-        "vocab_size": head["weight"].shape[0],
-        "hidden_size": head["weight"].shape[1],
+        "vocab_size": head["weight"].shape[0] if head else 0,
+        "hidden_size": width,
         "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
     }
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import deepspeed
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from unlearn_ds.original.hidden_cache import HiddenCache
 
 
 class NoReference:
-    """For objectives without KL."""
+    """For objectives that compare nothing with the original model."""
 
     hidden_cache = None
 
@@ -40,10 +39,9 @@ class LiveReference:
     def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
         """The same, with the reference's hidden states and, while the context lasts, its whole output projection."""
         with record_function(REFERENCE):
-            hidden = self.engine.hidden_states(batch.reference, batch.ref_rows)
-        head = self.engine.head
-        with _whole(head):
-            yield _call(batch, hidden, head.weight, getattr(head, "bias", None))
+            hidden = self.engine.hidden_states(batch.reference, batch.ref_rows, _layers(batch))
+        with _whole(self.engine.head, batch) as projection:
+            yield _call(batch, hidden, *projection)
 
 
 class AdapterReference:
@@ -59,9 +57,9 @@ class AdapterReference:
         """As `LiveReference`; a forward of its own on the training engine, between its steps."""
         module = self.engine.engine.module
         with record_function(REFERENCE), adapters_off(module.model):
-            hidden = self.engine.ask(batch.reference, pick=batch.ref_rows)
-        with _whole(module.head):
-            yield _call(batch, hidden, module.head.weight.detach(), getattr(module.head, "bias", None))
+            hidden = self.engine.ask(batch.reference, pick=batch.ref_rows, layers=_layers(batch))
+        with _whole(module.head, batch) as projection:
+            yield _call(batch, hidden, *projection)
 
 
 class CachedReference:
@@ -73,16 +71,28 @@ class CachedReference:
     @contextmanager
     def loss_call(self, batch: MicroBatch) -> Iterator[LossCall]:
         """As `LiveReference`, without running any model."""
-        yield _call(batch, batch.ref_hidden, self.hidden_cache.whole_head(), self.hidden_cache.bias)
+        cache = self.hidden_cache
+        yield _call(batch, batch.ref_hidden, *(() if _layers(batch) else (cache.whole_head(), cache.bias)))
 
 
 Reference = NoReference | LiveReference | AdapterReference | CachedReference
 
 
-def _whole(head: nn.Module) -> Any:
-    """A context in which the projection's parameters are whole; every rank must enter it."""
+def _layers(batch: MicroBatch) -> tuple[int, ...]:
+    """The decoder layers whose states are compared; none where final ones are, and what is projected from them."""
+    return () if batch.kl_rows is not None else batch.hidden.layers
+
+
+@contextmanager
+def _whole(head: nn.Module, batch: MicroBatch) -> Iterator[tuple[Tensor | None, ...]]:
+    """A context in which the projection's weight and bias are whole, if the batch needs them; every rank must enter it."""
+    if _layers(batch):
+        yield ()
+        return
     sharded = [parameter for parameter in head.parameters() if hasattr(parameter, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded))
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded)):
+        bias = getattr(head, "bias", None)
+        yield head.weight.detach(), bias
 
 
 def _call(
@@ -102,4 +112,5 @@ def _call(
         ref_weight=weight,
         ref_bias=bias,
         sequences=batch.sequences,
+        hidden=batch.hidden,
     )

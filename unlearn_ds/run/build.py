@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.cluster.health import compare_ranks, rank_facts
-from unlearn_ds.config import RunConfig, profiled_steps
+from unlearn_ds.config import RunConfig
 from unlearn_ds.cost.fit import check_memory, model_facts, setting_of, settle_memory
-from unlearn_ds.cost.flops import ModelFlops, model_flops
+from unlearn_ds.cost.flops import ModelFlops, run_flops
 from unlearn_ds.cost.peak import state
 from unlearn_ds.data.labels import SubstituteTargets
 from unlearn_ds.data.plan import Plan, Source
@@ -23,6 +23,7 @@ from unlearn_ds.data.sources import (
     make_plan,
     make_sources,
     open_run_corpora,
+    with_layers,
     with_own_loss,
     with_targets,
 )
@@ -33,11 +34,12 @@ from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
 from unlearn_ds.kernels import own_losses
+from unlearn_ds.limits import profiled_steps
 from unlearn_ds.methods import far_from_preset
 from unlearn_ds.model.layers import decoder_layer_classes, wrap_layers
 from unlearn_ds.model.load import load_model
-from unlearn_ds.model.lora import add_adapters, lora_options
 from unlearn_ds.model.size import ModelSize
+from unlearn_ds.model.trained import freeze
 from unlearn_ds.objectives import SUBSTITUTE_TARGETS
 from unlearn_ds.options import OptionError
 from unlearn_ds.original.reference import Reference
@@ -53,7 +55,7 @@ from unlearn_ds.run.original import ask_original, make_reference
 from unlearn_ds.run.own_loss import load_own_loss
 from unlearn_ds.run.resume import Facts, check_facts, check_options, note_changes
 from unlearn_ds.run.retain_weight import RetainWeight
-from unlearn_ds.run.subject import Subject, fingerprint_of, head_of, open_subject
+from unlearn_ds.run.subject import Subject, ending_at, fingerprint_of, head_of, open_subject
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     sources, plan = plan_run(config, subject, corpora)
     plan_id = f"{config.objective_name}-{plan.fingerprint}"
     compare_ranks(facts_of_rank(config, subject, corpora, plan_id, device))
-
-    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node())
-    facts = model_facts(subject.config, subject.size, subject.num_parameters, subject.num_trainable)
+    subject = ending_at(config, subject, plan.last_layer)
+    setting = setting_of(config, ds_file, subject.size, world, distributed.ranks_per_node(), plan.last_layer)
+    facts = model_facts(subject.size, subject.num_parameters, subject.trained)
     check_memory(facts, setting, device)
     asked, config = config, with_earlier_choices(config, before, world)
     config = settle_memory(config, facts, subject.config, setting, plan, device)
@@ -125,7 +127,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     ds_config = complete_ds_config(config, ds_file, subject.size)
     compared = facts_of(subject, plan, ds_file, corpora)
     beginning = begin(config, before, compared, plan, ds_config, device)
-    engine, adapter = build_engine(config, subject, ds_config, plan.num_steps, device)
+    engine, adapter = build_engine(config, subject, ds_config, plan, device)
     options = settle_rows(engine, subject.options, config.seq_len, subject.config.vocab_size)
     subject, config = replace(subject, options=options), replace(config, packing=options.packing)
     # The engine still holds the original weights: what the original model must say is asked before a checkpoint is loaded.
@@ -143,7 +145,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
         num_parameters=subject.num_parameters,
         num_trainable=subject.num_trainable,
         state=state(facts, setting),
-        flops=count_flops(config, subject),
+        flops=count_flops(config, subject, plan.last_layer),
         corpora=corpora,
         plan=plan,
         plan_id=plan_id,
@@ -158,10 +160,9 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
     )
 
 
-def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
+def count_flops(config: RunConfig, subject: Subject, last: int | None = None) -> ModelFlops | None:
     """What an update's FLOPs follow from; None, and said so, for a model in which they cannot be counted."""
-    adapters = subject.num_trainable if config.lora_r else 0
-    counted = model_flops(subject.config, adapters, trust_remote_code=config.trust_remote_code)
+    counted = run_flops(config, subject.config, subject.trained, last)
     if counted is None:
         distributed.say(
             "warning: this model's matrix products cannot be counted: TFLOP/s are not written to metrics.jsonl"
@@ -172,7 +173,7 @@ def count_flops(config: RunConfig, subject: Subject) -> ModelFlops | None:
 def plan_run(config: RunConfig, subject: Subject, corpora: list[list[NamedCorpus]]) -> tuple[list[Source], Plan]:
     """The terms of the objective over their corpora, and the run's updates."""
     special_ids = tuple(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else ()
-    sources = make_sources(config, corpora, subject.config.vocab_size, special_ids)
+    sources = with_layers(make_sources(config, corpora, subject.config.vocab_size, special_ids), subject.layers)
     if config.objective is not None:
         own = load_own_loss(config.objective)
         sources = with_own_loss(sources, own.token, own.sign)
@@ -240,16 +241,16 @@ def facts_of_rank(
 
 
 def build_engine(
-    config: RunConfig, subject: Subject, ds_config: dict[str, Any], num_steps: int, device: torch.device
+    config: RunConfig, subject: Subject, ds_config: dict[str, Any], plan: Plan, device: torch.device
 ) -> tuple[TrainingEngine, Any | None]:
     """The model in ZeRO partitions with its optimizer; and peft's configuration of its adapters, with LoRA."""
     model = load_model(subject.options, subject.config, ds_config, head_of(config, subject), device)
-    adapter = add_adapters(model.model, lora_options(config)) if config.lora_r else None
+    adapter = freeze(model.model, config, plan.last_layer)
     wrap_layers(model.model, config.activation_checkpointing, config.torch_compile)
     if config.leaf_modules and ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["leaf_module"] = {"classes": decoder_layer_classes(model.model)}
     model.train()
-    return TrainingEngine(model, config, ds_config, num_steps), adapter
+    return TrainingEngine(model, config, ds_config, plan.num_steps), adapter
 
 
 def complete_ds_config(config: RunConfig, ds_file: dict[str, Any], size: ModelSize) -> dict[str, Any]:

@@ -11,18 +11,21 @@ from unlearn_ds.data.plan import Source
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import (
     NamedCorpus,
+    make_plan,
     with_reference_log_prob,
     with_reference_nll,
+    with_steering,
     with_targets,
 )
 from unlearn_ds.engine.ds_config import inference_config
 from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.model.load import load_model
-from unlearn_ds.objectives import KL, SAMPLED_TARGETS
+from unlearn_ds.objectives import SAMPLED_TARGETS
 from unlearn_ds.original.hidden_cache import open_or_fill
 from unlearn_ds.original.reference import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 from unlearn_ds.original.relabel import sampled_targets
 from unlearn_ds.original.sequence_nll import reference_nll
+from unlearn_ds.original.steering import steering
 from unlearn_ds.original.token_cache import Original
 from unlearn_ds.original.token_log_prob import reference_log_prob
 from unlearn_ds.run.subject import Subject, head_of
@@ -55,6 +58,10 @@ def ask_original(
         sources = with_reference_nll(sources, np.concatenate([reference_nll(asked_of(named)) for named in corpora]))
     if any(source.needs_log_q for source in sources):
         sources = with_reference_log_prob(sources, reference_log_prob(original).values)
+    steers = sources[0].hidden
+    if steers is not None and not steers.compares:
+        plan = make_plan(config, sources, distributed.world_size())
+        sources = with_steering(sources, steering(config, steers, plan, sources[0].layers, engine.ask, device))
     return sources
 
 
@@ -69,7 +76,8 @@ def make_reference(
 ) -> Reference:
     """The frozen original model as the objective needs it: not at all, from a cache, as adapters off, or as an engine."""
     if config.reference == "cache":
-        asked = [source.sequences for source in sources if source.loss == KL]
+        compared = [source for source in sources if source.compares]
+        asked = [source.sequences for source in compared]
         sequences = asked[0]
         if len(asked) > 1:
             sequences = SequenceIndex([corpus for some in asked for corpus in some.corpora], config.seq_len)
@@ -84,6 +92,7 @@ def make_reference(
                 cache_dir=config.cache_dir,
                 overwrite=config.overwrite_cache,
                 progress=not config.disable_tqdm,
+                layers=compared[0].layers,
             )
         )
     if not config.method.needs_reference:

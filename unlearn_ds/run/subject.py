@@ -1,6 +1,6 @@
 """The model that a run starts from: its options, config, tokenizer and fingerprint, before anything is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,16 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.engine.tf32 import EXACT, training_precision
+from unlearn_ds.methods import hidden_layers
 from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.composite import check_writable, is_part
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
 from unlearn_ds.model.files import model_fingerprint, model_folder
+from unlearn_ds.model.layers import decoder_layers
 from unlearn_ds.model.load import head_options
-from unlearn_ds.model.lora import lora_options, trainable_parameters
 from unlearn_ds.model.loss_head import HeadOptions
 from unlearn_ds.model.size import ModelSize, model_size, num_parameters
+from unlearn_ds.model.trained import Trained, trained_by
 from unlearn_ds.options import OptionError
 
 
@@ -32,7 +34,12 @@ class Subject:
     fingerprint: str
     size: ModelSize
     num_parameters: int
-    num_trainable: int
+    trained: Trained
+    layers: tuple[int, ...] = ()  # the decoder layers whose states a term takes
+
+    @property
+    def num_trainable(self) -> int:
+        return self.trained.parameters
 
 
 def open_subject(config: RunConfig) -> Subject:
@@ -51,8 +58,6 @@ def open_subject(config: RunConfig) -> Subject:
     model_config = open_config(options, config.seq_len)
     options = with_rows(options, model_config)
     trusted = {"trust_remote_code": config.trust_remote_code}
-    parameters = num_parameters(model_config, **trusted)
-    adapters = trainable_parameters(model_config, lora_options(config), **trusted) if config.lora_r else None
     return Subject(
         options=options,
         config=model_config,
@@ -60,9 +65,18 @@ def open_subject(config: RunConfig) -> Subject:
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
         size=model_size(model_config, **trusted),
-        num_parameters=parameters,
-        num_trainable=parameters if adapters is None else adapters,
+        num_parameters=num_parameters(model_config, **trusted),
+        trained=trained_by(config, model_config, **trusted),
+        layers=hidden_layers(config, len(decoder_layers(blank_model(model_config, **trusted)))),
     )
+
+
+def ending_at(config: RunConfig, subject: Subject, last: int | None) -> Subject:
+    """The same where no update needs anything above decoder layer `last`: what is above is not trained."""
+    if last is None:
+        return subject
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    return replace(subject, trained=trained_by(config, subject.config, last, **trusted))
 
 
 def larger_model_of(config: RunConfig, model_config: PreTrainedConfig) -> Path | None:

@@ -31,10 +31,12 @@ def accumulate(run: Run, step: Step, retain_weight: RetainWeight | None = None) 
 
 def micro_sums(batch: Any, answer: tuple[Tensor, ...], num_parts: int) -> Tensor:
     """(1 + P,) fp64: the micro-batch's share of the loss and of each part; no device sync."""
-    loss, nll, kl, whole = answer
+    loss, nll, kl, whole, *hidden = answer
     terms = [(batch.ce_weights * nll, batch.ce_part)]
     if kl.numel():
         terms.append((batch.kl_weights * kl, batch.kl_part))
+    if hidden:
+        terms.append((batch.hidden.weights * hidden[0], batch.hidden.part))
     parts = [
         sum(torch.where(of == number, weighted, 0).sum(dtype=torch.float64) for weighted, of in terms)
         for number in range(num_parts)
@@ -56,9 +58,10 @@ def reduce_losses(plan: Plan, step: Step, sums: Tensor) -> dict[str, float | Non
     loss, *totals = sums.tolist()
     parts: dict[str, float | None] = {"forget_loss": None, "retain_loss": None}
     found: dict[str, list[tuple[str, float, int]]] = {}
-    for source, total, count in zip(plan.sources, totals, step.num_sequences_by_source):
-        if source.factor and count:
-            found.setdefault(source.role, []).append((source.name, total / source.factor * step.num_sequences, count))
+    factors = plan.factors(step.index)
+    for source, factor, total, count in zip(plan.sources, factors, totals, step.num_sequences_by_source):
+        if factor and count:
+            found.setdefault(source.role, []).append((source.name, total / factor * step.num_sequences, count))
     for role, means in found.items():
         parts[f"{role}_loss"] = sum(total for _, total, _ in means) / sum(count for _, _, count in means)
         if len(means) > 1:

@@ -67,6 +67,12 @@ class TuneConfig(Thresholds):
         for method in self.methods:
             if method not in PAIRED:
                 raise OptionError(f"--methods {method}: choose from {', '.join(PAIRED)}.{did_you_mean(method, PAIRED)}")
+        inner = [method for method in self.methods if OBJECTIVES[method].hidden_loss is not None]
+        if inner and len(self.methods) > 1:
+            raise OptionError(
+                f"--methods {' '.join(self.methods)}: {inner[0]} trains no layer above --layer, and trials share one engine: "
+                "search for it alone"
+            )
         if not self.methods:
             raise OptionError("--methods: give at least one")
         for name in ("num_trials", "max_updates", "eval_steps", "range_updates"):
