@@ -1,11 +1,13 @@
 """The options of `unlearn-ds tune`."""
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from unlearn_ds.config import RunConfig
 from unlearn_ds.measures.thresholds import Thresholds
+from unlearn_ds.mixture import parse_mixture
 from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError, check_choices, did_you_mean, load_yaml, parse
 
@@ -42,14 +44,21 @@ class TuneConfig(Thresholds):
     """folder of the study: study.jsonl, range.png, best.yaml; several processes may work on one, and a study is gone on with"""
     methods: tuple[str, ...] = ("ascent_plus_descent", "npo_plus_descent")
     """methods to choose from: those that pair forget with retain"""
+    mixtures: tuple[str, ...] = ()
+    """sets that retain sequences may come from, to choose from: such as `retain`, or `retain:2+general:1` for both, two to one
+    (default: what the base says)"""
     num_trials: int = 20
     """trials of the study, whoever carries them out"""
     max_updates: int = 60
     """most updates of a trial; it stops by itself where the target is crossed"""
     budget_updates: int | None = None
     """most updates of all trials together, the range test's too: a trial that may not fit is not begun"""
+    budget_s: float | None = None
+    """most seconds of all trials together, the range test's too, by the same rule"""
+    until: Literal["budget", "reached"] = "budget"
+    """when the study ends: with its trials and budget, or with the first trial that the verdict is sure of"""
     eval_steps: int = 2
-    """measure every this many updates of a trial"""
+    """measure every this many updates of a trial; less often where it is far from the target"""
     range_updates: int = 24
     """updates of the range test, over rising rates"""
     lowest_rate: float = 1e-6
@@ -64,11 +73,8 @@ class TuneConfig(Thresholds):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
-        for method in self.methods:
-            if method not in PAIRED:
-                raise OptionError(f"--methods {method}: choose from {', '.join(PAIRED)}.{did_you_mean(method, PAIRED)}")
-        if not self.methods:
-            raise OptionError("--methods: give at least one")
+        check_methods(self.methods)
+        check_mixtures(self.mixtures)
         for name in ("num_trials", "max_updates", "eval_steps", "range_updates"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)}: at least 1")
@@ -80,6 +86,8 @@ class TuneConfig(Thresholds):
             raise OptionError(
                 f"--eval_steps {self.eval_steps}: a trial of {self.max_updates} updates would never be measured"
             )
+        if self.budget_s is not None and self.budget_s <= 0:
+            raise OptionError(f"--budget_s {self.budget_s}: must be above 0")
         needed = self.range_updates + self.max_updates
         if self.budget_updates is not None and self.budget_updates < needed:
             raise OptionError(
@@ -92,6 +100,26 @@ class TuneConfig(Thresholds):
         return Path(self.output_dir)
 
 
+def check_methods(methods: Sequence[str]) -> None:
+    """Raise `OptionError` for a method that has no retain term, or none at all."""
+    for method in methods:
+        if method not in PAIRED:
+            raise OptionError(f"--methods {method}: choose from {', '.join(PAIRED)}.{did_you_mean(method, PAIRED)}")
+    if not methods:
+        raise OptionError("--methods: give at least one")
+
+
+def check_mixtures(mixtures: Sequence[str]) -> None:
+    """Raise `OptionError` for what names no sets with shares."""
+    for mixture in mixtures:
+        parse_mixture("mixtures", sets_of(mixture))
+
+
+def sets_of(mixture: str) -> list[str]:
+    """One of --mixtures as --retain_sets takes it."""
+    return mixture.split("+")
+
+
 def trial_config(config: TuneConfig, output_dir: Path, options: dict[str, Any]) -> RunConfig:
     """A trial's options of `unlearn-ds train`. Raises `OptionError` for a base that says what the search decides."""
     given = load_yaml(config.base, RunConfig)
@@ -101,6 +129,8 @@ def trial_config(config: TuneConfig, output_dir: Path, options: dict[str, Any]) 
             raise OptionError(f"{config.base}: {name} is set by the tuner itself: leave it out")
         if name in _NO_EFFECT and given[name] != defaults[name]:
             raise OptionError(f"{config.base}: {name} has no effect in a trial: leave it out")
+        if name == "retain_sets" and config.mixtures:
+            raise OptionError(f"{config.base}: retain_sets is chosen from --mixtures: leave one of them out")
     flags = {
         "output_dir": output_dir,
         "seed": config.seed,
@@ -110,5 +140,7 @@ def trial_config(config: TuneConfig, output_dir: Path, options: dict[str, Any]) 
         "warmup_ratio": 0,
         **options,
     }
-    words = ["--config", config.base, *(f"--{name}={value}" for name, value in flags.items())]
+    words = ["--config", config.base]
+    for name, value in flags.items():
+        words += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
     return parse(RunConfig, words, "unlearn-ds tune")

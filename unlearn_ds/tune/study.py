@@ -15,7 +15,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.options import OptionError
 from unlearn_ds.ownership import FolderInUse, entry_file
 from unlearn_ds.stored import Count, OpenRecord, StoredError, check, parse
-from unlearn_ds.tune.options import TuneConfig
+from unlearn_ds.tune.options import TuneConfig, sets_of
 from unlearn_ds.tune.workbench import Outcome
 
 JOURNAL = "study.jsonl"
@@ -123,18 +123,18 @@ class Study:
 
         distributed.on_main(add)
 
-    def next(self, rates: tuple[float, float], spent: int) -> Asked | None:
+    def next(self, rates: tuple[float, float], spent: int, spent_s: float = 0.0) -> Asked | None:
         """A trial for this process; None once all are done, those of others too. Every rank calls this.
 
-        rates: between which the rate is searched. spent: updates of the range test.
+        rates: between which the rate is searched. spent: updates of the range test. spent_s: seconds of it.
         """
-        return distributed.on_main(lambda: self._next(rates, spent), timeout_s=_WAIT_S)
+        return distributed.on_main(lambda: self._next(rates, spent, spent_s), timeout_s=_WAIT_S)
 
-    def _next(self, rates: tuple[float, float], spent: int) -> Asked | None:
+    def _next(self, rates: tuple[float, float], spent: int, spent_s: float) -> Asked | None:
         while True:
             with ownership.owned(self._lock, "wait for it", wait=True):
                 self._bury()
-                if self._has_room(spent):
+                if self._has_room(spent, spent_s):
                     return self._ask(rates)
                 if not self._trials("RUNNING"):
                     return None
@@ -143,13 +143,22 @@ class Study:
     def _trials(self, *states: str) -> list[Any]:
         return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.name in states]
 
-    def _has_room(self, spent: int) -> bool:
+    def _has_room(self, spent: int, spent_s: float) -> bool:
+        """Whether one more trial, of all its updates, fits into what is left."""
         config, running = self._config, len(self._trials("RUNNING"))
-        done = self._trials("COMPLETE", "PRUNED")
+        done = [trial.user_attrs for trial in self._trials("COMPLETE", "PRUNED")]
+        if config.until == "reached" and any((one["distance"] or {}).get("is_sure") for one in done):
+            return False
         if len(done) + running >= config.num_trials:
             return False
-        used = spent + sum(trial.user_attrs["updates"] for trial in done) + running * config.max_updates
-        return config.budget_updates is None or used + config.max_updates <= config.budget_updates
+        updates, seconds = (
+            spent + sum(one["updates"] for one in done),
+            spent_s + sum(one[name] for one in done for name in ("update_s", "measure_s", "overhead_s")),
+        )
+        more = (running + 1) * config.max_updates
+        if config.budget_s is not None and seconds + more * seconds / max(1, updates) > config.budget_s:
+            return False
+        return config.budget_updates is None or updates + more <= config.budget_updates
 
     def _bury(self) -> None:
         """Queue the trials of dead processes again."""
@@ -188,6 +197,8 @@ class Study:
             "retain_ratio": float(trial.suggest_int("retain_ratio", 1, 4)),
             "retain_weight": trial.suggest_float("retain_weight", 0.5, 4.0, log=True),
         }
+        if self._config.mixtures:
+            options["retain_sets"] = sets_of(trial.suggest_categorical("mixture", list(self._config.mixtures)))
         return Asked(trial.number, options)
 
     def report(self, asked: Asked, updates: int, value: float) -> bool:

@@ -8,6 +8,7 @@ STUDY folder, and they share the trials; start it again, and it goes on. BASE.ya
 import importlib.util
 import secrets
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,8 @@ _FEWEST = 8  # updates in which a trial may break the model at the highest rate 
 
 class RangeTest(Record):
     """What a study keeps of its range test."""
+
+    seconds: float = 0.0  # that it took
 
     rates: list[float]  # of its updates
     begins: float  # the rate at which forgetting begins
@@ -62,11 +65,8 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
         study = Study(config, bench.subject())
         found = study.once("range", lambda: range_test(config, bench, study))
         found = check(found, RangeTest, f"{config.folder / JOURNAL}: range", "choose another folder")
-        while (asked := study.next(tuple(found.searched), len(found.rates))) is not None:
-            shown = ", ".join(
-                f"{name} {value:.3g}" for name, value in asked.options.items() if not isinstance(value, str)
-            )
-            distributed.say(f"trial {asked.number}: {asked.options['unlearn_method']}, {shown}")
+        while (asked := study.next(tuple(found.searched), len(found.rates), found.seconds)) is not None:
+            distributed.say(f"trial {asked.number}: {shown(asked.options)}")
             outcome = bench.trial(asked.options, lambda done, value, of=asked: study.report(of, done, value))
             study.tell(asked, outcome)
             distributed.say(f"trial {asked.number}: {describe(outcome)}")
@@ -78,6 +78,7 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
 
 def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, Any]:
     """Where forgetting begins and where the model breaks, with their picture; the first settings are queued from that."""
+    began = time.perf_counter()
     rates = np.geomspace(config.lowest_rate, config.highest_rate, config.range_updates).tolist()
     rows = bench.range_test(rates)
     rates = rates[: len(rows)]
@@ -94,15 +95,29 @@ def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, 
     ppl = {name: [row[f"{name}_ppl"] for row in rows] for name in names}
     marks = {"begins": found["begins"], "breaks": found["breaks"]}
     distributed.on_main(lambda: draw_range(config.folder / RANGE_PICTURE, rates, ppl, marks))
-    middle = float(np.sqrt(np.prod(found["searched"])))
-    shared = {"learning_rate": middle, "retain_ratio": 2, "retain_weight": 1.0}
-    study.queue([{"unlearn_method": method, **shared} for method in config.methods])
+    study.queue(first_settings(config, found["searched"]))
+    found["seconds"] = time.perf_counter() - began
     distributed.say(
         f"range test of {len(rows)} updates: forgetting begins at a rate of {found['begins']:.2g}, the model breaks at "
         f"{found['breaks']:.2g} ({config.folder / RANGE_PICTURE}); {found['searched'][0]:.2g} to {found['searched'][1]:.2g} is "
         "searched"
     )
     return found
+
+
+def first_settings(config: TuneConfig, between: list[float]) -> list[dict[str, Any]]:
+    """What is tried before the search: of each method a rate in the upper half of the range, for retain data holds a model."""
+    low, high = between
+    shared = {"learning_rate": float(low**0.25 * high**0.75), "retain_ratio": 3, "retain_weight": 1.0}
+    if config.mixtures:
+        shared["mixture"] = config.mixtures[0]
+    return [{"unlearn_method": method, **shared} for method in config.methods]
+
+
+def shown(options: dict[str, Any]) -> str:
+    """A trial's options in words."""
+    numbers = [f"{name} {value:.3g}" for name, value in options.items() if not isinstance(value, (str, list))]
+    return ", ".join([options["unlearn_method"], *numbers, *options.get("retain_sets", ())])
 
 
 def searched(config: TuneConfig, found: dict[str, Any]) -> list[float]:
@@ -133,14 +148,16 @@ def describe(outcome: Outcome) -> str:
 def conclude(config: TuneConfig, outcomes: list[dict[str, Any]]) -> None:
     """Write best.yaml: the options of `unlearn-ds train` that make the best trial's best state again."""
     if outcomes and outcomes[0]["distance"] is not None:
-        best = outcomes[0]
-        options = {
-            name: list(v) if isinstance(v, tuple) else v for name, v in load_yaml(config.base, RunConfig).items()
-        }
-        options |= best["options"] | {"max_steps": best["best_update"], "seed": config.seed}
-        options |= {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "eval_steps": config.eval_steps}
+        options = options_of(config, outcomes[0]) | {"eval_steps": config.eval_steps}
         with replacing(config.folder / BEST) as partial:
             partial.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+def options_of(config: TuneConfig, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The options of `unlearn-ds train` that make a trial's best state again, but for the folder."""
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in load_yaml(config.base, RunConfig).items()}
+    options |= outcome["options"] | {"max_steps": outcome["best_update"], "seed": config.seed}
+    return options | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 
 
 def closing(config: TuneConfig, outcomes: list[dict[str, Any]]) -> list[str]:
@@ -148,7 +165,7 @@ def closing(config: TuneConfig, outcomes: list[dict[str, Any]]) -> list[str]:
     if not outcomes or outcomes[0]["distance"] is None:
         return ["no trial could be measured: lower --highest_rate"]
     best, parts = outcomes[0], outcomes[0]["distance"]
-    missing = [name for name, value in parts.items() if abs(value) > 1]
+    missing = [name for name in ("loss", "auc", "damage") if abs(parts[name]) > 1]
     reached = "within what the verdict allows" if not missing else f"not reached: {' and '.join(missing)}"
     command = f"unlearn-ds train --config {Path(config.output_dir) / BEST} --output_dir RUN"
     return [
