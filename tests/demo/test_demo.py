@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.cluster import largest_difference, make_tiny_run, metrics, weights
 from tests.support.runs import launch
+from unlearn_ds.demo.data import RELEARN_UPDATES
 from unlearn_ds.demo.demo import GUARDS, TRAINING, UNLEARNING, DemoConfig, claim_folder
-from unlearn_ds.demo.robustness import RELEARN_UPDATES
 from unlearn_ds.options import OptionError
 
 
@@ -48,7 +48,7 @@ def test_runs_in_the_same_ranks_equal_runs_of_their_own(tmp_path):
 
     try:
         runs = tmp_path / "runs.json"
-        runs.write_text(json.dumps({method: arguments("together", method) for method in methods}))
+        runs.write_text(json.dumps({method: ["train", *arguments("together", method)] for method in methods}))
         together = tiny.server.start([str(runs)], module="unlearn_ds.demo.runs")
         assert together.wait() == [0, 0], together.output()
         for method in methods:

@@ -12,7 +12,7 @@ from tests.support.forget_worker import KILL_AFTER
 from unlearn_ds.layout import OUTCOME_FILE, REQUEST_FILE, SEARCH_FILE
 
 pytest.importorskip("optuna")
-BASE = {"seq_len": 48, "global_batch_size": 4, "bf16": False, "num_threads": 1, "eval_sequences": 20}
+BASE = {"seq_len": 48, "global_batch_size": 8, "bf16": False, "num_threads": 1, "eval_sequences": 64}
 SEARCH = ["--max_updates", "8", "--range_updates", "8", "--budget", "40 updates", "--relearn", "2"]
 # So wide that random documents can be forgotten within them, and not so wide that nothing is to be forgotten.
 WIDE = ["--ppl_tolerance", "6", "--auc_tolerance", "0.95", "--max_ppl_increase", "9"]
@@ -87,16 +87,11 @@ def test_what_is_not_reached_is_said_with_an_exit_code_of_its_own(tiny, memorise
     "what was finished is not done again; at most the step that was under way is",
 )
 def test_killed_between_two_steps_it_goes_on(tiny, memorised, tmp_path):
-    folder, seen = tmp_path / "run", []
+    folder = tmp_path / "run"
     arguments = words(tiny, memorised, folder, *WIDE, "--relearn", "0")
-    for step, done in (
-        ("original", {"original": 0, "search": 1, "make": 1}),
-        ("search", {"original": 0, "search": 1, "make": 1}),
-        ("make", None),
-    ):
+    for step in ("original", "search", "make"):
         codes, said = start(tiny, arguments, **{KILL_AFTER: step})
         assert codes == [-9], said
-        seen.append(done)
         assert not (folder / OUTCOME_FILE).exists()
     codes, said = start(tiny, arguments)
     assert codes == [0], said

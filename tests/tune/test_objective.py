@@ -39,7 +39,8 @@ def test_each_part_counts_in_what_is_allowed():
     ("distance", "past", "hopeless"),
     [
         (Distance(-2, 3, 0), False, False),
-        (Distance(0.1, 0.5, 0), True, False),
+        (Distance(0.1, -0.1, 0), True, False),
+        (Distance(0.1, 0.5, 0), False, False),  # within what is allowed, and there may be a surer state
         (Distance(0.1, 3, 0), False, False),  # the attack still tells
         (Distance(1.5, 3, 0), True, False),
         (Distance(-2, 3, 5), False, True),

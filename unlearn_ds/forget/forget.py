@@ -24,33 +24,16 @@ from unlearn_ds.durable import replacing
 from unlearn_ds.evaluation.report import write_report
 from unlearn_ds.forget import steps
 from unlearn_ds.forget.options import ForgetConfig
+from unlearn_ds.forget.outcome import Result, Tried
 from unlearn_ds.forget.request import check_request
 from unlearn_ds.layout import MODEL, OUTCOME_FILE
 from unlearn_ds.markup import tell
 from unlearn_ds.measures.verdict import is_reached, verdict_words
 from unlearn_ds.options import parse
 from unlearn_ds.ownership import OWNER_FILE
-from unlearn_ds.stored import Count, Record, Text
 
 PROG = "unlearn-ds forget"
 _MOST_RUNS = 3  # that are made until one reaches the verdict
-
-
-class Tried(Record):
-    """A run that was made."""
-
-    folder: Text
-    updates: Count
-    words: str  # of its verdict
-
-
-class Result(Record):
-    """outcome.json."""
-
-    reached: bool
-    folder: Text  # of the run that is kept, with model/ in it
-    sentence: str  # its verdict
-    tried: list[Tried]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
