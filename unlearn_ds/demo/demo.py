@@ -1,8 +1,8 @@
 """`unlearn-ds demo`: the whole story on one machine, offline.
 
 Trains a small Llama on Python's own sources (`original`) and once more without the forget set (`retrained`, the yardstick that
-nobody can afford at scale). `unlearn-ds forget` finds how to unlearn the forget set from the original; all seven methods do it at
-fixed settings as well, and an ascent that is far too fast, without a guard and with one. Measures all models, asks whether
+nobody can afford at scale). `unlearn-ds forget` finds how to unlearn the forget set from the original; all seven methods do it
+at fixed settings as well, and an ascent that is far too fast, without a guard and with one. Measures all models, asks whether
 rounding or relearning brings the forget set back, and writes a table and a page. Every model is trained by the same engine
 that takes a 70B model: DeepSpeed ZeRO-3, on as many ranks as there are cores or GPUs, at most two.
 """
