@@ -13,7 +13,7 @@ from unlearn_ds.options import OptionError, check_choices, did_you_mean, load_ya
 
 PAIRED = tuple(name for name, one in OBJECTIVES.items() if one.roles == ("forget", "retain") and one.answers is None)
 # Options of train: the search chooses them, or the tuner sets them.
-_SEARCHED = ("unlearn_method", "learning_rate", "retain_ratio", "retain_weight")
+_SEARCHED = ("unlearn_method", "learning_rate", "retain_ratio", "retain_weight", "beta", "forget_weight")
 _SET_HERE = (
     *("max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
     *("output_dir", "output_sufix", "eval_steps", "seed"),
@@ -32,6 +32,25 @@ _NO_EFFECT = (
     ),
     *("load_best", "stop_when", "stop_tolerance", "max_retain_ppl_increase", "profile_steps", "report_to", "run_name"),
 )
+
+
+# Of a forget term that weakens as a sequence is forgotten: beta times the rise of a sequence's loss that the target asks for,
+# and how strong its pull is at first beside that of plain ascent, which is a mean over tokens where this one is a sum.
+REACHES, FIRST_REACH, PULL = (0.5, 5.0), 2.0, 2.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Of the starting model's losses on whole forget sequences."""
+
+    tokens: float  # of a sequence
+    rise: float  # nats that a sequence's loss must rise to the target
+
+
+def is_bounded(method: str) -> bool:
+    """Whether a method's forget term holds each sequence's loss against the original model's, and weakens as it rises."""
+    form = OBJECTIVES[method].sequence_loss
+    return form is not None and form.needs_reference_nll
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.options import OptionError
 from unlearn_ds.ownership import FolderInUse, entry_file
 from unlearn_ds.stored import Count, OpenRecord, StoredError, check, parse
-from unlearn_ds.tune.options import TuneConfig, sets_of
+from unlearn_ds.tune.options import PULL, REACHES, Scale, TuneConfig, is_bounded, sets_of
 from unlearn_ds.tune.workbench import Outcome
 
 JOURNAL = "study.jsonl"
@@ -123,19 +123,22 @@ class Study:
 
         distributed.on_main(add)
 
-    def next(self, rates: tuple[float, float], spent: int, spent_s: float = 0.0) -> Asked | None:
+    def next(
+        self, rates: tuple[float, float], spent: int, spent_s: float = 0.0, scale: Scale | None = None
+    ) -> Asked | None:
         """A trial for this process; None once all are done, those of others too. Every rank calls this.
 
-        rates: between which the rate is searched. spent: updates of the range test. spent_s: seconds of it.
+        rates: between which the rate is searched. spent: updates of the range test. spent_s: seconds of it. scale: of losses of
+        whole sequences, whose numbers are searched with it.
         """
-        return distributed.on_main(lambda: self._next(rates, spent, spent_s), timeout_s=_WAIT_S)
+        return distributed.on_main(lambda: self._next(rates, spent, spent_s, scale), timeout_s=_WAIT_S)
 
-    def _next(self, rates: tuple[float, float], spent: int, spent_s: float) -> Asked | None:
+    def _next(self, rates: tuple[float, float], spent: int, spent_s: float, scale: Scale | None) -> Asked | None:
         while True:
             with ownership.owned(self._lock, "wait for it", wait=True):
                 self._bury()
                 if self._has_room(spent, spent_s):
-                    return self._ask(rates)
+                    return self._ask(rates, scale)
                 if not self._trials("RUNNING"):
                     return None
             time.sleep(_POLL_S)
@@ -177,7 +180,7 @@ class Study:
     def _owner_file(self, number: int) -> Path:
         return entry_file(self._config.folder / f"trial_{number}")
 
-    def _ask(self, rates: tuple[float, float]) -> Asked:
+    def _ask(self, rates: tuple[float, float], scale: Scale | None) -> Asked:
         import optuna
 
         # The number of the trial is part of the seed: two processes never draw alike, and a study gone on with draws as before.
@@ -197,6 +200,9 @@ class Study:
             "retain_ratio": float(trial.suggest_int("retain_ratio", 1, 4)),
             "retain_weight": trial.suggest_float("retain_weight", 0.5, 4.0, log=True),
         }
+        if scale is not None and is_bounded(options["unlearn_method"]):
+            options["beta"] = trial.suggest_float("reach", *REACHES, log=True) / scale.rise
+            options["forget_weight"] = PULL / scale.tokens
         if self._config.mixtures:
             options["retain_sets"] = sets_of(trial.suggest_categorical("mixture", list(self._config.mixtures)))
         return Asked(trial.number, options)

@@ -24,7 +24,7 @@ from unlearn_ds.options import OptionError, load_yaml, parse, with_flag_of_first
 from unlearn_ds.plots.ranges import draw_range
 from unlearn_ds.stored import Record, check
 from unlearn_ds.tune.objective import distance_to_verdict
-from unlearn_ds.tune.options import TuneConfig
+from unlearn_ds.tune.options import FIRST_REACH, Scale, TuneConfig, is_bounded
 from unlearn_ds.tune.study import JOURNAL, Study
 from unlearn_ds.tune.workbench import Outcome, Workbench
 
@@ -37,6 +37,8 @@ class RangeTest(Record):
     """What a study keeps of its range test."""
 
     seconds: float = 0.0  # that it took
+    tokens: float | None = None  # of a forget sequence
+    rise: float | None = None  # nats from its loss to the target
 
     rates: list[float]  # of its updates
     begins: float  # the rate at which forgetting begins
@@ -65,7 +67,8 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
         study = Study(config, bench.subject())
         found = study.once("range", lambda: range_test(config, bench, study))
         found = check(found, RangeTest, f"{config.folder / JOURNAL}: range", "choose another folder")
-        while (asked := study.next(tuple(found.searched), len(found.rates), found.seconds)) is not None:
+        scale = Scale(found.tokens, found.rise) if found.tokens and found.rise else None
+        while (asked := study.next(tuple(found.searched), len(found.rates), found.seconds, scale)) is not None:
             distributed.say(f"trial {asked.number}: {shown(asked.options)}")
             outcome = bench.trial(asked.options, lambda done, value, of=asked: study.report(of, done, value))
             study.tell(asked, outcome)
@@ -95,7 +98,9 @@ def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, 
     ppl = {name: [row[f"{name}_ppl"] for row in rows] for name in names}
     marks = {"begins": found["begins"], "breaks": found["breaks"]}
     distributed.on_main(lambda: draw_range(config.folder / RANGE_PICTURE, rates, ppl, marks))
-    study.queue(first_settings(config, found["searched"]))
+    if (scale := bench.scale()) is not None:
+        found |= {"tokens": scale.tokens, "rise": scale.rise}
+    study.queue(first_settings(config, found["searched"], scale))
     found["seconds"] = time.perf_counter() - began
     distributed.say(
         f"range test of {len(rows)} updates: forgetting begins at a rate of {found['begins']:.2g}, the model breaks at "
@@ -105,13 +110,14 @@ def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, 
     return found
 
 
-def first_settings(config: TuneConfig, between: list[float]) -> list[dict[str, Any]]:
-    """What is tried before the search: of each method a rate in the upper half of the range, for retain data holds a model."""
+def first_settings(config: TuneConfig, between: list[float], scale: Scale | None) -> list[dict[str, Any]]:
+    """What is tried before the search: of each method a rate near the upper end of the range, for retain data holds a model."""
     low, high = between
-    shared = {"learning_rate": float(low**0.25 * high**0.75), "retain_ratio": 3, "retain_weight": 1.0}
+    shared = {"learning_rate": float(low**0.1 * high**0.9), "retain_ratio": 3, "retain_weight": 1.0}
     if config.mixtures:
         shared["mixture"] = config.mixtures[0]
-    return [{"unlearn_method": method, **shared} for method in config.methods]
+    reach = {method: {"reach": FIRST_REACH} if scale and is_bounded(method) else {} for method in config.methods}
+    return [{"unlearn_method": method, **shared, **reach[method]} for method in config.methods]
 
 
 def shown(options: dict[str, Any]) -> str:

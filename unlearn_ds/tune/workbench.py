@@ -28,7 +28,7 @@ from unlearn_ds.run.subject import open_subject
 from unlearn_ds.run.target import Metrics, metrics_of, retrained_tables
 from unlearn_ds.run.update import accumulate, reduce_losses
 from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
-from unlearn_ds.tune.options import TuneConfig, trial_config
+from unlearn_ds.tune.options import Scale, TuneConfig, trial_config
 
 Report = Callable[[int, float], bool]  # (updates done, value) -> whether to give the trial up
 _CAUTION = 2.0  # times the pace so far: the target is not expected before
@@ -139,6 +139,13 @@ class Workbench:
         if distance.worst <= 1:  # the numbers are there: what does the verdict say?
             distance = replace(distance, is_sure=distributed.on_main(lambda: self._is_sure(tables)))
         return now, distance
+
+    def scale(self) -> Scale | None:
+        """What a forget sequence of the starting model is like; None where its loss need not rise."""
+        target = self.start.get("retrained_forget_ppl") or self.start.get("approximate_ppl")
+        tokens = float(self._comparison.original["forget"]["num_tokens"].mean())
+        rise = tokens * math.log(target / self.start["forget_ppl"])
+        return Scale(tokens, rise) if rise > 0 else None
 
     def _is_sure(self, tables: dict[str, Table]) -> bool:
         seed = self.run.config.seed
