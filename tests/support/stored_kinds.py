@@ -26,6 +26,10 @@ from unlearn_ds.engine.ds_config import SHIPPED_DIR, load_ds_file
 from unlearn_ds.engine.metrics import _keep_rows, read_metrics
 from unlearn_ds.evaluation.report_model import load_model_folder
 from unlearn_ds.evaluation.report_page import extra_columns, run_facts
+from unlearn_ds.forget.outcome import Result
+from unlearn_ds.forget.request import Request
+from unlearn_ds.forget.steps import Search
+from unlearn_ds.layout import OUTCOME_FILE, REQUEST_FILE, SEARCH_FILE
 from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.measures.folder import check_same_model, check_same_subject, subject_statement, table_digests
 from unlearn_ds.measures.forget_quality import check_same_questions
@@ -43,6 +47,16 @@ from unlearn_ds.stored import read
 from unlearn_ds.suites.log import Log, read_retain_log
 from unlearn_ds.suites.tofu import TOFU
 
+REQUEST = {
+    "options": {"model": "m", "seed": 1},
+    "base": {"seq_len": 8},
+    "model_fingerprint": "aa",
+    "general": [["json"]],
+}
+TRIAL = {"number": 0, "value": 0.5, "options": {"learning_rate": 1e-3}, "best_update": 2, "updates": 4}
+TRIAL |= dict.fromkeys(("update_s", "measure_s", "overhead_s"), 1.5)
+SEARCH = {"budget": "20m", "range_updates": 8, "trials": [TRIAL]}
+OUTCOME = {"reached": True, "folder": "f", "sentence": "s", "tried": [{"folder": "f", "updates": 3, "words": "kept"}]}
 KEY = {"corpora": ["a"], "model": "m", "seq_len": 8, "dtype": "float32"}
 OVERLAP = {"forget": "f", "near_copies": True, "dropped": False, "exact": 1, "near": 0, "examples": [[1, 0, 1.0]]}
 ITEMS = dict.fromkeys(("rows", "left_out", "empty", "straddling", "names_as_text", "names_as_tokens"), 1)
@@ -374,6 +388,19 @@ KINDS = {
     "demo": Kind(
         lambda folder: write_json(folder / "runs.json", {"original": ["--a", "b"], "retrained": []}),
         lambda folder: read(folder / "runs.json", dict[str, list[str]]),
+    ),
+    "request": Kind(
+        lambda folder: write_json(folder / REQUEST_FILE, REQUEST),
+        lambda folder: read(folder / REQUEST_FILE, Request),
+        free=r"options\..*|base\..*|general.*",
+    ),
+    "search": Kind(
+        lambda folder: write_json(folder / SEARCH_FILE, SEARCH),
+        lambda folder: read(folder / SEARCH_FILE, Search),
+        free=r"trials\.0\.options\..*",
+    ),
+    "outcome": Kind(
+        lambda folder: write_json(folder / OUTCOME_FILE, OUTCOME), lambda folder: read(folder / OUTCOME_FILE, Result)
     ),
     "deepspeed": Kind(
         lambda folder: Path(shutil.copy(SHIPPED_DIR / "zero3_offload.json", folder / "ds.json")),
