@@ -9,6 +9,7 @@ import yaml
 
 from tests.support.cluster import make_tiny_run
 from tests.support.forget_worker import KILL_AFTER
+from tests.support.runs import launch
 from unlearn_ds.layout import OUTCOME_FILE, REQUEST_FILE, SEARCH_FILE
 
 pytest.importorskip("optuna")
@@ -72,8 +73,9 @@ def test_a_request_ends_with_a_judged_model_and_is_not_done_twice(tiny, memorise
 def test_what_is_not_reached_is_said_with_an_exit_code_of_its_own(tiny, memorised, tmp_path):
     folder = tmp_path / "run"
     narrow = ["--ppl_tolerance", "0.001", "--auc_tolerance", "0.001", "--relearn", "0"]
-    codes, said = start(tiny, words(tiny, memorised, folder, *narrow))
-    assert codes == [3], said
+    finished = launch("unlearn_ds.cli", ["forget", *words(tiny, memorised, folder, *narrow), "--num_ranks", "2"])
+    said = finished.stdout + finished.stderr
+    assert finished.returncode == 3, said
     result = json.loads((folder / OUTCOME_FILE).read_text())
     assert not result["reached"]
     assert re.search(r"not reached after \d of \d runs that the budget allows: \w", said)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tests.support.evaluations import random_table
+from tests.support.request_files import REQUEST_FILES
 from unlearn_ds import owner
 from unlearn_ds.bench.case_records import merged, read_summary
 from unlearn_ds.config import RunConfig
@@ -26,10 +27,6 @@ from unlearn_ds.engine.ds_config import SHIPPED_DIR, load_ds_file
 from unlearn_ds.engine.metrics import _keep_rows, read_metrics
 from unlearn_ds.evaluation.report_model import load_model_folder
 from unlearn_ds.evaluation.report_page import extra_columns, run_facts
-from unlearn_ds.forget.outcome import Result
-from unlearn_ds.forget.request import Request
-from unlearn_ds.forget.steps import Search
-from unlearn_ds.layout import OUTCOME_FILE, REQUEST_FILE, SEARCH_FILE
 from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.measures.folder import check_same_model, check_same_subject, subject_statement, table_digests
 from unlearn_ds.measures.forget_quality import check_same_questions
@@ -47,16 +44,6 @@ from unlearn_ds.stored import read
 from unlearn_ds.suites.log import Log, read_retain_log
 from unlearn_ds.suites.tofu import TOFU
 
-REQUEST = {
-    "options": {"model": "m", "seed": 1},
-    "base": {"seq_len": 8},
-    "model_fingerprint": "aa",
-    "general": [["json"]],
-}
-TRIAL = {"number": 0, "value": 0.5, "options": {"learning_rate": 1e-3}, "best_update": 2, "updates": 4}
-TRIAL |= dict.fromkeys(("update_s", "measure_s", "overhead_s"), 1.5)
-SEARCH = {"budget": "20m", "range_updates": 8, "trials": [TRIAL]}
-OUTCOME = {"reached": True, "folder": "f", "sentence": "s", "tried": [{"folder": "f", "updates": 3, "words": "kept"}]}
 KEY = {"corpora": ["a"], "model": "m", "seq_len": 8, "dtype": "float32"}
 OVERLAP = {"forget": "f", "near_copies": True, "dropped": False, "exact": 1, "near": 0, "examples": [[1, 0, 1.0]]}
 ITEMS = dict.fromkeys(("rows", "left_out", "empty", "straddling", "names_as_text", "names_as_tokens"), 1)
@@ -385,23 +372,7 @@ KINDS = {
     "suite's statement": Kind(lambda folder: write_suite(folder, "MEASURED"), read_suite),
     "cases": Kind(write_summary, read_cases, free=r"machine.*|left.*|results\.\d\.exit_code"),
     "rows": Kind(write_rows, read_rows, free=r"machine.*|results\.0\..*", other=True, kept=True),
-    "demo": Kind(
-        lambda folder: write_json(folder / "runs.json", {"original": ["--a", "b"], "retrained": []}),
-        lambda folder: read(folder / "runs.json", dict[str, list[str]]),
-    ),
-    "request": Kind(
-        lambda folder: write_json(folder / REQUEST_FILE, REQUEST),
-        lambda folder: read(folder / REQUEST_FILE, Request),
-        free=r"options\..*|base\..*|general.*",
-    ),
-    "search": Kind(
-        lambda folder: write_json(folder / SEARCH_FILE, SEARCH),
-        lambda folder: read(folder / SEARCH_FILE, Search),
-        free=r"trials\.0\.options\..*",
-    ),
-    "outcome": Kind(
-        lambda folder: write_json(folder / OUTCOME_FILE, OUTCOME), lambda folder: read(folder / OUTCOME_FILE, Result)
-    ),
+    **{name: Kind(one.write, one.read, one.free) for name, one in REQUEST_FILES.items()},
     "deepspeed": Kind(
         lambda folder: Path(shutil.copy(SHIPPED_DIR / "zero3_offload.json", folder / "ds.json")),
         lambda folder: load_ds_file(str(folder / "ds.json")),

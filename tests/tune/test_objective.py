@@ -149,10 +149,11 @@ def test_what_is_tried_first_follows_from_the_range_and_the_scale():
     config = TuneConfig(
         base="b", output_dir="o", methods=(*PAIRED[:1], "npo_plus_descent"), mixtures=("retain", "general")
     )
-    plain, bounded = first_settings(config, [1e-5, 1e-1], Scale(tokens=200.0, rise=250.0))
+    plain, bounded, *more = first_settings(config, [1e-5, 1e-1], Scale(tokens=200.0, rise=250.0))
     assert plain["learning_rate"] == pytest.approx(10**-1.4)
     assert plain["mixture"] == "retain"
     assert "reach" not in plain
+    assert [one["retain_weight"] for one in more] == [2.0, 2.0]
     assert bounded["reach"] == 2.0
 
 

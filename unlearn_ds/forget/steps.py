@@ -236,6 +236,7 @@ def tune_config(config: ForgetConfig, budget: Budget) -> TuneConfig:
         num_trials=1000,
         max_updates=config.max_updates,
         range_updates=config.range_updates,
+        eval_steps=max(2, config.max_updates // 20),
         budget_updates=None if budget.updates is None else budget.updates - config.max_updates,
         budget_s=budget.search_seconds(distributed.world_size()),
         until="reached",

@@ -30,6 +30,8 @@ from unlearn_ds.tune.workbench import Outcome, Workbench
 
 RANGE_PICTURE, BEST = "range.png", "best.yaml"
 _BEGINS = 0.1  # of the way to the target: there forgetting begins
+# Settings that are tried first: place between the lowest and the highest rate (log scale), retain ratio, retain weight.
+FIRST = ((0.9, 3, 1.0), (1.0, 4, 2.0))
 _FEWEST = 8  # updates in which a trial may break the model at the highest rate that is searched
 
 
@@ -111,13 +113,20 @@ def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, 
 
 
 def first_settings(config: TuneConfig, between: list[float], scale: Scale | None) -> list[dict[str, Any]]:
-    """What is tried before the search: of each method a rate near the upper end of the range, for retain data holds a model."""
+    """What is tried before the search: rates near the upper end of the range, for retain data holds a model."""
     low, high = between
-    shared = {"learning_rate": float(low**0.1 * high**0.9), "retain_ratio": 3, "retain_weight": 1.0}
-    if config.mixtures:
-        shared["mixture"] = config.mixtures[0]
-    reach = {method: {"reach": FIRST_REACH} if scale and is_bounded(method) else {} for method in config.methods}
-    return [{"unlearn_method": method, **shared, **reach[method]} for method in config.methods]
+    mixture = {"mixture": config.mixtures[0]} if config.mixtures else {}
+    first = []
+    for share, ratio, weight in FIRST:
+        shared = {
+            "learning_rate": float(low ** (1 - share) * high**share),
+            "retain_ratio": ratio,
+            "retain_weight": weight,
+        }
+        for method in config.methods:
+            reach = {"reach": FIRST_REACH} if scale and is_bounded(method) else {}
+            first.append({"unlearn_method": method, **shared, **mixture, **reach})
+    return first
 
 
 def shown(options: dict[str, Any]) -> str:
