@@ -18,7 +18,7 @@ REQUEST = {
 }
 TRIAL = {"number": 0, "value": 0.5, "options": {"learning_rate": 1e-3}, "best_update": 2, "updates": 4}
 TRIAL |= dict.fromkeys(("update_s", "measure_s", "overhead_s"), 1.5)
-SEARCH = {"budget": "20m", "range_updates": 8, "trials": [TRIAL]}
+SEARCH = {"budget": "20m", "range_updates": 8, "corpora": {"forget": "ab"}, "trials": [TRIAL]}
 OUTCOME = {"reached": True, "folder": "f", "sentence": "s", "tried": [{"folder": "f", "updates": 3, "words": "kept"}]}
 
 

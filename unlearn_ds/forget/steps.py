@@ -14,11 +14,11 @@ import yaml
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data.corpus import corpus_exists
+from unlearn_ds.data.corpus import Corpus, corpus_exists
 from unlearn_ds.data.documents import find_sources, read_documents
 from unlearn_ds.data.forms.options import FormOptions
 from unlearn_ds.data.prepare import PrepareConfig, prepare
-from unlearn_ds.data.sources import set_path
+from unlearn_ds.data.sources import SETS, set_path
 from unlearn_ds.durable import make_folder, replacing
 from unlearn_ds.evaluation.evaluate import evaluate
 from unlearn_ds.evaluation.options import EvaluateConfig
@@ -69,6 +69,7 @@ class Search(Record):
 
     budget: str
     range_updates: Count
+    corpora: dict[str, str]  # fingerprint of each set
     trials: list[Trial]
 
 
@@ -198,6 +199,8 @@ def search(config: ForgetConfig, base: Mapping[str, Any]) -> list[Candidate]:
         )
         return [preset_candidate(config, base, budget.updates)]
     before = distributed.on_main(lambda: read(path, Search, "delete it to search again") if path.exists() else None)
+    if before is not None:
+        check_same_corpora(config, before)
     if before is None or before.budget != config.budget:
         before = _tune(config, budget, path)
     study, candidates = tune_config(config, budget), []
@@ -222,6 +225,24 @@ def search(config: ForgetConfig, base: Mapping[str, Any]) -> list[Candidate]:
         return candidates
     distributed.say(f"no trial was measured within --budget {config.budget}: one run with --preset {PRESET} is made")
     return [preset_candidate(config, base, config.max_updates)]
+
+
+def fingerprints(config: ForgetConfig) -> dict[str, str]:
+    """Set -> fingerprint of its corpus, of those that are there."""
+    paths = {name: set_path(str(config.corpora), config.domain, name) for name in SETS}
+    return {name: Corpus(path).fingerprint for name, path in paths.items() if corpus_exists(path)}
+
+
+def check_same_corpora(config: ForgetConfig, before: Search) -> None:
+    """Raise `OptionError` where the search was made on other data."""
+    now = fingerprints(config)
+    if differ := sorted(
+        name for name in now.keys() | before.corpora.keys() if now.get(name) != before.corpora.get(name)
+    ):
+        raise OptionError(
+            f"{config.corpora}: {', '.join(differ)} was replaced since the search in {config.output_dir}: bring it back, or "
+            "choose another --output_dir"
+        )
 
 
 def tune_config(config: ForgetConfig, budget: Budget) -> TuneConfig:
@@ -250,7 +271,9 @@ def _tune(config: ForgetConfig, budget: Budget, path: Path) -> Search:
     outcomes = [one for one in tune(study) if one["distance"] is not None]
     names = Trial.model_fields
     trials = [Trial(**{name: one[name] for name in names}) for one in outcomes]
-    found = Search(budget=config.budget, range_updates=config.range_updates, trials=trials)
+    found = Search(
+        budget=config.budget, range_updates=config.range_updates, corpora=fingerprints(config), trials=trials
+    )
 
     def write() -> None:
         with replacing(path) as partial:
