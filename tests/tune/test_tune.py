@@ -81,7 +81,7 @@ def test_a_method_that_asks_the_original_model_first_is_searched_with_its_own_sc
     ]
     codes, said = run(tiny, [*words, "--methods", "npo_plus_descent", "--num_trials", "1", *SEARCH], 1)
     assert codes == [0], said
-    (trial,) = trials(tmp_path / "study")
+    trial = trials(tmp_path / "study")[0]
     assert trial.params["reach"] == 2.0
     assert {"beta", "forget_weight"} <= trial.user_attrs["options"].keys()
 

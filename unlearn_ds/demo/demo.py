@@ -69,7 +69,7 @@ class DemoConfig:
 
 # What `unlearn-ds forget` is told, beside model and data.
 FORGET = "forget"
-_FORGETTING = "--methods ascent_plus_descent --max_updates 60 --range_updates 16 --budget '300 updates'"
+_FORGETTING = "--methods npo_plus_descent --max_updates 120 --range_updates 16 --budget '400 updates'"
 # Name in the report -> options of the run. Found by trying: docs/demo.md says how.
 TRAINING = {
     "original": "--unlearn_method finetune --train_on forget retain general",
@@ -165,7 +165,7 @@ def _run_demo(config: DemoConfig, root: Path) -> dict[str, Any]:
         arguments = [str(root), str(SEQ_LEN), str(config.seed), str(config.bf16), *TRAINING, *UNLEARNING]
         run_ranks("unlearn_ds.demo.robustness", arguments, 1, root / "robustness.log")
         bar.update()
-    folders = {name: folder_of(root, name) for name in names}
+    folders = {name: folder_of(root, name) for name in names if name != FORGET or (root / name / OUTCOME_FILE).exists()}
     report = write_report(root, folders, original="original", retrained="retrained")
     print(f"\n{(root / 'report.md').read_text(encoding='utf-8')}")
     tell(
