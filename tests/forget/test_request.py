@@ -153,6 +153,15 @@ def test_corpora_that_were_replaced_since_the_search_are_named(tmp_path):
         steps.search(given, {})
 
 
+def test_general_is_mixed_in_where_it_is_there_and_the_base_does_not_choose(tmp_path):
+    given, budget = config(tmp_path, data_dir=str(write_corpora(tmp_path / "data"))), Budget(updates=600)
+    study = steps.tune_config(given, {}, budget)
+    assert study.mixtures == ("retain:2+general:1", "retain:1+general:1")
+    assert study.budget_updates == 540  # one run is kept back
+    assert steps.tune_config(given, {"retain_sets": ["retain"]}, budget).mixtures == ()
+    assert steps.tune_config(config(tmp_path), {}, budget).mixtures == ()
+
+
 def test_a_budget_of_one_run_makes_one_with_a_preset_and_guards(tmp_path):
     given = config(tmp_path, budget="20 updates", max_updates=10, range_updates=8, retrained_model="r")
     (only,) = steps.search(given, {"global_batch_size": 16})

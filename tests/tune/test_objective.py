@@ -150,11 +150,12 @@ def test_what_is_tried_first_follows_from_the_range_and_the_scale():
         base="b", output_dir="o", methods=(*PAIRED[:1], "npo_plus_descent"), mixtures=("retain", "general")
     )
     plain, bounded, *more = first_settings(config, [1e-5, 1e-1], Scale(tokens=200.0, rise=250.0))
-    assert plain["learning_rate"] == pytest.approx(10**-1.4)
+    assert plain["learning_rate"] == pytest.approx(1e-1)
     assert plain["mixture"] == "retain"
     assert "reach" not in plain
-    assert [one["retain_weight"] for one in more] == [2.0, 2.0]
+    assert [one["retain_weight"] for one in more] == [1.0, 1.0]
     assert bounded["reach"] == 2.0
+    assert more[0]["learning_rate"] == pytest.approx(10**-1.4)
 
 
 def test_a_base_that_says_its_mixture_is_refused_beside_mixtures(tmp_path):

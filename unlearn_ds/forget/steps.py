@@ -202,8 +202,8 @@ def search(config: ForgetConfig, base: Mapping[str, Any]) -> list[Candidate]:
     if before is not None:
         check_same_corpora(config, before)
     if before is None or before.budget != config.budget:
-        before = _tune(config, budget, path)
-    study, candidates = tune_config(config, budget), []
+        before = _tune(config, base, budget, path)
+    study, candidates = tune_config(config, base, budget), []
     left_updates, left_s = budget.updates, budget.seconds_on(distributed.world_size())
     if left_updates is not None:
         left_updates -= before.range_updates + sum(trial.updates for trial in before.trials)
@@ -245,10 +245,11 @@ def check_same_corpora(config: ForgetConfig, before: Search) -> None:
         )
 
 
-def tune_config(config: ForgetConfig, budget: Budget) -> TuneConfig:
-    """The search; of a budget in updates one run is kept back."""
+def tune_config(config: ForgetConfig, base: Mapping[str, Any], budget: Budget) -> TuneConfig:
+    """The search; one run of a budget in updates is kept back. General is mixed in where it is there and the base does not choose."""
     general = corpus_exists(set_path(str(config.corpora), config.domain, "general"))
-    mixed = ("retain:2+general:1", "retain:1+general:1") if general else ()
+    chosen = base.get("retain_sets") or base.get("general")
+    mixed = ("retain:2+general:1", "retain:1+general:1") if general and not chosen else ()
     return TuneConfig(
         base=str(config.folder / BASE),
         output_dir=str(config.folder / STUDY),
@@ -266,8 +267,8 @@ def tune_config(config: ForgetConfig, budget: Budget) -> TuneConfig:
     )
 
 
-def _tune(config: ForgetConfig, budget: Budget, path: Path) -> Search:
-    study = tune_config(config, budget)
+def _tune(config: ForgetConfig, base: Mapping[str, Any], budget: Budget, path: Path) -> Search:
+    study = tune_config(config, base, budget)
     outcomes = [one for one in tune(study) if one["distance"] is not None]
     names = Trial.model_fields
     trials = [Trial(**{name: one[name] for name in names}) for one in outcomes]

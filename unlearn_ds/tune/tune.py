@@ -31,7 +31,7 @@ from unlearn_ds.tune.workbench import Outcome, Workbench
 RANGE_PICTURE, BEST = "range.png", "best.yaml"
 _BEGINS = 0.1  # of the way to the target: there forgetting begins
 # Settings that are tried first: place between the lowest and the highest rate (log scale), retain ratio, retain weight.
-FIRST = ((0.9, 3, 1.0), (1.0, 4, 2.0))
+FIRST = ((1.0, 4, 2.0), (0.9, 3, 1.0))
 _FEWEST = 8  # updates in which a trial may break the model at the highest rate that is searched
 
 
