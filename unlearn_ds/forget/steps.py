@@ -246,7 +246,7 @@ def check_same_corpora(config: ForgetConfig, before: Search) -> None:
 
 
 def tune_config(config: ForgetConfig, base: Mapping[str, Any], budget: Budget) -> TuneConfig:
-    """The search; one run of a budget in updates is kept back. General is mixed in where it is there and the base does not choose."""
+    """The search; one run of a budget in updates is kept back. General is mixed in unless the base chooses."""
     general = corpus_exists(set_path(str(config.corpora), config.domain, "general"))
     chosen = base.get("retain_sets") or base.get("general")
     mixed = ("retain:2+general:1", "retain:1+general:1") if general and not chosen else ()
