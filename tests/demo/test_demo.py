@@ -13,7 +13,7 @@ from unlearn_ds.options import OptionError
 
 def test_every_model_is_in_the_report(tmp_path):
     folder = tmp_path / "demo"
-    arguments = ["--output_dir", str(folder), "--train_epochs", "0.3", "--num_ranks", "1"]
+    arguments = ["--output_dir", str(folder), "--train_epochs", "0.3", "--num_ranks", "1", "--forget_updates", "8"]
     finished = launch("unlearn_ds.cli", ["demo", *arguments])
     assert finished.returncode == 0, finished.stderr[-4000:]
     report = json.loads((folder / "report.json").read_text())
@@ -28,6 +28,10 @@ def test_every_model_is_in_the_report(tmp_path):
         robustness = report["models"][name]["robustness"]
         assert robustness["quantize"]["int4"]["sets"]["forget"]["ppl"] > 1
         assert robustness["relearn"]["updates"] == RELEARN_UPDATES
+    if (folder / "forget" / "outcome.json").exists():  # it has nothing to forget where the model remembers nothing
+        assert "forget" in report["models"]
+    else:
+        assert "forget: nothing to forget" in (folder / "runs.log").read_text()
     page = (folder / "report.html").read_text()
     assert all(name in page for name in UNLEARNING)
     rows = [json.loads(line) for line in (folder / "ascent_plus_kl" / "metrics.jsonl").read_text().splitlines()]

@@ -2,15 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from tests.support.evaluations import random_table
 from tests.support.forms_files import save_tokenizer, write
 from tests.support.runs import write_corpora
+from tests.support.stored_kinds import JUDGED, SUBJECT
 from unlearn_ds.data.corpus import Corpus
 from unlearn_ds.forget import steps
 from unlearn_ds.forget.options import Budget, ForgetConfig
 from unlearn_ds.forget.request import base_options
 from unlearn_ds.layout import SEARCH_FILE
+from unlearn_ds.measures.folder import table_digests
+from unlearn_ds.measures.table import write_table
 from unlearn_ds.options import OptionError
 
 TEXTS = [
@@ -105,6 +110,17 @@ def test_the_corpora_of_a_request_with_spans_and_general_texts_in_two_halves(tmp
         steps.split_general(one)
 
 
+def evaluated_in(folder, forget_ppl):
+    """A folder with tables of forget alone, all sequences of one perplexity."""
+    table = random_table("forget", 12)
+    table["log_prob"] = np.full_like(table["log_prob"], -np.log(forget_ppl))
+    write_table(folder / "tables" / "forget.parquet", table)
+    (folder / "evaluation.json").write_text(
+        json.dumps(JUDGED | SUBJECT | {"model": "m", "tables": table_digests(folder)})
+    )
+    return folder
+
+
 def searched(folder, budget, *trials):
     """A search that is done: trials as (updates, best update), the best first."""
     given = config(folder, budget=budget, max_updates=10, range_updates=8)
@@ -123,7 +139,7 @@ def searched(folder, budget, *trials):
     ]
     content = {"budget": budget, "range_updates": 8, "corpora": steps.fingerprints(given), "trials": rows}
     (given.folder / SEARCH_FILE).write_text(json.dumps(content))
-    return [one.folder.name for one in steps.search(given, {"global_batch_size": 16})]
+    return [one.folder.name for one in steps.search(given, {"global_batch_size": 16}, folder)]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +166,7 @@ def test_corpora_that_were_replaced_since_the_search_are_named(tmp_path):
     with pytest.raises(
         OptionError, match="approximate, forget, general, general_evaluation, retain was replaced since"
     ):
-        steps.search(given, {})
+        steps.search(given, {}, tmp_path)
 
 
 def test_general_is_mixed_in_where_it_is_there_and_the_base_does_not_choose(tmp_path):
@@ -163,8 +179,16 @@ def test_general_is_mixed_in_where_it_is_there_and_the_base_does_not_choose(tmp_
 
 
 def test_a_budget_of_one_run_makes_one_with_a_preset_and_guards(tmp_path):
-    given = config(tmp_path, budget="20 updates", max_updates=10, range_updates=8, retrained_model="r")
-    (only,) = steps.search(given, {"global_batch_size": 16})
+    retrained, original = evaluated_in(tmp_path / "r", 100.0), evaluated_in(tmp_path / "o", 20.0)
+    given = config(tmp_path, budget="20 updates", max_updates=10, range_updates=8, retrained_model=str(retrained))
+    (only,) = steps.search(given, {"global_batch_size": 16}, original)
     assert (only.folder.name, only.updates) == ("preset", 10)
     assert only.options["stop_when"] == ["forget_ppl>=retrained"]
     assert only.options["global_batch_size"] == 16
+
+
+def test_one_run_is_not_begun_either_where_nothing_is_to_be_forgotten(tmp_path):
+    retrained, original = evaluated_in(tmp_path / "r", 100.0), evaluated_in(tmp_path / "o", 105.0)
+    given = config(tmp_path, budget="20 updates", retrained_model=str(retrained))
+    with pytest.raises(OptionError, match="nothing to forget: the starting model has perplexity 105 on the forget set"):
+        steps.search(given, {"global_batch_size": 16}, original)

@@ -32,6 +32,7 @@ from unlearn_ds.demo.data import (
 )
 from unlearn_ds.durable import followed, remove
 from unlearn_ds.evaluation.report import write_report
+from unlearn_ds.forget.options import Budget
 from unlearn_ds.forget.outcome import Result
 from unlearn_ds.layout import MODEL, OUTCOME_FILE, REPORT_FILES, foreign
 from unlearn_ds.markup import tell
@@ -57,6 +58,8 @@ class DemoConfig:
     """train and measure in bf16; False: in fp32; auto: in bf16 where the device has instructions for it"""
     train_epochs: float = 16.0
     """passes over the data when training original and retrained"""
+    forget_updates: int = 400
+    """most updates of `unlearn-ds forget`, its search included; 0: leave its row out"""
     seed: int = 42
     """seed of the split, the weights and the data order"""
 
@@ -65,11 +68,13 @@ class DemoConfig:
             raise OptionError(f"--num_ranks {self.num_ranks}: at least 1")
         if self.train_epochs <= 0:
             raise OptionError(f"--train_epochs {self.train_epochs}: must be above 0")
+        if self.forget_updates:
+            Budget.parse(str(self.forget_updates))
 
 
 # What `unlearn-ds forget` is told, beside model and data.
 FORGET = "forget"
-_FORGETTING = "--methods npo_plus_descent --max_updates 120 --range_updates 16 --budget '400 updates'"
+_FORGETTING = "--methods npo_plus_descent --max_updates 120 --range_updates 16"
 # Name in the report -> options of the run. Found by trying: docs/demo.md says how.
 TRAINING = {
     "original": "--unlearn_method finetune --train_on forget retain general",
@@ -144,8 +149,8 @@ def _run_demo(config: DemoConfig, root: Path) -> dict[str, Any]:
     claim_folder(root)
     num_ranks = config.num_ranks or default_num_ranks(at_most=2)
     start_model = make_data(root, config.seed)
-    searches = importlib.util.find_spec("optuna") is not None
-    if not searches:
+    searches = config.forget_updates and importlib.util.find_spec("optuna") is not None
+    if config.forget_updates and not searches:
         tell("note: `unlearn-ds forget` needs Optuna (`pip install unlearn-ds[tune]`): its row is left out")
     names = [*TRAINING, *([FORGET] if searches else []), *UNLEARNING, *GUARDS]
     runs = root / "runs.json"
@@ -236,6 +241,7 @@ def forget_arguments(config: DemoConfig, root: Path) -> list[str]:
         "--base": root / BASE,
         "--relearn": RELEARN_UPDATES,
         "--relearn_learning_rate": RELEARN_LEARNING_RATE,
+        "--budget": config.forget_updates,
         "--seed": config.seed,
         "--output_dir": root / FORGET,
     }

@@ -71,7 +71,7 @@ def forget(config: ForgetConfig) -> Result:
         steps.prepare_corpora(config, base["seq_len"])
         original = steps.measure_original(config, base)
         gc.collect()  # an engine is a circle of references: it would stay until memory is short
-        candidates = steps.search(config, base)
+        candidates = steps.search(config, base, original)
         gc.collect()
         chosen, verdict, tried = _make_until_reached(config, candidates, original)
         steps.attack(chosen, original, config, base)

@@ -33,8 +33,10 @@ from unlearn_ds.methods import PRESETS
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, usable_positions
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import OptionError, parse
+from unlearn_ds.run.target import metrics_of
 from unlearn_ds.stored import Count, OpenRecord, Record, read
 from unlearn_ds.sweep import Element, do
+from unlearn_ds.tune.objective import check_something_to_forget
 from unlearn_ds.tune.options import TuneConfig
 from unlearn_ds.tune.tune import options_of, tune
 
@@ -189,14 +191,18 @@ def measure_original(config: ForgetConfig, base: Mapping[str, Any]) -> Path:
     return place if place is not None else evaluate(options)
 
 
-def search(config: ForgetConfig, base: Mapping[str, Any]) -> list[Candidate]:
-    """Runs that may reach the verdict, the likeliest first, within the budget. Raises what `tune` does."""
+def search(config: ForgetConfig, base: Mapping[str, Any], original: Path) -> list[Candidate]:
+    """Runs that may reach the verdict, the likeliest first, within the budget. Raises what `tune` does.
+
+    original: the evaluated folder of the model as it is.
+    """
     budget, path = Budget.parse(config.budget), config.folder / SEARCH_FILE
     if budget.updates is not None and budget.updates < config.range_updates + 2 * config.max_updates:
         distributed.say(
             f"--budget {config.budget} allows one run and no search: the settings are those of --preset {PRESET}, stopped at "
             f"the target (a search begins at {config.range_updates + 2 * config.max_updates} updates)"
         )
+        distributed.on_main(lambda: check_start(config, original))
         return [preset_candidate(config, base, budget.updates)]
     before = distributed.on_main(lambda: read(path, Search, "delete it to search again") if path.exists() else None)
     if before is not None:
@@ -225,6 +231,13 @@ def search(config: ForgetConfig, base: Mapping[str, Any]) -> list[Candidate]:
         return candidates
     distributed.say(f"no trial was measured within --budget {config.budget}: one run with --preset {PRESET} is made")
     return [preset_candidate(config, base, config.max_updates)]
+
+
+def check_start(config: ForgetConfig, original: Path) -> None:
+    """Raise `OptionError` where nothing is to be forgotten, as the search does."""
+    retrained = metrics_of(evaluated_tables(Path(config.retrained_model))) if config.retrained_model else {}
+    start = metrics_of(evaluated_tables(original)) | {f"retrained_{name}": value for name, value in retrained.items()}
+    check_something_to_forget(start, config)
 
 
 def fingerprints(config: ForgetConfig) -> dict[str, str]:

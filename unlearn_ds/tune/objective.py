@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.measures.utility import UTILITY_SETS
+from unlearn_ds.options import OptionError
 from unlearn_ds.run.guards import worst_start
 from unlearn_ds.run.target import Metrics
 
@@ -50,6 +51,16 @@ def distance_to_verdict(now: Metrics, start: Metrics, thresholds: Thresholds) ->
     if auc is not None:
         off = (auc - (0.5 if aim is None else aim)) / thresholds.auc_tolerance
     return Distance(_ratio(now["forget_ppl"], target, thresholds.ppl_tolerance), off, damage)
+
+
+def check_something_to_forget(start: Metrics, thresholds: Thresholds) -> None:
+    """Raise `OptionError` for a starting model that is within what the verdict allows of its target already."""
+    here, auc = distance_to_verdict(start, start, thresholds), start["mia_auc"]
+    if abs(here.loss) <= 1 and abs(here.auc) <= 1:
+        raise OptionError(
+            f"nothing to forget: the starting model has perplexity {start['forget_ppl']:.4g} on the forget set, "
+            f"within what the verdict allows of its target{'' if auc is None else f', and attack AUC {auc:.2f}'}"
+        )
 
 
 def value_of(distance: Distance, updates: int, max_updates: int) -> float:

@@ -27,7 +27,7 @@ from unlearn_ds.run.retain_weight import RetainWeight
 from unlearn_ds.run.subject import open_subject
 from unlearn_ds.run.target import Metrics, metrics_of, retrained_tables
 from unlearn_ds.run.update import accumulate, reduce_losses
-from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
+from unlearn_ds.tune.objective import Distance, check_something_to_forget, distance_to_verdict, value_of
 from unlearn_ds.tune.options import Scale, TuneConfig, trial_config
 
 Report = Callable[[int, float], bool]  # (updates done, value) -> whether to give the trial up
@@ -106,13 +106,7 @@ class Workbench:
                 "tune needs to know what forgotten is: prepare `--approximate` documents, or name an evaluated retrained_model "
                 f"in {self.config.base}"
             )
-        here = distance_to_verdict(self.start, self.start, self.config)
-        if abs(here.loss) <= 1 and abs(here.auc) <= 1:
-            auc = self.start["mia_auc"]
-            raise OptionError(
-                f"nothing to forget: the starting model has perplexity {self.start['forget_ppl']:.4g} on the forget set, "
-                f"within what the verdict allows of its target{'' if auc is None else f', and attack AUC {auc:.2f}'}"
-            )
+        check_something_to_forget(self.start, self.config)
 
     def subject(self) -> dict[str, Any]:
         """What a study is of: the model, the data and what is measured of it."""
