@@ -9,7 +9,7 @@ from unlearn_ds.options import OptionError
 from unlearn_ds.tune import tune
 from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
 from unlearn_ds.tune.options import PAIRED, Scale, TuneConfig, trial_config
-from unlearn_ds.tune.tune import closing, first_settings, searched
+from unlearn_ds.tune.tune import closing, first_settings, options_of, searched
 from unlearn_ds.tune.workbench import Pace
 
 LIMITS = Thresholds()
@@ -156,6 +156,17 @@ def test_what_is_tried_first_follows_from_the_range_and_the_scale():
     assert [one["retain_weight"] for one in more] == [1.0, 1.0]
     assert bounded["reach"] == 2.0
     assert more[0]["learning_rate"] == pytest.approx(10**-1.4)
+
+
+def test_a_base_that_says_beta_keeps_it(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("target_model_name_or_path: m\nbeta: 0.2\n")
+    config = TuneConfig(base=str(base), output_dir="o", methods=("npo_plus_descent",))
+    options = {"unlearn_method": "npo_plus_descent", "beta": 0.01, "forget_weight": 0.02}
+    found = trial_config(config, tmp_path, options)
+    assert (found.beta, found.forget_weight) == (0.2, 0.02)
+    again = options_of(config, {"options": options, "best_update": 3})
+    assert (again["beta"], again["forget_weight"], again["max_steps"]) == (0.2, 0.02, 3)
 
 
 def test_a_base_that_says_its_mixture_is_refused_beside_mixtures(tmp_path):

@@ -13,7 +13,8 @@ from unlearn_ds.options import OptionError, check_choices, did_you_mean, load_ya
 
 PAIRED = tuple(name for name, one in OBJECTIVES.items() if one.roles == ("forget", "retain") and one.answers is None)
 # Options of train: the search chooses them, or the tuner sets them.
-_SEARCHED = ("unlearn_method", "learning_rate", "retain_ratio", "retain_weight", "beta", "forget_weight")
+_SEARCHED = ("unlearn_method", "learning_rate", "retain_ratio", "retain_weight")
+_SCALED = ("beta", "forget_weight")  # searched for a bounded loss, unless the base says them
 _SET_HERE = (
     *("max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
     *("output_dir", "output_sufix", "eval_steps", "seed"),
@@ -157,7 +158,7 @@ def trial_config(config: TuneConfig, output_dir: Path, options: dict[str, Any]) 
         "max_steps": config.max_updates,
         "lr_scheduler_type": "constant",  # so that a trial which stops early is the run of as many updates
         "warmup_ratio": 0,
-        **options,
+        **{name: value for name, value in options.items() if name not in _SCALED or name not in given},
     }
     words = ["--config", config.base]
     for name, value in flags.items():

@@ -171,7 +171,8 @@ def conclude(config: TuneConfig, outcomes: list[dict[str, Any]]) -> None:
 def options_of(config: TuneConfig, outcome: dict[str, Any]) -> dict[str, Any]:
     """The options of `unlearn-ds train` that make a trial's best state again, but for the folder."""
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in load_yaml(config.base, RunConfig).items()}
-    options |= outcome["options"] | {"max_steps": outcome["best_update"], "seed": config.seed}
+    options |= {name: value for name, value in outcome["options"].items() if name not in options}
+    options |= {"max_steps": outcome["best_update"], "seed": config.seed}
     return options | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 
 
