@@ -9,7 +9,7 @@ import yaml
 from tests.support.cluster import make_tiny_run
 
 optuna = pytest.importorskip("optuna")
-SHARED = {"seq_len": 48, "global_batch_size": 4, "bf16": False, "num_threads": 1, "disable_tqdm": True}
+SHARED = {"seq_len": 48, "global_batch_size": 8, "bf16": False, "num_threads": 1, "disable_tqdm": True}
 SEARCH = ["--max_updates", "6", "--eval_steps", "2", "--range_updates", "4", "--lowest_rate", "1e-4"]
 
 
