@@ -24,6 +24,8 @@ SUITES = ("TOFU", "MUSE", "RWKU")  # benchmarks of the field
 SUITE_FILES = ("EVAL", "SUMMARY", "MEASURED")  # SUITE_NAME.json each
 REPORT_FILES = ("report.json", "report.md", "report.html")
 DONE_FILE = "done.json"  # of a run of a sweep
+# In the folder of a request (`unlearn-ds forget`): what it is for, what the search found, how it ended.
+REQUEST_FILE, SEARCH_FILE, OUTCOME_FILE = "forget.json", "search.json", "outcome.json"
 # Of all tokenizers; code that comes with one (trust_remote_code) is its own matter.
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -6,14 +6,14 @@ import pytest
 
 from tests.support.cluster import largest_difference, make_tiny_run, metrics, weights
 from tests.support.runs import launch
+from unlearn_ds.demo.data import RELEARN_UPDATES
 from unlearn_ds.demo.demo import GUARDS, TRAINING, UNLEARNING, DemoConfig, claim_folder
-from unlearn_ds.demo.robustness import RELEARN_UPDATES
 from unlearn_ds.options import OptionError
 
 
 def test_every_model_is_in_the_report(tmp_path):
     folder = tmp_path / "demo"
-    arguments = ["--output_dir", str(folder), "--train_epochs", "0.3", "--num_ranks", "1"]
+    arguments = ["--output_dir", str(folder), "--train_epochs", "0.3", "--num_ranks", "1", "--forget_updates", "8"]
     finished = launch("unlearn_ds.cli", ["demo", *arguments])
     assert finished.returncode == 0, finished.stderr[-4000:]
     report = json.loads((folder / "report.json").read_text())
@@ -28,6 +28,10 @@ def test_every_model_is_in_the_report(tmp_path):
         robustness = report["models"][name]["robustness"]
         assert robustness["quantize"]["int4"]["sets"]["forget"]["ppl"] > 1
         assert robustness["relearn"]["updates"] == RELEARN_UPDATES
+    if (folder / "forget" / "outcome.json").exists():  # it has nothing to forget where the model remembers nothing
+        assert "forget" in report["models"]
+    else:
+        assert "forget: nothing to forget" in (folder / "runs.log").read_text()
     page = (folder / "report.html").read_text()
     assert all(name in page for name in UNLEARNING)
     rows = [json.loads(line) for line in (folder / "ascent_plus_kl" / "metrics.jsonl").read_text().splitlines()]
@@ -48,7 +52,7 @@ def test_runs_in_the_same_ranks_equal_runs_of_their_own(tmp_path):
 
     try:
         runs = tmp_path / "runs.json"
-        runs.write_text(json.dumps({method: arguments("together", method) for method in methods}))
+        runs.write_text(json.dumps({method: ["train", *arguments("together", method)] for method in methods}))
         together = tiny.server.start([str(runs)], module="unlearn_ds.demo.runs")
         assert together.wait() == [0, 0], together.output()
         for method in methods:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tests.support.evaluations import random_table
+from tests.support.request_files import REQUEST_FILES
 from unlearn_ds import owner
 from unlearn_ds.bench.case_records import merged, read_summary
 from unlearn_ds.config import RunConfig
@@ -371,10 +372,7 @@ KINDS = {
     "suite's statement": Kind(lambda folder: write_suite(folder, "MEASURED"), read_suite),
     "cases": Kind(write_summary, read_cases, free=r"machine.*|left.*|results\.\d\.exit_code"),
     "rows": Kind(write_rows, read_rows, free=r"machine.*|results\.0\..*", other=True, kept=True),
-    "demo": Kind(
-        lambda folder: write_json(folder / "runs.json", {"original": ["--a", "b"], "retrained": []}),
-        lambda folder: read(folder / "runs.json", dict[str, list[str]]),
-    ),
+    **{name: Kind(one.write, one.read, one.free) for name, one in REQUEST_FILES.items()},
     "deepspeed": Kind(
         lambda folder: Path(shutil.copy(SHIPPED_DIR / "zero3_offload.json", folder / "ds.json")),
         lambda folder: load_ds_file(str(folder / "ds.json")),

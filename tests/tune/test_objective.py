@@ -8,8 +8,9 @@ from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.options import OptionError
 from unlearn_ds.tune import tune
 from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
-from unlearn_ds.tune.options import TuneConfig, trial_config
-from unlearn_ds.tune.tune import closing, searched
+from unlearn_ds.tune.options import PAIRED, Scale, TuneConfig, trial_config
+from unlearn_ds.tune.tune import closing, first_settings, options_of, searched
+from unlearn_ds.tune.workbench import Pace
 
 LIMITS = Thresholds()
 START = {
@@ -39,7 +40,8 @@ def test_each_part_counts_in_what_is_allowed():
     ("distance", "past", "hopeless"),
     [
         (Distance(-2, 3, 0), False, False),
-        (Distance(0.1, 0.5, 0), True, False),
+        (Distance(0.1, -0.1, 0), True, False),
+        (Distance(0.1, 0.5, 0), False, False),  # within what is allowed, and there may be a surer state
         (Distance(0.1, 3, 0), False, False),  # the attack still tells
         (Distance(1.5, 3, 0), True, False),
         (Distance(-2, 3, 5), False, True),
@@ -89,6 +91,8 @@ def test_what_is_missing_is_said():
         ({"eval_steps": 61}, "a trial of 60 updates would never be measured"),
         ({"budget_updates": 83}, "too small for the range test and one trial: at least 84"),
         ({"sampler": "best"}, "--sampler best"),
+        ({"budget_s": 0.0}, "--budget_s 0.0: must be above 0"),
+        ({"mixtures": ("retain:x",)}, "--mixtures retain:x: a share is a number above 0"),
         ({"ppl_tolerance": 0.0}, "--ppl_tolerance 0.0: must be above 0"),
     ],
 )
@@ -117,3 +121,60 @@ def test_without_optuna_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"tune needs Optuna: install it with `pip install unlearn-ds\[tune\]`"):
         tune.tune(TuneConfig(base="b", output_dir="o"))
+
+
+def test_a_state_that_the_verdict_is_sure_of_is_better_than_any_other():
+    sure, near = Distance(0.9, 0.9, 0.9, is_sure=True), Distance(0.0, 0.0, 0.0)
+    assert value_of(sure, 60, 60) < value_of(near, 1, 60)
+    assert value_of(sure, 30, 60) < value_of(sure, 60, 60)
+
+
+def test_far_from_the_target_a_trial_is_measured_less_often():
+    pace = Pace(2)
+    pace.note(2, Distance(-9.0, 4.0, 0.0))
+    assert next(done for done in range(3, 8) if pace.is_due(done)) == 4
+    pace.note(4, Distance(-7.0, 4.0, 0.0))  # at this pace the loss is allowed after 6 more updates: half of that
+    assert next(done for done in range(5, 12) if pace.is_due(done)) == 8
+    near = Pace(2)
+    near.note(2, Distance(-3.0, 4.0, 0.5))
+    near.note(4, Distance(-2.0, 4.0, 0.9))  # the damage comes first
+    assert next(done for done in range(5, 12) if near.is_due(done)) == 6
+    past = Pace(2)
+    past.note(2, Distance(-1.5, 2.0, 0.0))
+    past.note(4, Distance(-0.5, 1.0, 0.0))
+    assert next(done for done in range(5, 12) if past.is_due(done)) == 6
+
+
+def test_what_is_tried_first_follows_from_the_range_and_the_scale():
+    config = TuneConfig(
+        base="b", output_dir="o", methods=(*PAIRED[:1], "npo_plus_descent"), mixtures=("retain", "general")
+    )
+    plain, bounded, *more = first_settings(config, [1e-5, 1e-1], Scale(tokens=200.0, rise=250.0), 4)
+    assert plain["learning_rate"] == pytest.approx(1e-1)
+    assert plain["mixture"] == "retain"
+    assert "reach" not in plain
+    assert [one["retain_weight"] for one in more] == [1.0, 1.0]
+    assert bounded["reach"] == 2.0
+    assert more[0]["learning_rate"] == pytest.approx(10**-1.4)
+
+
+def test_a_base_that_says_beta_keeps_it(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("target_model_name_or_path: m\nbeta: 0.2\n")
+    config = TuneConfig(base=str(base), output_dir="o", methods=("npo_plus_descent",))
+    options = {"unlearn_method": "npo_plus_descent", "beta": 0.01, "forget_weight": 0.02}
+    found = trial_config(config, tmp_path, options)
+    assert (found.beta, found.forget_weight) == (0.2, 0.02)
+    again = options_of(config, {"options": options, "best_update": 3})
+    assert (again["beta"], again["forget_weight"], again["max_steps"]) == (0.2, 0.02, 3)
+
+
+def test_a_base_that_says_its_mixture_is_refused_beside_mixtures(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("target_model_name_or_path: m\nretain_sets: [retain]\n")
+    config = TuneConfig(base=str(base), output_dir="o", mixtures=("retain:2+general:1",))
+    with pytest.raises(OptionError, match="retain_sets is chosen from --mixtures"):
+        trial_config(config, tmp_path, {"unlearn_method": "ascent_plus_descent"})
+    base.write_text("target_model_name_or_path: m\n")
+    options = {"unlearn_method": "ascent_plus_descent", "retain_sets": ["retain:2", "general:1"]}
+    assert trial_config(config, tmp_path, options).retain_mixture == {"retain": 2.0, "general": 1.0}

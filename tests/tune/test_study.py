@@ -10,7 +10,8 @@ from tests.support.paths import ROOT
 from tests.support.runs import environment
 from unlearn_ds.options import OptionError
 from unlearn_ds.stored import StoredError
-from unlearn_ds.tune.options import TuneConfig
+from unlearn_ds.tune.objective import Distance
+from unlearn_ds.tune.options import Scale, TuneConfig
 from unlearn_ds.tune.study import Study
 from unlearn_ds.tune.workbench import Outcome
 
@@ -74,6 +75,32 @@ def test_a_trial_that_may_not_fit_into_the_budget_is_not_begun(tmp_path):
     asked = study.next(RATES, 5)  # 22 are spent
     finish(study, asked, updates=2)
     assert study.next(RATES, 5) is None
+
+
+def test_a_budget_in_seconds_counts_what_trials_took(tmp_path):
+    study = study_in(tmp_path, max_updates=10, range_updates=5, budget_s=30.0)
+    asked = study.next(RATES, 5, 5.0)  # a second an update: 15 by then
+    study.tell(asked, Outcome(value=1.0, updates=10, update_s=6.0, measure_s=3.0, overhead_s=1.0))
+    asked = study.next(RATES, 5, 5.0)  # 15 are left
+    study.tell(asked, Outcome(value=1.0, updates=10, update_s=10.0))
+    assert study.next(RATES, 5, 5.0) is None
+
+
+def test_a_study_may_end_with_the_first_trial_that_the_verdict_is_sure_of(tmp_path):
+    study = study_in(tmp_path, until="reached", num_trials=9)
+    for is_sure in (False, True):
+        distance = Distance(0.1, 0.1, 0.1, is_sure)
+        study.tell(study.next(RATES, 0), Outcome(value=0.5, updates=6, best_update=6, distance=distance))
+    assert study.next(RATES, 0) is None
+    assert study_in(tmp_path, num_trials=9).next(RATES, 0) is not None
+
+
+def test_numbers_of_a_bounded_loss_follow_from_the_scale_and_mixtures_become_sets(tmp_path):
+    options = {"methods": ("npo_plus_descent",), "mixtures": ("retain:2+general:1",)}
+    asked = study_in(tmp_path, **options).next(RATES, 0, 0.0, Scale(tokens=200.0, rise=250.0))
+    assert 0.5 / 250 <= asked.options["beta"] <= 5 / 250
+    assert asked.options["forget_weight"] == 0.01
+    assert asked.options["retain_sets"] == ["retain:2", "general:1"]
 
 
 def test_a_trial_worse_than_those_before_it_is_given_up(tmp_path):

@@ -72,6 +72,20 @@ def test_trials_share_one_model_and_the_best_is_made_again_by_train(tiny, memori
     assert "make it again with" in said
 
 
+def test_a_method_that_asks_the_original_model_first_is_searched_with_its_own_scale(tiny, memorised, tmp_path):
+    """What the original says of forget is not cached yet: a forward stands between the engine and its first copy."""
+    words = [
+        base(tmp_path, tiny, memorised, cache_dir=str(tmp_path / "cache")),
+        "--output_dir",
+        str(tmp_path / "study"),
+    ]
+    codes, said = run(tiny, [*words, "--methods", "npo_plus_descent", "--num_trials", "1", *SEARCH], 1)
+    assert codes == [0], said
+    trial = trials(tmp_path / "study")[0]
+    assert trial.params["reach"] == 2.0
+    assert {"beta", "forget_weight"} <= trial.user_attrs["options"].keys()
+
+
 def test_a_model_that_never_saw_the_forget_set_has_nothing_to_forget(tiny, tmp_path):
     words = [base(tmp_path, tiny, tiny.folder / "model"), "--output_dir", str(tmp_path / "study"), *SEARCH]
     codes, said = run(tiny, words, 1)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -46,8 +46,8 @@ def map_launcher_environment(environ: dict[str, str]) -> None:
 
     Variables that a launcher has already set stay as they are.
     """
-    launched = "RANK" in environ and "WORLD_SIZE" in environ
-    if not launched and "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    launched = _has_ranks(environ)
+    if not launched and _is_slurm_step(environ):
         environ["RANK"] = environ["SLURM_PROCID"]
         environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
         environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
@@ -57,6 +57,19 @@ def map_launcher_environment(environ: dict[str, str]) -> None:
         environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"] = "0", "0", "1"
         environ["MASTER_ADDR"] = "127.0.0.1"
         environ["MASTER_PORT"] = str(_free_port())
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process, as one of its ranks."""
+    return _has_ranks(environ) or _is_slurm_step(environ)
+
+
+def _has_ranks(environ: Mapping[str, str]) -> bool:
+    return "RANK" in environ and "WORLD_SIZE" in environ
+
+
+def _is_slurm_step(environ: Mapping[str, str]) -> bool:
+    return "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def _first_slurm_host(environ: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from unlearn_ds import ownership
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again
+EXIT_NOT_REACHED = 3  # of `unlearn-ds forget`: done, and the verdict is another than "forgotten, kept"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # A process group and a launcher may deliver one request twice; what comes later than this is a second one.
 _SAME_REQUEST_S = 1.0

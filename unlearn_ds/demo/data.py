@@ -10,6 +10,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+RELEARN_UPDATES = 8
+RELEARN_LEARNING_RATE = 1e-3  # the demo's model is small: the default rate is one for models of billions
 _EXCERPT_CHARS = 600  # about 230 tokens of the demo's tokenizer
 
 

@@ -1,12 +1,13 @@
 """`unlearn-ds demo`: the whole story on one machine, offline.
 
 Trains a small Llama on Python's own sources (`original`) and once more without the forget set (`retrained`, the yardstick that
-nobody can afford at scale), then unlearns the forget set from the original with all seven methods, and by an ascent that is far
-too fast, without a guard and with one. Measures all models, asks whether rounding or relearning brings the forget set back, and
-writes a table and a page. Every model is trained by the same engine that takes a 70B model: DeepSpeed ZeRO-3, on as many
-ranks as there are cores or GPUs, at most two.
+nobody can afford at scale). `unlearn-ds forget` finds how to unlearn the forget set from the original; all seven methods do it
+at fixed settings as well, and an ascent that is far too fast, without a guard and with one. Measures all models, asks whether
+rounding or relearning brings the forget set back, and writes a table and a page. Every model is trained by the same engine
+that takes a 70B model: DeepSpeed ZeRO-3, on as many ranks as there are cores or GPUs, at most two.
 """
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -16,21 +17,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from tqdm import tqdm
 
 from unlearn_ds.cluster.processes import default_num_ranks, run_ranks
 from unlearn_ds.data import prepare
-from unlearn_ds.demo.data import DemoSizes, write_config, write_documents, write_tokenizer
+from unlearn_ds.demo.data import (
+    RELEARN_LEARNING_RATE,
+    RELEARN_UPDATES,
+    DemoSizes,
+    write_config,
+    write_documents,
+    write_tokenizer,
+)
 from unlearn_ds.durable import followed, remove
 from unlearn_ds.evaluation.report import write_report
-from unlearn_ds.layout import REPORT_FILES, foreign
+from unlearn_ds.forget.options import Budget
+from unlearn_ds.forget.outcome import Result
+from unlearn_ds.layout import MODEL, OUTCOME_FILE, REPORT_FILES, foreign
 from unlearn_ds.markup import tell
 from unlearn_ds.options import OptionError, parse
 from unlearn_ds.ownership import OWNER_FILE, owned
+from unlearn_ds.stored import read
 
 SEQ_LEN = 256
 VOCAB_SIZE = 1024
 MARKER = "demo.json"
+BASE = "forget.yaml"
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class DemoConfig:
     """train and measure in bf16; False: in fp32; auto: in bf16 where the device has instructions for it"""
     train_epochs: float = 16.0
     """passes over the data when training original and retrained"""
+    forget_updates: int = 400
+    """most updates of `unlearn-ds forget`, its search included; 0: leave its row out"""
     seed: int = 42
     """seed of the split, the weights and the data order"""
 
@@ -53,8 +68,13 @@ class DemoConfig:
             raise OptionError(f"--num_ranks {self.num_ranks}: at least 1")
         if self.train_epochs <= 0:
             raise OptionError(f"--train_epochs {self.train_epochs}: must be above 0")
+        if self.forget_updates:
+            Budget.parse(str(self.forget_updates))
 
 
+# What `unlearn-ds forget` is told, beside model and data.
+FORGET = "forget"
+_FORGETTING = "--methods npo_plus_descent --max_updates 120 --range_updates 16"
 # Name in the report -> options of the run. Found by trying: docs/demo.md says how.
 TRAINING = {
     "original": "--unlearn_method finetune --train_on forget retain general",
@@ -86,7 +106,18 @@ _PAIRED_OPTIONS = "--retain_ratio 2"  # of the methods that use retain data: two
 
 
 # Beside the folders of the runs.
-_WRITTEN = ("documents", "start", "data", "runs.json", "runs.log", "robustness.log", MARKER, *REPORT_FILES)
+_WRITTEN = (
+    "documents",
+    "start",
+    "data",
+    FORGET,
+    BASE,
+    "runs.json",
+    "runs.log",
+    "robustness.log",
+    MARKER,
+    *REPORT_FILES,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,13 +149,16 @@ def _run_demo(config: DemoConfig, root: Path) -> dict[str, Any]:
     claim_folder(root)
     num_ranks = config.num_ranks or default_num_ranks(at_most=2)
     start_model = make_data(root, config.seed)
-    names = [*TRAINING, *UNLEARNING, *GUARDS]
+    searches = config.forget_updates and importlib.util.find_spec("optuna") is not None
+    if config.forget_updates and not searches:
+        tell("note: `unlearn-ds forget` needs Optuna (`pip install unlearn-ds[tune]`): its row is left out")
+    names = [*TRAINING, *([FORGET] if searches else []), *UNLEARNING, *GUARDS]
     runs = root / "runs.json"
-    runs.write_text(json.dumps({name: run_arguments(config, root, name, start_model) for name in names}, indent=1))
+    runs.write_text(json.dumps({name: command_of(config, root, name, start_model) for name in names}, indent=1))
     with tqdm(total=len(names) + 1, bar_format="{desc:<42}{bar}{n_fmt}/{total_fmt} steps, {elapsed}") as bar:
 
         def show_progress() -> None:
-            done = sum((root / name / "model").is_dir() for name in names)
+            done = sum((root / name / (OUTCOME_FILE if name == FORGET else MODEL)).exists() for name in names)
             if done != bar.n or not bar.desc:
                 bar.n = done
                 bar.set_description(f"{names[min(done, len(names) - 1)]} ({num_ranks} ranks, ZeRO-3)")
@@ -136,13 +170,19 @@ def _run_demo(config: DemoConfig, root: Path) -> dict[str, Any]:
         arguments = [str(root), str(SEQ_LEN), str(config.seed), str(config.bf16), *TRAINING, *UNLEARNING]
         run_ranks("unlearn_ds.demo.robustness", arguments, 1, root / "robustness.log")
         bar.update()
-    report = write_report(root, {name: root / name for name in names}, original="original", retrained="retrained")
+    folders = {name: folder_of(root, name) for name in names if name != FORGET or (root / name / OUTCOME_FILE).exists()}
+    report = write_report(root, folders, original="original", retrained="retrained")
     print(f"\n{(root / 'report.md').read_text(encoding='utf-8')}")
     tell(
         f"{root / 'report.html'} and {root / 'report.json'} written after {time.perf_counter() - started:.0f} s",
         file=sys.stdout,
     )
     return report
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """The folder of a model: a run's own, or that of the run which `unlearn-ds forget` ended with."""
+    return Path(read(root / name / OUTCOME_FILE, Result).folder) if name == FORGET else root / name
 
 
 def claim_folder(root: Path) -> None:
@@ -175,6 +215,37 @@ def make_data(root: Path, seed: int) -> Path:
     arguments += ["--seq_len", str(SEQ_LEN)]
     prepare.main([*arguments, *flags])
     return start_model
+
+
+def command_of(config: DemoConfig, root: Path, name: str, start_model: Path) -> list[str]:
+    """A command and its words: `forget`, or `train`."""
+    if name == FORGET:
+        return [FORGET, *forget_arguments(config, root)]
+    return ["train", *run_arguments(config, root, name, start_model)]
+
+
+def forget_arguments(config: DemoConfig, root: Path) -> list[str]:
+    """The command line of `unlearn-ds forget`, on the data that is there; writes its base."""
+    base = {
+        "seq_len": SEQ_LEN,
+        "global_batch_size": 16,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16,
+        "bf16": config.bf16,
+    }
+    (root / BASE).write_text(yaml.safe_dump(base), encoding="utf-8")
+    given = {
+        "--model": root / "original" / MODEL,
+        "--retrained_model": root / "retrained",
+        "--data_dir": root / "data",
+        "--base": root / BASE,
+        "--relearn": RELEARN_UPDATES,
+        "--relearn_learning_rate": RELEARN_LEARNING_RATE,
+        "--budget": config.forget_updates,
+        "--seed": config.seed,
+        "--output_dir": root / FORGET,
+    }
+    return [*(str(word) for pair in given.items() for word in pair), *shlex.split(_FORGETTING)]
 
 
 def run_arguments(config: DemoConfig, root: Path, name: str, start_model: Path) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.demo.data import RELEARN_LEARNING_RATE, RELEARN_UPDATES
 from unlearn_ds.engine.precision import name_of, settle
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.quantize import measure_quantized
@@ -21,9 +22,6 @@ from unlearn_ds.measures.measured import statement
 from unlearn_ds.measures.verdict import Comparison
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import WordOr
-
-RELEARN_UPDATES = 8
-_RELEARN_LEARNING_RATE = 1e-3  # the demo's model is small: the default rate is one for models of billions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +42,7 @@ def measure(root: Path, seq_len: int, seed: int, bf16: bool | str, names: Sequen
             per_device_eval_batch_size=16,
             quantize=("int4",),
             relearn=RELEARN_UPDATES,
-            relearn_learning_rate=_RELEARN_LEARNING_RATE,
+            relearn_learning_rate=RELEARN_LEARNING_RATE,
             bf16=bf16,
             seed=seed,
         )

@@ -27,6 +27,7 @@ class Rewind:
         zero = engine.engine.optimizer
         if getattr(zero, "swap_optimizer", False):
             raise OptionError("--deepspeed: an optimizer state on NVMe cannot be brought back between trials")
+        engine.at_rest()  # what a forward before this one fetched ahead
         self._weights = Snapshot(trainable(engine.engine.module))
         self._masters = [tensor for name in _MASTERS for tensor in getattr(zero, name, [])]
         assert self._masters, "this DeepSpeed keeps its master weights under another name"

@@ -169,6 +169,11 @@ def _way(start: float | None, here: float | None, target: float | None) -> float
     return number((here - start) / (target - start))
 
 
+def is_reached(verdict: dict[str, Any]) -> bool:
+    """Whether a verdict is "forgotten, kept", without doubt."""
+    return verdict["forgotten"] == "forgotten" and verdict["kept"] == "kept"
+
+
 def verdict_words(verdict: dict[str, Any]) -> str:
     """The words for people: of forgetting, then of what was to be kept, each set's own where they differ."""
     return ", ".join([verdict["forgotten"], *kept_words(verdict)])

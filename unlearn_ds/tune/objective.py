@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.measures.utility import UTILITY_SETS
+from unlearn_ds.options import OptionError
 from unlearn_ds.run.guards import worst_start
 from unlearn_ds.run.target import Metrics
 
 ENOUGH = 0.5  # of what is allowed: nearer than that no state is better than another
+SURE = 0.0  # the verdict's own words are "forgotten, kept", its intervals included: no state is better
 HOPELESS = 4.0  # times the damage that is allowed
 _COMPUTE = 0.01  # what the updates of a whole trial count: they break ties
 
@@ -20,6 +22,7 @@ class Distance:
     loss: float  # signed: above 0 the forget set's loss is beyond its target
     auc: float  # signed: above 0 the attack still tells; 0 where there is none
     damage: float  # of the worse of retain and general; at least 0
+    is_sure: bool = False  # whether the verdict on the sequences that are measured is "forgotten, kept", without doubt
 
     @property
     def worst(self) -> float:
@@ -27,8 +30,8 @@ class Distance:
 
     @property
     def is_past_the_target(self) -> bool:
-        """Whether to go on would lead away: the loss has arrived and the attack fails, or the loss is too high."""
-        return self.loss > 1 or (self.loss >= 0 and self.auc <= 1)
+        """Whether to go on would lead away: both have arrived in the middle of what is allowed, or the loss is too high."""
+        return self.loss > 1 or (self.loss >= 0 and self.auc <= 0)
 
     @property
     def is_hopeless(self) -> bool:
@@ -50,9 +53,20 @@ def distance_to_verdict(now: Metrics, start: Metrics, thresholds: Thresholds) ->
     return Distance(_ratio(now["forget_ppl"], target, thresholds.ppl_tolerance), off, damage)
 
 
+def check_something_to_forget(start: Metrics, thresholds: Thresholds) -> None:
+    """Raise `OptionError` for a starting model that is within what the verdict allows of its target already."""
+    here, auc = distance_to_verdict(start, start, thresholds), start["mia_auc"]
+    if abs(here.loss) <= 1 and abs(here.auc) <= 1:
+        raise OptionError(
+            f"nothing to forget: the starting model has perplexity {start['forget_ppl']:.4g} on the forget set, "
+            f"within what the verdict allows of its target{'' if auc is None else f', and attack AUC {auc:.2f}'}"
+        )
+
+
 def value_of(distance: Distance, updates: int, max_updates: int) -> float:
     """The number that Optuna minimises."""
-    return max(ENOUGH, distance.worst) + _COMPUTE * updates / max_updates
+    parts = SURE if distance.is_sure else max(ENOUGH, distance.worst)
+    return parts + _COMPUTE * updates / max_updates
 
 
 def _ratio(ppl: float | None, of: float, allowed: float) -> float:

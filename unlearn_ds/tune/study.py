@@ -15,7 +15,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.options import OptionError
 from unlearn_ds.ownership import FolderInUse, entry_file
 from unlearn_ds.stored import Count, OpenRecord, StoredError, check, parse
-from unlearn_ds.tune.options import TuneConfig
+from unlearn_ds.tune.options import MOST_RATIO, PULL, REACHES, Scale, TuneConfig, is_bounded, sets_of
 from unlearn_ds.tune.workbench import Outcome
 
 JOURNAL = "study.jsonl"
@@ -66,9 +66,12 @@ def check_journal(path: Path, lock: Any) -> None:
 class Study:
     """The study as this process sees it. Rank 0 talks to Optuna; every rank makes the same calls."""
 
-    def __init__(self, config: TuneConfig, subject: dict[str, Any]) -> None:
-        """Raises `OptionError` for a study of something else, `StoredError` for a journal that cannot be read."""
+    def __init__(self, config: TuneConfig, subject: dict[str, Any], most_ratio: int = MOST_RATIO) -> None:
+        """most_ratio: retain sequences for one of forget, as many as an update has room for.
+
+        Raises `OptionError` for a study of something else, `StoredError` for a journal that cannot be read."""
         self._config = config
+        self._most_ratio = most_ratio
         self._held: dict[int, ownership.Ownership] = {}
         self._asked: dict[int, Any] = {}
         distributed.on_main(lambda: self._open(subject))
@@ -123,19 +126,22 @@ class Study:
 
         distributed.on_main(add)
 
-    def next(self, rates: tuple[float, float], spent: int) -> Asked | None:
+    def next(
+        self, rates: tuple[float, float], spent: int, spent_s: float = 0.0, scale: Scale | None = None
+    ) -> Asked | None:
         """A trial for this process; None once all are done, those of others too. Every rank calls this.
 
-        rates: between which the rate is searched. spent: updates of the range test.
+        rates: between which the rate is searched. spent: updates of the range test. spent_s: seconds of it. scale: of losses of
+        whole sequences, whose numbers are searched with it.
         """
-        return distributed.on_main(lambda: self._next(rates, spent), timeout_s=_WAIT_S)
+        return distributed.on_main(lambda: self._next(rates, spent, spent_s, scale), timeout_s=_WAIT_S)
 
-    def _next(self, rates: tuple[float, float], spent: int) -> Asked | None:
+    def _next(self, rates: tuple[float, float], spent: int, spent_s: float, scale: Scale | None) -> Asked | None:
         while True:
             with ownership.owned(self._lock, "wait for it", wait=True):
                 self._bury()
-                if self._has_room(spent):
-                    return self._ask(rates)
+                if self._has_room(spent, spent_s):
+                    return self._ask(rates, scale)
                 if not self._trials("RUNNING"):
                     return None
             time.sleep(_POLL_S)
@@ -143,13 +149,22 @@ class Study:
     def _trials(self, *states: str) -> list[Any]:
         return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.name in states]
 
-    def _has_room(self, spent: int) -> bool:
+    def _has_room(self, spent: int, spent_s: float) -> bool:
+        """Whether one more trial, of all its updates, fits into what is left."""
         config, running = self._config, len(self._trials("RUNNING"))
-        done = self._trials("COMPLETE", "PRUNED")
+        done = [trial.user_attrs for trial in self._trials("COMPLETE", "PRUNED")]
+        if config.until == "reached" and any((one["distance"] or {}).get("is_sure") for one in done):
+            return False
         if len(done) + running >= config.num_trials:
             return False
-        used = spent + sum(trial.user_attrs["updates"] for trial in done) + running * config.max_updates
-        return config.budget_updates is None or used + config.max_updates <= config.budget_updates
+        updates, seconds = (
+            spent + sum(one["updates"] for one in done),
+            spent_s + sum(one[name] for one in done for name in ("update_s", "measure_s", "overhead_s")),
+        )
+        more = (running + 1) * config.max_updates
+        if config.budget_s is not None and seconds + more * seconds / max(1, updates) > config.budget_s:
+            return False
+        return config.budget_updates is None or updates + more <= config.budget_updates
 
     def _bury(self) -> None:
         """Queue the trials of dead processes again."""
@@ -168,7 +183,7 @@ class Study:
     def _owner_file(self, number: int) -> Path:
         return entry_file(self._config.folder / f"trial_{number}")
 
-    def _ask(self, rates: tuple[float, float]) -> Asked:
+    def _ask(self, rates: tuple[float, float], scale: Scale | None) -> Asked:
         import optuna
 
         # The number of the trial is part of the seed: two processes never draw alike, and a study gone on with draws as before.
@@ -185,9 +200,14 @@ class Study:
         options = {
             "unlearn_method": trial.suggest_categorical("unlearn_method", list(self._config.methods)),
             "learning_rate": trial.suggest_float("learning_rate", *rates, log=True),
-            "retain_ratio": float(trial.suggest_int("retain_ratio", 1, 4)),
+            "retain_ratio": float(trial.suggest_int("retain_ratio", 1, self._most_ratio)),
             "retain_weight": trial.suggest_float("retain_weight", 0.5, 4.0, log=True),
         }
+        if scale is not None and is_bounded(options["unlearn_method"]):
+            options["beta"] = trial.suggest_float("reach", *REACHES, log=True) / scale.rise
+            options["forget_weight"] = PULL / scale.tokens
+        if self._config.mixtures:
+            options["retain_sets"] = sets_of(trial.suggest_categorical("mixture", list(self._config.mixtures)))
         return Asked(trial.number, options)
 
     def report(self, asked: Asked, updates: int, value: float) -> bool:

@@ -8,6 +8,7 @@ STUDY folder, and they share the trials; start it again, and it goes on. BASE.ya
 import importlib.util
 import secrets
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,17 +24,23 @@ from unlearn_ds.options import OptionError, load_yaml, parse, with_flag_of_first
 from unlearn_ds.plots.ranges import draw_range
 from unlearn_ds.stored import Record, check
 from unlearn_ds.tune.objective import distance_to_verdict
-from unlearn_ds.tune.options import TuneConfig
+from unlearn_ds.tune.options import FIRST_REACH, Scale, TuneConfig, is_bounded
 from unlearn_ds.tune.study import JOURNAL, Study
 from unlearn_ds.tune.workbench import Outcome, Workbench
 
 RANGE_PICTURE, BEST = "range.png", "best.yaml"
 _BEGINS = 0.1  # of the way to the target: there forgetting begins
+# Settings that are tried first: place between the lowest and the highest rate (log scale), retain ratio, retain weight.
+FIRST = ((1.0, 4, 2.0), (0.9, 3, 1.0))
 _FEWEST = 8  # updates in which a trial may break the model at the highest rate that is searched
 
 
 class RangeTest(Record):
     """What a study keeps of its range test."""
+
+    seconds: float = 0.0  # that it took
+    tokens: float | None = None  # of a forget sequence
+    rise: float | None = None  # nats from its loss to the target
 
     rates: list[float]  # of its updates
     begins: float  # the rate at which forgetting begins
@@ -59,14 +66,12 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
     token = distributed.on_main(lambda: secrets.token_hex(4))
     with ExitStack() as held:
         bench = Workbench(config, config.folder / f"worker_{token}", held)
-        study = Study(config, bench.subject())
+        study = Study(config, bench.subject(), bench.most_ratio)
         found = study.once("range", lambda: range_test(config, bench, study))
         found = check(found, RangeTest, f"{config.folder / JOURNAL}: range", "choose another folder")
-        while (asked := study.next(tuple(found.searched), len(found.rates))) is not None:
-            shown = ", ".join(
-                f"{name} {value:.3g}" for name, value in asked.options.items() if not isinstance(value, str)
-            )
-            distributed.say(f"trial {asked.number}: {asked.options['unlearn_method']}, {shown}")
+        scale = Scale(found.tokens, found.rise) if found.tokens and found.rise else None
+        while (asked := study.next(tuple(found.searched), len(found.rates), found.seconds, scale)) is not None:
+            distributed.say(f"trial {asked.number}: {shown(asked.options)}")
             outcome = bench.trial(asked.options, lambda done, value, of=asked: study.report(of, done, value))
             study.tell(asked, outcome)
             distributed.say(f"trial {asked.number}: {describe(outcome)}")
@@ -78,6 +83,7 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
 
 def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, Any]:
     """Where forgetting begins and where the model breaks, with their picture; the first settings are queued from that."""
+    began = time.perf_counter()
     rates = np.geomspace(config.lowest_rate, config.highest_rate, config.range_updates).tolist()
     rows = bench.range_test(rates)
     rates = rates[: len(rows)]
@@ -94,15 +100,41 @@ def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, 
     ppl = {name: [row[f"{name}_ppl"] for row in rows] for name in names}
     marks = {"begins": found["begins"], "breaks": found["breaks"]}
     distributed.on_main(lambda: draw_range(config.folder / RANGE_PICTURE, rates, ppl, marks))
-    middle = float(np.sqrt(np.prod(found["searched"])))
-    shared = {"learning_rate": middle, "retain_ratio": 2, "retain_weight": 1.0}
-    study.queue([{"unlearn_method": method, **shared} for method in config.methods])
+    if (scale := bench.scale()) is not None:
+        found |= {"tokens": scale.tokens, "rise": scale.rise}
+    study.queue(first_settings(config, found["searched"], scale, bench.most_ratio))
+    found["seconds"] = time.perf_counter() - began
     distributed.say(
         f"range test of {len(rows)} updates: forgetting begins at a rate of {found['begins']:.2g}, the model breaks at "
         f"{found['breaks']:.2g} ({config.folder / RANGE_PICTURE}); {found['searched'][0]:.2g} to {found['searched'][1]:.2g} is "
         "searched"
     )
     return found
+
+
+def first_settings(
+    config: TuneConfig, between: list[float], scale: Scale | None, most_ratio: int
+) -> list[dict[str, Any]]:
+    """What is tried before the search: rates near the upper end of the range, for retain data holds a model."""
+    low, high = between
+    mixture = {"mixture": config.mixtures[0]} if config.mixtures else {}
+    first = []
+    for share, ratio, weight in FIRST:
+        shared = {
+            "learning_rate": float(low ** (1 - share) * high**share),
+            "retain_ratio": min(ratio, most_ratio),
+            "retain_weight": weight,
+        }
+        for method in config.methods:
+            reach = {"reach": FIRST_REACH} if scale and is_bounded(method) else {}
+            first.append({"unlearn_method": method, **shared, **mixture, **reach})
+    return first
+
+
+def shown(options: dict[str, Any]) -> str:
+    """A trial's options in words."""
+    numbers = [f"{name} {value:.3g}" for name, value in options.items() if not isinstance(value, (str, list))]
+    return ", ".join([options["unlearn_method"], *numbers, *options.get("retain_sets", ())])
 
 
 def searched(config: TuneConfig, found: dict[str, Any]) -> list[float]:
@@ -133,14 +165,17 @@ def describe(outcome: Outcome) -> str:
 def conclude(config: TuneConfig, outcomes: list[dict[str, Any]]) -> None:
     """Write best.yaml: the options of `unlearn-ds train` that make the best trial's best state again."""
     if outcomes and outcomes[0]["distance"] is not None:
-        best = outcomes[0]
-        options = {
-            name: list(v) if isinstance(v, tuple) else v for name, v in load_yaml(config.base, RunConfig).items()
-        }
-        options |= best["options"] | {"max_steps": best["best_update"], "seed": config.seed}
-        options |= {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "eval_steps": config.eval_steps}
+        options = options_of(config, outcomes[0]) | {"eval_steps": config.eval_steps}
         with replacing(config.folder / BEST) as partial:
             partial.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+def options_of(config: TuneConfig, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The options of `unlearn-ds train` that make a trial's best state again, but for the folder."""
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in load_yaml(config.base, RunConfig).items()}
+    options |= {name: value for name, value in outcome["options"].items() if name not in options}
+    options |= {"max_steps": outcome["best_update"], "seed": config.seed}
+    return options | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 
 
 def closing(config: TuneConfig, outcomes: list[dict[str, Any]]) -> list[str]:
@@ -148,7 +183,7 @@ def closing(config: TuneConfig, outcomes: list[dict[str, Any]]) -> list[str]:
     if not outcomes or outcomes[0]["distance"] is None:
         return ["no trial could be measured: lower --highest_rate"]
     best, parts = outcomes[0], outcomes[0]["distance"]
-    missing = [name for name, value in parts.items() if abs(value) > 1]
+    missing = [name for name in ("loss", "auc", "damage") if abs(parts[name]) > 1]
     reached = "within what the verdict allows" if not missing else f"not reached: {' and '.join(missing)}"
     command = f"unlearn-ds train --config {Path(config.output_dir) / BEST} --output_dir RUN"
     return [
