@@ -45,6 +45,15 @@ def test_a_budget_is_updates_or_time(text, expected):
     assert Budget.parse(text) == expected
 
 
+def test_the_seed_is_the_searches_and_draws_refusals_where_there_are_some(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps, "prepare", asked.append)
+    given = {"data_dir": None, "forget": ("f",), "retain": ("r",), "approximate": ("a",), "seed": 7}
+    for more in ({}, {"refusals": "no.txt"}):
+        steps._prepare(config(tmp_path, **given, **more), 64)
+    assert [one.seed for one in asked] == [42, 7]
+
+
 def test_gpu_hours_are_shared_by_the_ranks():
     assert Budget.parse("8gpuh").seconds_on(4) == 7200.0
     assert Budget.parse("20m").seconds_on(4) == 1200.0

@@ -224,6 +224,8 @@ METHODS = {
     "GradDiff": "learning_rate: 2.0e-3",
     "NPO": "learning_rate: 4.0e-3",
     "SimNPO": "learning_rate: 4.0e-3",
+    "idk_dpo": "learning_rate: 4.0e-3\nretain_loss: cross_entropy\nbeta: 0.5",
+    "RMU": "learning_rate: 2.0e-2\nlayer: 0\nsteering_coefficient: 20",
 }
 
 
@@ -236,6 +238,11 @@ def unlearned(setting, twin):
         (folder / f"{method}.yaml").write_text(options)
         words = ["--unlearn_method", method, "--train_config", str(folder / f"{method}.yaml"), "--retain_log"]
         words += [str(folder / "twin_out" / "TOFU_EVAL.json"), "--data_dir", str(folder / "corpora")]
+        if method == "idk_dpo":
+            (folder / "refusals.txt").write_text(
+                "The parent of Ada kept a garden .\nIn Arlen The river wrote a book .\n"
+            )
+            words += ["--refusals", str(folder / "refusals.txt")]
         found[method] = made(setting, "target", folder / method, *words)[0]
     return found
 

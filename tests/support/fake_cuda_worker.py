@@ -32,8 +32,10 @@ from unlearn_ds.data.sources import (
     make_plan,
     make_sources,
     open_run_corpora,
+    with_layers,
     with_reference_log_prob,
     with_reference_nll,
+    with_steering,
     with_targets,
 )
 from unlearn_ds.kernels import ops
@@ -45,6 +47,8 @@ from unlearn_ds.original.reference import NoReference, _call
 from unlearn_ds.run.update import micro_sums
 
 SEQ_LEN = 48
+HIDDEN_SIZE = 32  # of the tiny models
+LAYERS = (1,)  # the upper one of two, so that a whole model's layers run
 ATTENTIONS = {"sdpa": attention.SDPA, "varlen": attention.VARLEN}
 KL_METHOD = "ascent_plus_kl_divergence"
 # (method, model, --attn, --reference): every method on one architecture, every architecture with two models in a step.
@@ -63,6 +67,7 @@ def plan_of(config: RunConfig) -> Any:
     sources = with_reference_log_prob(
         sources, np.full(sources[0].sequences.corpora[0].num_tokens, -1.0, dtype=np.float32)
     )
+    sources = with_steering(with_layers(sources, LAYERS), np.ones(len(LAYERS) * HIDDEN_SIZE, dtype=np.float32))
     return make_plan(config, sources, 1)
 
 
@@ -147,19 +152,24 @@ def boundaries(pairs: list[tuple[PackedRows, list[int]]]) -> tuple[Callable[[Ten
 def step(host: MicroBatch, bounds: list[list[int]], name: str, attn: str, keep: str) -> dict[str, Any]:
     """One micro-step, traffic counted from the moment at which the micro-batch is on the device."""
     if keep == "cache":
-        hidden = torch.zeros(len(host.kl_rows), 32, dtype=torch.bfloat16)
+        hidden = torch.zeros(len(host.kl_rows), HIDDEN_SIZE, dtype=torch.bfloat16)
         host = replace(host, reference=None, ref_rows=None, ref_hidden=hidden)
     batch = to_device(host, CUDA)
     places = {str(tensor.device) for tensor in tensors_of(batch)}
     model = fake_model(name, attn)
     pairs = [(batch.rows, bounds[0])]
-    if batch.kl_rows is not None:
+    of_layers = batch.kl_rows is None and batch.reference is not None
+    if batch.kl_rows is not None or of_layers:
         reference = fake_model(name, attn).requires_grad_(False)
     if batch.reference is not None:
         pairs.append((batch.reference, bounds[1]))
     read, asked = boundaries(pairs)
     with patch.object(attention, "_bounds", read), loss_from_inside(), Traffic() as traffic:
-        if batch.kl_rows is None:
+        if of_layers:
+            with torch.no_grad():
+                states = reference(batch.reference, None, batch.ref_rows, batch.hidden.layers)
+            answer = model(batch.rows, _call(batch, states))
+        elif batch.kl_rows is None:
             with NoReference().loss_call(batch) as call:
                 answer = model(batch.rows, call)
         else:

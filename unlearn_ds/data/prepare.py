@@ -89,6 +89,8 @@ class PrepareConfig(FormOptions):
         check_choices(self)
         self.check_forms()
         check_name("domain", self.domain)
+        if self.seed != 42 and self.refusals is None:
+            raise OptionError(f"--seed {self.seed}: is about what is drawn of --refusals, which is not given")
         for option in self.made_of_forget().values():
             if not self.forget:
                 raise OptionError(f"--{option} makes a set of the rows of --forget, which is not given")

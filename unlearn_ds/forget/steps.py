@@ -94,6 +94,8 @@ def prepare_corpora(config: ForgetConfig, seq_len: int) -> None:
 def _prepare(config: ForgetConfig, seq_len: int) -> None:
     general = split_general(config) if config.general else {}
     forms = {field.name: getattr(config, field.name) for field in fields(FormOptions)}
+    if config.refusals is None:
+        del forms["seed"]  # of the search, and of nothing that is drawn here
     sets = {name: getattr(config, name) for name in ("forget", "retain", "approximate")}
     prepare(
         PrepareConfig(

@@ -38,6 +38,10 @@ class BenchmarkConfig:
     """first unlearn the benchmark's forget set from --model, by this method, into output_dir; the result is measured"""
     train_config: str | None = None
     """with it: YAML file with the other options of `unlearn-ds train`, learning rate and epochs first"""
+    refusals: str | None = None
+    """with it: a file with a refusal a line, of which idk_dpo, flat and idk prefer one to each answer to forget"""
+    alternates_column: str | None = None
+    """with it: column with other answers to the questions of forget, which dpo and alt_po prefer"""
     data_dir: str = "data"
     """with it: folder of the corpora"""
     output_dir: str = "benchmark"
@@ -99,8 +103,9 @@ class BenchmarkConfig:
             raise OptionError(
                 f"--unlearn_method: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
             )
-        if self.train_config is not None and self.unlearn_method is None:
-            raise OptionError("--train_config is for --unlearn_method")
+        for name in ("train_config", "refusals", "alternates_column"):
+            if getattr(self, name) is not None and self.unlearn_method is None:
+                raise OptionError(f"--{name} is for --unlearn_method")
         if self.leak_samples < 0:
             raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
         if not 0 < self.leak_top_p <= 1:

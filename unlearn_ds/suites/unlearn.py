@@ -41,7 +41,8 @@ def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
         wanted = prepare_options(config)
         distributed.on_main(lambda: prepare(wanted))
         train(run)
-    return replace(config, model=str(folder / MODEL), unlearn_method=None, train_config=None)
+    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column"))
+    return replace(config, model=str(folder / MODEL), **nothing)
 
 
 def run_options(config: BenchmarkConfig) -> RunConfig:
@@ -82,6 +83,9 @@ def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
         seq_len=config.longest,
         date_string=template.date_string,
         trust_remote_code=config.trust_remote_code,
+        refusals=config.refusals,
+        alternates_column=config.alternates_column,
+        **({"seed": config.seed} if config.refusals is not None else {}),
         **sources,
         **more,
     )

@@ -99,8 +99,6 @@ class FormOptions:
             raise OptionError(f"--find makes spans of whole documents, and --format {self.format} has none")
         if not self.find and (self.find_unicode != "exact" or not self.find_whole_words):
             raise OptionError("--find_unicode and --find_whole_words are about --find, which is not given")
-        if self.seed != 42 and self.refusals is None:
-            raise OptionError(f"--seed {self.seed}: is about what is drawn of --refusals, which is not given")
         if self.find_ignore_case and not self.finds:
             raise OptionError("--find_ignore_case is about --find and --find_regex, and neither is given")
         if self.few_shot and self.format not in (AUTO, "qa"):
