@@ -225,7 +225,7 @@ METHODS = {
     "NPO": "learning_rate: 4.0e-3",
     "SimNPO": "learning_rate: 4.0e-3",
     "idk_dpo": "learning_rate: 4.0e-3\nretain_loss: cross_entropy\nbeta: 0.5",
-    "RMU": "learning_rate: 2.0e-2\nlayer: 0\nsteering_coefficient: 20",
+    "RMU": "learning_rate: 5.0e-3\nlayer: 0\nsteering_coefficient: 10\nretain_weight: 4",
 }
 
 
