@@ -26,15 +26,14 @@ from unlearn_ds.evaluation.subject import Subject, load_model_subject
 from unlearn_ds.measures.answers import rouge_scorer
 from unlearn_ds.measures.folder import mend, write_text
 from unlearn_ds.measures.leak import leak
-from unlearn_ds.model.configs import load_tokenizer
 from unlearn_ds.model.files import model_fingerprint
-from unlearn_ds.options import OptionError, parse, with_flag_of_first
+from unlearn_ds.options import parse, with_flag_of_first
 from unlearn_ds.ownership import OWNER_FILE
 from unlearn_ds.suites.collect import collect_answers, make_items
 from unlearn_ds.suites.log import Log, read_retain_log
 from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.published import beside_published
-from unlearn_ds.suites.qa import Template, prompt_tokens
+from unlearn_ds.suites.qa import Template, prompt_tokens, tokenizer_of
 from unlearn_ds.suites.questions import digest
 from unlearn_ds.suites.suite import (
     Metrics,
@@ -130,10 +129,7 @@ class _Session:
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.config.model, self.config.trust_remote_code)
-        if tokenizer is None:
-            raise OptionError(f"--model {self.config.model}: no tokenizer lies with it, and questions are texts")
-        return tokenizer
+        return tokenizer_of(self.config.model, self.config.trust_remote_code)
 
     @cached_property
     def subject(self) -> Subject:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
+from unlearn_ds.model.configs import load_tokenizer
 from unlearn_ds.options import OptionError
 
 Style = Literal["auto", "chat", "tags"]
@@ -33,12 +34,20 @@ class Template:
         return {name: getattr(self, name) for name in names}
 
 
+def tokenizer_of(model: str, trust_remote_code: bool) -> Any:
+    """The tokenizer that lies with a model. Raises `OptionError` without one."""
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    if tokenizer is None:
+        raise OptionError(f"--model {model}: no tokenizer lies with it, and questions are texts")
+    return tokenizer
+
+
 def prompt_tokens(tokenizer: Any, question: str, template: Template) -> np.ndarray:  # (n,) int64
     """The tokens that an answer follows. Raises `OptionError` where the tokenizer has no chat template and one is asked for."""
     if template.plain:
         return _encoded(tokenizer, question)
     question = template.instruction.replace("{}", question)
-    if _is_chat(tokenizer, template):
+    if is_chat(tokenizer, template):
         prompt = _chat_tokens(tokenizer, _messages(question, template), template, opens_answer=True)
     else:
         prompt = _encoded(tokenizer, _tagged(question, template))
@@ -56,7 +65,7 @@ def qa_tokens(tokenizer: Any, question: str, answer: str, template: Template) ->
         ids = _encoded(tokenizer, f"{question} {answer}" if question else answer)
         return ids, min(max(1, len(prompt)), len(ids))
     question = template.instruction.replace("{}", question)
-    if _is_chat(tokenizer, template):
+    if is_chat(tokenizer, template):
         messages = [*_messages(question, template), {"role": "assistant", "content": answer}]
         ids = _chat_tokens(tokenizer, messages, template, opens_answer=False)
     else:
@@ -67,7 +76,8 @@ def qa_tokens(tokenizer: Any, question: str, answer: str, template: Template) ->
     return ids, min(len(prompt), len(ids))
 
 
-def _is_chat(tokenizer: Any, template: Template) -> bool:
+def is_chat(tokenizer: Any, template: Template) -> bool:
+    """Whether the tokenizer's chat template asks questions. Raises `OptionError` where there must be one and is none."""
     has = bool(getattr(tokenizer, "chat_template", None))
     if template.style == "chat" and not has:
         raise OptionError(

@@ -11,10 +11,10 @@ from unlearn_ds.data.prepare import PrepareConfig, prepare
 from unlearn_ds.data.sources import RunFile
 from unlearn_ds.durable import followed
 from unlearn_ds.layout import MODEL, RUN_FILE
-from unlearn_ds.model.configs import load_tokenizer
 from unlearn_ds.options import AUTO, OptionError, parse
 from unlearn_ds.stored import read_dict
 from unlearn_ds.suites.options import BenchmarkConfig
+from unlearn_ds.suites.qa import is_chat, tokenizer_of
 from unlearn_ds.suites.questions import find_set, missing_set
 from unlearn_ds.train import train
 
@@ -69,11 +69,7 @@ def run_options(config: BenchmarkConfig) -> RunConfig:
 def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
     """The options of `unlearn-ds prepare` by which questions are asked in training as they are in the evaluation."""
     suite, template = config.benchmark, config.question_template()
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    if tokenizer is None:
-        raise OptionError(f"--model {config.model}: no tokenizer lies with it, and questions are texts")
-    has_chat = bool(getattr(tokenizer, "chat_template", None))
-    tags = template.style == "tags" or (template.style == "auto" and not has_chat)
+    tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
     more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
     sources = {role: _source(config, names) for role, names in suite.training.items()}
     return PrepareConfig(

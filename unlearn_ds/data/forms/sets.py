@@ -97,7 +97,7 @@ def makers_of(
     """
     others = others or {}
     forms = {name: form_of(sources, options) for name, sources in sets.items() if name not in others}
-    forms |= dict.fromkeys(others, forms["forget"])
+    forms |= {name: forms["forget"] for name in others}
     reading = _options_of(sets, others, forms, options)
     finder = _finder(forms, options)
     if finder is not None:
