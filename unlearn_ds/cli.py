@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": ("unlearn_ds.data.inspect", "look into a corpus, or at what one update will see"),
     "sweep": ("unlearn_ds.sweep", "a grid of runs: under SLURM or on this machine, and their comparison"),
     "forget": ("unlearn_ds.forget.forget", "from a request to the outcome: search, unlearn, judge, attack, report"),
+    "requests": ("unlearn_ds.forget.requests", "many requests, one after another, with a ledger: add, run, status"),
     "tune": ("unlearn_ds.tune.tune", "find the settings: trials in one process, or in several on one study"),
     "plan": ("unlearn_ds.cost.report", "memory, communication, time and GPU-hours of a run before it is started"),
     "demo": ("unlearn_ds.demo.demo", "the whole story on one machine, offline, in ten minutes"),

@@ -26,6 +26,10 @@ REPORT_FILES = ("report.json", "report.md", "report.html")
 DONE_FILE = "done.json"  # of a run of a sweep
 # In the folder of a request (`unlearn-ds forget`): what it is for, what the search found, how it ended.
 REQUEST_FILE, SEARCH_FILE, OUTCOME_FILE = "forget.json", "search.json", "outcome.json"
+# In a folder of requests (`unlearn-ds requests`): what they share, what was done, how that ends, the group under way;
+# in the folder of each: its documents and options.
+SHARED_FILE, LEDGER_FILE, LEDGER_HEAD_FILE, GROUP_FILE = "requests.yaml", "ledger.jsonl", "ledger.json", "together.json"
+NOTE_FILE = "request.json"
 # Of all tokenizers; code that comes with one (trust_remote_code) is its own matter.
 TOKENIZER_FILES = (
     "tokenizer.json",

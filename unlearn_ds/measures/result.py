@@ -59,17 +59,25 @@ def finish(
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compute the measures, write them and print them; rank 0 writes, every rank gets the result."""
-
-    def write() -> dict[str, Any]:
-        measured = evaluate_tables(tables, original=comparison.original, seed=seed)
-        measured["notes"] = [*notes, *measured["notes"]]
-        result = header | measured | {"verdict": judge(tables, measured, comparison, seed=seed)}
-        _write_together(output_dir, tables, result)
-        return result
-
-    result = distributed.on_main(write)
+    result = distributed.on_main(lambda: write_evaluation(output_dir, tables, header, comparison, seed, notes))
     distributed.say(*format_evaluation(result))
     distributed.say(f"written to {output_dir / 'evaluation.json'}")
+    return result
+
+
+def write_evaluation(
+    output_dir: Path,
+    tables: dict[str, Table],
+    header: dict[str, Any],
+    comparison: Comparison,
+    seed: int,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The same in one process, and nothing is printed."""
+    measured = evaluate_tables(tables, original=comparison.original, seed=seed)
+    measured["notes"] = [*notes, *measured["notes"]]
+    result = header | measured | {"verdict": judge(tables, measured, comparison, seed=seed)}
+    _write_together(output_dir, tables, result)
     return result
 
 
