@@ -43,7 +43,7 @@ from unlearn_ds.forget.notes import (
 )
 from unlearn_ds.forget.options import ForgetConfig
 from unlearn_ds.layout import DONE_FILE, GROUP_FILE, MODEL, SHARED_FILE
-from unlearn_ds.markup import tell
+from unlearn_ds.markup import tell, visible
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import OptionError, did_you_mean, parse, parser_for, with_flag_of_first
 from unlearn_ds.ownership import OWNER_FILE
@@ -139,14 +139,18 @@ def _status(words: Sequence[str]) -> int:
         state = "" if model.is_dir() else "; its model is gone"
         if is_replaced:
             state = f"; its model was replaced since: {model}"
-        tell(
+        _show(
             f"{line.line}. {line.name}: {line.verdict.words}{later} ({line.documents} documents, {line.time} UTC{state})"
         )
     for name, note in notes.items():
         if name not in {line.name for line in lines}:
-            tell(f"-  {name}: open ({len(note.documents)} documents, added {note.added} UTC)")
-    tell(f"the ledger is whole: {len(lines)} of {len(notes)} requests carried out")
+            _show(f"-  {name}: open ({len(note.documents)} documents, added {note.added} UTC)")
+    _show(f"the ledger is whole: {len(lines)} of {len(notes)} requests carried out")
     return 0
+
+
+def _show(line: str) -> None:
+    print(visible(line))
 
 
 def _undone(line: Line, later: Line) -> str:
