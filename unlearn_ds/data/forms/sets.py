@@ -97,7 +97,8 @@ def makers_of(
     """
     others = others or {}
     forms = {name: form_of(sources, options) for name, sources in sets.items() if name not in others}
-    forms |= {name: forms["forget"] for name in others}
+    if others:
+        forms |= dict.fromkeys(others, forms["forget"])
     reading = _options_of(sets, others, forms, options)
     finder = _finder(forms, options)
     if finder is not None:
