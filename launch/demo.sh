@@ -5,6 +5,7 @@
 #
 # See launch/environment.sh for VENV and PYTHON.
 set -euo pipefail
+EXTRAS=wandb,tune  # the search of `unlearn-ds forget`
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 exec unlearn-ds demo "$@"

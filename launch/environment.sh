@@ -2,7 +2,7 @@
 #
 #   VENV     where it lies                         (default: .venv beside this repository's setup.py)
 #   PYTHON   the interpreter it is made with       (default: python3, which must be 3.10 to 3.13)
-#   EXTRAS   extras of the package to install      (default: wandb; launch/test.sh takes test)
+#   EXTRAS   extras of the package to install      (default: wandb; launch/demo.sh takes tune too, launch/test.sh test)
 #   LOCK     the versions                          (default: launch/requirements.lock)
 
 set -euo pipefail
