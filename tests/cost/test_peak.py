@@ -12,7 +12,10 @@ CASES = [
     {"activation_checkpointing": "full", "unlearn_method": "ascent_plus_kl_divergence"},
 ]
 # Of a small model, on the CPU, whose attention repeats keys and values of grouped heads, which the kernels of a GPU do not.
-LOWEST, HIGHEST = 0.85, 1.4  # with KL 1.29 to 1.33, from run to run: what is freed late in one is freed early in another
+LOWEST, HIGHEST = (
+    0.85,
+    1.4,
+)  # with KL 1.29 to 1.33, from run to run: what is freed late in one is freed early in another
 
 
 def test_an_update_allocates_what_was_estimated(tmp_path):
