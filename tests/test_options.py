@@ -195,5 +195,7 @@ def test_what_is_no_value_is_refused_in_one_line(words, message):
 
 def test_the_first_word_of_a_command_may_be_any_name():
     assert with_flag_of_first(["-x", "--a", "b"], "--runs") == ["--runs", "-x", "--a", "b"]
+    for launcher in ("--local_rank=1", "--local-rank=1"):
+        assert with_flag_of_first([launcher, "x", "--a", "b"], "--runs") == ["--runs", "x", "--a", "b"]
     for words in (["--a", "b"], ["-h"], []):
         assert with_flag_of_first(words, "--runs") == words

@@ -8,7 +8,7 @@ from unlearn_ds import __version__
 from unlearn_ds.caches import explained
 from unlearn_ds.cluster.bus_error import name_bus_errors
 from unlearn_ds.markup import tell
-from unlearn_ds.options import OptionError, did_you_mean, run_with_arguments
+from unlearn_ds.options import OptionError, did_you_mean, own_words, run_with_arguments
 
 # command -> (module with main(argv) -> exit code, one line of help)
 COMMANDS = {
@@ -55,7 +55,7 @@ BENCHES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0, or 2 after an error of the user's."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    words = own_words(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage("unlearn-ds", COMMANDS))
         return 0

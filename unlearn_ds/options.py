@@ -231,10 +231,16 @@ def check_choices(config: Any) -> None:
             )
 
 
+def own_words(words: Sequence[str]) -> list[str]:
+    """The words that the user gave: without `--local_rank=N`, which launchers put before them."""
+    return [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
+
+
 def with_flag_of_first(words: Sequence[str], flag: str) -> list[str]:
     """The words of a command whose first may stand without its flag."""
+    words = own_words(words)
     is_value = bool(words) and not words[0].startswith("--") and words[0] != "-h"
-    return [flag, *words] if is_value else list(words)
+    return [flag, *words] if is_value else words
 
 
 def check_name(option: str, value: str) -> None:
@@ -260,7 +266,7 @@ def parse(config_class: type[Options], argv: Sequence[str], prog: str, descripti
 
     Raises `OptionError` for unknown, missing or malformed options. Launchers' `--local_rank=N` is accepted and dropped.
     """
-    argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    argv = own_words(argv)
     parser = parser_for(config_class, prog, description)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
