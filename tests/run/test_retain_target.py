@@ -19,6 +19,10 @@ METHODS = {
         {"unlearn_method": "wga", "retain_loss": "kl", "retain_target": 1e-3, "retain_target_rate": 400.0},
         -1.0,
     ),
+    "hidden": (
+        {"unlearn_method": "rmu", "layer": 0, "retain_target": 1e-6, "retain_target_rate": 4e5},
+        1.0,
+    ),
 }
 ROUNDING = 1e-5
 

@@ -50,7 +50,11 @@ class RetainWeight:
             return weights * factors[part.long()]
 
         call = replace(call, ce_weights=times(call.ce_weights, batch.ce_part))
-        return call if call.kl_rows is None else replace(call, kl_weights=times(call.kl_weights, batch.kl_part))
+        if call.kl_rows is not None:
+            call = replace(call, kl_weights=times(call.kl_weights, batch.kl_part))
+        if call.hidden is not None:
+            call = replace(call, hidden=replace(call.hidden, weights=times(call.hidden.weights, call.hidden.part)))
+        return call
 
     def move(self, retain_loss: float | None, index: int) -> None:
         """After update `index`, counted from 0. Without a retain sequence, or a finite loss, nothing moves."""
