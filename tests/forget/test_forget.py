@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.cluster import make_tiny_run
+from tests.support.cluster import make_tiny_run, memorised_model
 from tests.support.forget_worker import KILL_AFTER
 from tests.support.runs import launch
 from unlearn_ds.layout import OUTCOME_FILE, REQUEST_FILE, SEARCH_FILE
@@ -28,11 +28,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def memorised(tiny):
-    """A model that has learned its forget set by heart."""
-    out = tiny.folder / "original"
-    options = {"unlearn_method": "finetune", "train_on": "forget", "learning_rate": 1e-2, "max_steps": 60}
-    tiny.server.run(tiny.arguments(out, **options, save_steps=0), 1)
-    return out / "model"
+    return memorised_model(tiny)
 
 
 def words(tiny, model, folder: Path, *more: str, **base) -> list[str]:

@@ -120,6 +120,14 @@ class TinyRun:
         assert largest_difference(weights(run_dir), weights(self.baseline)) == 0.0
 
 
+def memorised_model(tiny: TinyRun) -> Path:
+    """A model that has learned the forget set of a tiny run by heart."""
+    out = tiny.folder / "original"
+    options = {"unlearn_method": "finetune", "train_on": "forget", "learning_rate": 1e-2, "max_steps": 60}
+    tiny.server.run(tiny.arguments(out, **options, save_steps=0), 1)
+    return out / "model"
+
+
 def make_tiny_run(folder: Path, num_steps: int = 40) -> TinyRun:
     """Model, corpora and the process that ranks are forked from."""
     save_tiny_model(folder / "model")

@@ -3,7 +3,8 @@
 Legend: T tokens, M rows used, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -117,11 +118,27 @@ OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"cross_entropy": cross_e
 
 def outcome(op: Callable[..., tuple[Tensor, Tensor]], case: Case, impl: str, **options: Any) -> dict[str, Tensor]:
     """Loss, loss of each row, and gradients under an upstream gradient that is not 1; all in fp64."""
-    loss, per_row = op(case, impl, **options)
+    return _with_gradients(case, *op(case, impl, **options))
+
+
+def written_out(case: Case, per_row: Tensor) -> dict[str, Tensor]:
+    """The same of a formula on whole logits: the loss of each row (M,), as autograd knows it."""
+    return _with_gradients(case, (case.token_weight * per_row).sum(), per_row)
+
+
+def _with_gradients(case: Case, loss: Tensor, per_row: Tensor) -> dict[str, Tensor]:
     leaves = {"dx": case.hidden, "dw": case.weight} | ({} if case.bias is None else {"dbias": case.bias})
     gradients = torch.autograd.grad(UPSTREAM * loss, list(leaves.values()))
-    found = {"loss": loss.detach(), "per_row": per_row} | dict(zip(leaves, gradients))
+    found = {"loss": loss.detach(), "per_row": per_row.detach()} | dict(zip(leaves, gradients))
     return {name: tensor.double().cpu() for name, tensor in found.items()}
+
+
+def log_prob(case: Case) -> Tensor:  # (M, V)
+    """The prediction of each row, on whole logits, in at least fp32."""
+    z = torch.nn.functional.linear(case.hidden[case.rows], case.weight, case.bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) * case.options.get("logit_scale", 1.0)
+    cap = case.options.get("softcap")
+    return (z if cap is None else cap * torch.tanh(z / cap)).log_softmax(-1)
 
 
 def naive(name: str, case: Case) -> dict[str, Tensor]:
@@ -140,11 +157,7 @@ def naive(name: str, case: Case) -> dict[str, Tensor]:
         with torch.no_grad():
             log_ref = logits(case.ref_hidden, case.ref_weight).log_softmax(-1)
         per_row = (log_ref.exp() * (log_ref - log_p)).sum(-1)
-    loss = (case.token_weight * per_row).sum()
-    leaves = {"dx": case.hidden, "dw": case.weight} | ({} if case.bias is None else {"dbias": case.bias})
-    gradients = torch.autograd.grad(UPSTREAM * loss, list(leaves.values()))
-    found = {"loss": loss.detach(), "per_row": per_row.detach()} | dict(zip(leaves, gradients))
-    return {name: tensor.double().cpu() for name, tensor in found.items()}
+    return written_out(case, per_row)
 
 
 def error(got: Tensor, truth: Tensor) -> float:
@@ -158,18 +171,33 @@ def hold_three_tensors(name: str, case: Case, dtype: torch.dtype, impl: str, **o
     rounded = case.cast(dtype, device_of(impl))
     got = outcome(OPS[name], rounded, impl, **options)
     plain = naive(name, rounded)
-    gradient_tolerance = TOLERANCE[name][dtype]
-    if impl == "triton" and device_of(impl) == "cpu" and dtype == torch.bfloat16:
-        gradient_tolerance += INTERPRETER_BF16
-    value_tolerance = gradient_tolerance + (KL_VALUE if name == "kl" and dtype == torch.float32 else 0)
+    of_values = KL_VALUE if name == "kl" and dtype == torch.float32 else 0.0
+    tolerance = TOLERANCE[name][dtype] + cut_off(impl, dtype)
+    hold_parts(case, got, plain, truth, tolerance, {"loss": of_values, "per_row": of_values})
+
+
+def cut_off(impl: str, dtype: torch.dtype) -> float:
+    """What Triton's interpreter adds to a tolerance: it cuts bf16 off where a device rounds."""
+    return INTERPRETER_BF16 if impl == "triton" and device_of(impl) == "cpu" and dtype == torch.bfloat16 else 0.0
+
+
+def hold_parts(
+    case: Case,
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    tolerance: float,
+    more: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Hold the error of what was `got` to that of `plain`, both against the truth, plus a tolerance; more for some parts."""
     for part, value in got.items():
-        tolerance = value_tolerance if part in ("loss", "per_row") else gradient_tolerance
-        allowed = error(plain[part], truth[part]) + tolerance
+        slack = tolerance + more.get(part, 0.0)
         # A loss is a signed sum: its error is measured against the sum of its terms' sizes.
         if part == "loss":
             size = (case.token_weight.double() * truth["per_row"]).abs().sum()
-            assert (value - truth["loss"]).abs() <= ((plain["loss"] - truth["loss"]).abs() + tolerance * size), part
+            assert (value - truth["loss"]).abs() <= ((plain["loss"] - truth["loss"]).abs() + slack * size), part
         else:
+            allowed = error(plain[part], truth[part]) + slack
             assert error(value, truth[part]) <= allowed, (part, error(value, truth[part]), allowed)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +41,21 @@ def relative_difference(one: Result, other: Result) -> float:
     assert one.keys() == other.keys()
     difference = sum(float(((one[name] - other[name]).astype(np.float64) ** 2).sum()) for name in other)
     return (difference / sum(float((value.astype(np.float64) ** 2).sum()) for value in other.values())) ** 0.5
+
+
+def hold_update(
+    result: Result,
+    update: int,
+    loss: torch.Tensor,
+    model: torch.nn.Module,
+    tolerance: float,
+    smallest: float | None = None,
+) -> None:
+    """Hold the loss and gradient of a run's update to those of a plain model, of which `loss` is made; smallest: of losses."""
+    assert result["losses"][update] == pytest.approx(loss.item(), rel=tolerance, abs=smallest)
+    loss.backward()
+    plain = {name: parameter.grad.numpy() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert relative_difference(of_update(result, "grad", update), plain) < tolerance
 
 
 def plain_model(folder: Path, weights: Result | None = None) -> torch.nn.Module:

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from tests.support.cluster import make_tiny_run
+from tests.support.cluster import make_tiny_run, memorised_model
 
 optuna = pytest.importorskip("optuna")
 SHARED = {"seq_len": 48, "global_batch_size": 4, "bf16": False, "num_threads": 1, "disable_tqdm": True}
@@ -22,11 +22,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def memorised(tiny):
-    """A model that has learned its forget set by heart."""
-    out = tiny.folder / "original"
-    options = {"unlearn_method": "finetune", "train_on": "forget", "learning_rate": 1e-2, "max_steps": 60}
-    tiny.server.run(tiny.arguments(out, **options, save_steps=0), 1)
-    return out / "model"
+    return memorised_model(tiny)
 
 
 def base(folder, tiny, model, **more):
