@@ -95,8 +95,8 @@ class Estimator:
         from unlearn_ds.methods import hidden_layers
         from unlearn_ds.model.blank import blank_model
         from unlearn_ds.model.configs import ModelOptions, load_config
-        from unlearn_ds.model.layers import decoder_layers
-        from unlearn_ds.model.size import model_size, num_parameters
+        from unlearn_ds.model.layers import decoder_layers, num_elements
+        from unlearn_ds.model.size import size_of
         from unlearn_ds.model.trained import trained_by
 
         if run.bf16 == AUTO:
@@ -105,14 +105,14 @@ class Estimator:
         options = ModelOptions(run.start_model, run.bf16, run.attn, run.random_init, run.trust_remote_code, run.loading)
         model_config = load_config(options)
         trusted = {"trust_remote_code": run.trust_remote_code}
-        parameters = num_parameters(model_config, **trusted)
-        self.size = model_size(model_config, **trusted)
+        blank = blank_model(model_config, **trusted)
+        self.size = size_of(blank)
         corpora = open_run_corpora(run, model_config.vocab_size, None)
-        layers = hidden_layers(run, len(decoder_layers(blank_model(model_config, **trusted))))
+        layers = hidden_layers(run, len(decoder_layers(blank)))
         self.sources = with_layers(make_sources(run, corpora, model_config.vocab_size, ()), layers)
         self.last = last_layer(self.sources)
         trained = trained_by(run, model_config, self.last, **trusted)
-        self.model = with_activations(run, model_facts(self.size, parameters, trained), model_config)
+        self.model = with_activations(run, model_facts(self.size, num_elements(blank), trained), model_config)
         self.flops = run_flops(run, model_config, trained, self.last)
         if self.flops is None:
             raise Uncountable(f"{run.start_model}: its matrix products cannot be counted, so no time can be estimated")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from unlearn_ds.model.blank import blank_model
@@ -20,11 +21,15 @@ class ModelSize:
 
 
 def model_size(config: PreTrainedConfig, **options: Any) -> ModelSize:
+    """`size_of` the causal LM that `config` describes. options: those of `blank_model`."""
+    return size_of(blank_model(config, **options))
+
+
+def size_of(model: nn.Module) -> ModelSize:
     """The largest decoder layer and the output projection, in parameters: they size ZeRO's buckets.
 
-    options: those of `blank_model`. Raises `OptionError` for a model without an output projection.
+    Raises `OptionError` for a model without an output projection.
     """
-    model = blank_model(config, **options)
     head = getattr(model.get_output_embeddings(), "weight", None)
     if head is None:
         raise OptionError(

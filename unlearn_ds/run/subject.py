@@ -15,10 +15,10 @@ from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.composite import check_writable, is_part
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, with_rows
 from unlearn_ds.model.files import model_fingerprint, model_folder
-from unlearn_ds.model.layers import decoder_layers
+from unlearn_ds.model.layers import decoder_layers, num_elements
 from unlearn_ds.model.load import head_options
 from unlearn_ds.model.loss_head import HeadOptions
-from unlearn_ds.model.size import ModelSize, model_size, num_parameters
+from unlearn_ds.model.size import ModelSize, size_of
 from unlearn_ds.model.trained import Trained, trained_by
 from unlearn_ds.options import OptionError
 
@@ -58,16 +58,17 @@ def open_subject(config: RunConfig) -> Subject:
     model_config = open_config(options, config.seq_len)
     options = with_rows(options, model_config)
     trusted = {"trust_remote_code": config.trust_remote_code}
+    blank = blank_model(model_config, **trusted)
     return Subject(
         options=options,
         config=model_config,
         larger_model=larger_model_of(config, model_config),
         tokenizer=tokenizer_of(config),
         fingerprint="random" if config.random_init else model_fingerprint(options.name_or_path),
-        size=model_size(model_config, **trusted),
-        num_parameters=num_parameters(model_config, **trusted),
+        size=size_of(blank),
+        num_parameters=num_elements(blank),
         trained=trained_by(config, model_config, **trusted),
-        layers=hidden_layers(config, len(decoder_layers(blank_model(model_config, **trusted)))),
+        layers=hidden_layers(config, len(decoder_layers(blank))),
     )
 
 
