@@ -21,9 +21,8 @@ ONE_HOT_JSD = "one_hot_jsd"  # JSD(p, onehot)
 FORMS = (POWER, UNLIKELIHOOD, COMPLEMENT, UNIFORM_TARGET, ONE_HOT_JSD)
 
 OwnLoss = Callable[[Tensor, Tensor | None], Tensor]  # log p (C,), log q (C,) or None -> the loss of each row (C,)
-own_losses: dict[
-    str, OwnLoss
-] = {}  # a user's own, by the name of its form; of FORMS, here as in the kernels, it is none
+# A user's own, by the name of its form; of FORMS, here as in the kernels, it is none.
+own_losses: dict[str, OwnLoss] = {}
 
 LEAST_COMPLEMENT = 1e-6  # 1 - p counts as at least this: in fp32 p comes to 1, and the odds would be infinite
 LOWEST_LOG = -1e4  # log p and log q count as at least this: infinite, they would make a NaN of a weight of 0
@@ -36,9 +35,7 @@ class TokenLoss(NamedTuple):
     form: str
     powers: tuple[float, float, float] = (0.0, 0.0, 0.0)  # a, b, c of POWER
     takes: Tensor | None = None  # (M,) bool; None: all rows
-    log_q: Tensor | None = (
-        None  # (M,) fp32: of the target by the original model; for c != 0, and what of a user's own asks
-    )
+    log_q: Tensor | None = None  # (M,) fp32: of the target by the original model; for c != 0, or a user's own that asks
 
     def rows(self, start: int, stop: int) -> "TokenLoss":
         """The same for the rows start..stop."""

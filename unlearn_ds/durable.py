@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent, whatever dies: written beside their place, flushed, then renamed."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -9,7 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from unlearn_ds import ownership
 
@@ -61,6 +62,23 @@ def replacing(path: Path) -> Iterator[Path]:
             flush(partial)
         ownership.check()
         partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    make_folder(path.parent)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The same for JSON that every parser reads: no NaN, no infinity."""
+    write_text(path, as_json(content))
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """JSON that every parser reads."""
+    return json.dumps(content, indent=2, allow_nan=False)
 
 
 def remove_litter(folder: Path, is_own: Callable[[str], bool] = lambda name: True) -> None:

@@ -164,6 +164,11 @@ class HiddenLoss:
         return tuple(max(round(depth * num_layers) - 1, 0) for depth in self.depths)
 
 
+def compares(loss: str, hidden: HiddenLoss | None) -> bool:
+    """Whether a term with this loss shows its sequences to the frozen original model in every step."""
+    return loss == KL or (hidden is not None and hidden.compares)
+
+
 @dataclass(frozen=True)
 class Term:
     """One sum of an objective: `factor * mean_t loss_t` for each of its sequences."""
@@ -177,10 +182,7 @@ class Term:
     divergence: Divergence | None = None  # with KL: another, or from another prediction
     answers: str | None = None  # the set of other answers that it reads, beside forget if paired, else in its place
     hidden: HiddenLoss | None = None  # with HIDDEN
-    ramp: tuple[float, float] = (
-        1.0,
-        1.0,
-    )  # what the factor is multiplied by at the first update and, linearly, at the end
+    ramp: tuple[float, float] = (1.0, 1.0)  # what multiplies the factor at the first update and, linearly, at the end
 
     @property
     def form(self) -> SequenceLoss | PairLoss | TokenLoss | Divergence | HiddenLoss | None:
@@ -189,7 +191,7 @@ class Term:
     @property
     def compares(self) -> bool:
         """Whether the frozen original model takes part in every step."""
-        return self.loss == KL or (self.hidden is not None and self.hidden.compares)
+        return compares(self.loss, self.hidden)
 
     @property
     def paired(self) -> bool:

@@ -33,7 +33,7 @@ from unlearn_ds.cluster.lifetime import run_tied
 from unlearn_ds.cluster.processes import default_num_ranks, rank_command, rank_environment
 from unlearn_ds.cluster.signals import EXIT_RESUMABLE
 from unlearn_ds.config import RunConfig
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import write_text
 from unlearn_ds.layout import DONE_FILE
 from unlearn_ds.markup import tell, visible
 from unlearn_ds.options import OptionError, did_you_mean, field_types, parse, with_flag_of_first
@@ -206,8 +206,7 @@ def do(element: Element) -> None:
 
 
 def _mark(element: Element) -> None:
-    with replacing(element.run_dir / DONE_FILE) as partial:
-        partial.write_text(json.dumps(element.options, indent=1, default=str), encoding="utf-8")
+    write_text(element.run_dir / DONE_FILE, json.dumps(element.options, indent=1, default=str))
 
 
 def do_locally(elements: list[Element], num_ranks: int) -> None:

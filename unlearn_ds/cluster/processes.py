@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from unlearn_ds.cluster.lifetime import QUIET_LAUNCHER, start_tied
+from unlearn_ds.cluster.lifetime import QUIET_LAUNCHER, run_tied, start_tied
 
 # What a launcher leaves in the environment of its ranks: a process they start must not take it for its own.
 LAUNCHER_VARIABLES = (
@@ -82,6 +82,17 @@ def rank_environment(one_machine: bool = True, **extra: str) -> dict[str, str]:
     if defaults and one_machine:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return defaults | inherited | {"PYTHONPATH": search_path} | extra
+
+
+def on_ranks(module: str, words: Sequence[str], num_ranks: int | None, alone: Callable[[], int]) -> int:
+    """The exit code of a command that starts ranks of its own; `alone` is what does its work where one is enough.
+
+    num_ranks: None: one per GPU, else one per core, at most 8.
+    """
+    num_ranks = num_ranks or default_num_ranks(at_most=8)
+    if num_ranks == 1:
+        return alone()
+    return run_tied(rank_command(module, words, num_ranks), env=rank_environment()).returncode
 
 
 def run_ranks(

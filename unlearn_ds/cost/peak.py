@@ -44,9 +44,7 @@ class Setting:
     world_size: int
     seq_len: int
     workspace_bytes: int
-    num_losses: (
-        int  # that the output projection computes one by one: cross-entropy, of whole sequences, KL; 0: no logits
-    )
+    num_losses: int  # that the output projection computes one by one: CE, of whole sequences, KL; 0: no logits
     reference: str | None  # what KL compares with: "live", "cache", "adapter" (the same weights, adapters off) or None
 
     @property

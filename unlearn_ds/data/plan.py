@@ -16,7 +16,7 @@ import numpy as np
 from unlearn_ds.data.hashing import Permutation, derive_key
 from unlearn_ds.data.packing import deal_alike, deal_rows, pack_rows, row_costs
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.objectives import KL, Divergence, HiddenLoss, PairLoss, SequenceLoss, TokenLoss
+from unlearn_ds.objectives import Divergence, HiddenLoss, PairLoss, SequenceLoss, TokenLoss, compares
 from unlearn_ds.options import OptionError
 
 SEQUENCES, TOKENS = "sequence", "token"  # what the tokens of an update are averaged over
@@ -52,7 +52,7 @@ class Source:
     @property
     def compares(self) -> bool:
         """Whether its sequences are shown to the frozen original model in every step."""
-        return self.loss == KL or (self.hidden is not None and self.hidden.compares)
+        return compares(self.loss, self.hidden)
 
     @property
     def num_items(self) -> int:

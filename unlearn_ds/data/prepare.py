@@ -36,7 +36,7 @@ from unlearn_ds.data.sequences import shortest_document
 from unlearn_ds.data.summary import format_summary, save_histogram, summarise
 from unlearn_ds.data.tokenise import Encoder
 from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
-from unlearn_ds.durable import remove_litter, replacing
+from unlearn_ds.durable import remove_litter, write_text
 from unlearn_ds.markup import tell
 from unlearn_ds.objectives import ALTERNATES, REFUSALS
 from unlearn_ds.options import OptionError, check_choices, check_name, parse
@@ -326,8 +326,7 @@ def report(
         if (found := summary.get("overlap")) and found["exact"] + found["near"]:
             done = "left out" if found["dropped"] else "kept: --drop_overlap leaves them out"
             tell(f"{name}: {found['exact']} exact and {found['near']} near copies of forget documents, {done}")
-    with replacing(folder / "summary.json") as partial:
-        partial.write_text(json.dumps({"seq_len": config.seq_len, "sets": summaries}, indent=1), encoding="utf-8")
+    write_text(folder / "summary.json", json.dumps({"seq_len": config.seq_len, "sets": summaries}, indent=1))
     save_histogram(folder / "lengths.png", corpora, config.seq_len)
 
 

@@ -36,9 +36,8 @@ def do_all(runs: dict[str, list[str]]) -> None:
         except OptionError as error:
             if command != "forget":
                 raise
-            distributed.say(
-                f"{name}: {error}"
-            )  # a model trained too briefly has nothing to forget: its row is left out
+            # A model trained too briefly has nothing to forget: its row is left out.
+            distributed.say(f"{name}: {error}")
         gc.collect()  # an engine is a circle of references: it would stay until memory is short
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.durable import write_json
 from unlearn_ds.engine.generate import Decoding, generate
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.subject import Subject
-from unlearn_ds.measures.folder import write_json
 
 
 def decoding_options(config: EvaluateConfig) -> Decoding:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.sequences import SequenceIndex
+from unlearn_ds.durable import write_json
 from unlearn_ds.engine.snapshot import Snapshot
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.subject import Subject
 from unlearn_ds.measures.collect import collect_tables
-from unlearn_ds.measures.folder import write_json
 from unlearn_ds.measures.summary import evaluate_tables, show
 from unlearn_ds.measures.verdict import Comparison, judge
 from unlearn_ds.options import OptionError

@@ -20,11 +20,10 @@ from unlearn_ds.data.overlap import ForgetIndex
 from unlearn_ds.data.plan import Source
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.data.sources import make_plan
-from unlearn_ds.durable import remove
+from unlearn_ds.durable import remove, write_json
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.layout import RELEARNING
 from unlearn_ds.measures.collect import collect_tables, open_sets
-from unlearn_ds.measures.folder import write_json
 from unlearn_ds.measures.summary import evaluate_tables, show
 from unlearn_ds.objectives import CROSS_ENTROPY
 from unlearn_ds.options import OptionError

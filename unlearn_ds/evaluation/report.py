@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.caches import explained
-from unlearn_ds.durable import naming, remove_litter
+from unlearn_ds.durable import as_json, naming, remove_litter
 from unlearn_ds.evaluation.options import ReportConfig
 from unlearn_ds.evaluation.report_model import Model, load_model_folder
 from unlearn_ds.evaluation.report_page import render_markdown, render_page
 from unlearn_ds.layout import REPORT_FILES, is_of_a_report
 from unlearn_ds.markup import tell
-from unlearn_ds.measures.folder import as_json
 from unlearn_ds.measures.measured import check_comparable
 from unlearn_ds.measures.summary import DEFAULT_SEED, evaluate_tables
 from unlearn_ds.measures.thresholds import Thresholds

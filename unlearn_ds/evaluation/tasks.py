@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.durable import write_json
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.measures.card import update_card
-from unlearn_ds.measures.folder import write_json
 from unlearn_ds.measures.summary import number, show
 from unlearn_ds.options import OptionError, did_you_mean
 

@@ -8,7 +8,6 @@ attacks it and writes a report. Start the same command again, and it goes on whe
 """
 
 import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,10 +16,9 @@ from typing import Any
 
 from unlearn_ds.caches import explained
 from unlearn_ds.cluster import distributed
-from unlearn_ds.cluster.lifetime import run_tied
-from unlearn_ds.cluster.processes import default_num_ranks, rank_command, rank_environment
+from unlearn_ds.cluster.processes import on_ranks
 from unlearn_ds.cluster.signals import EXIT_NOT_REACHED
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import write_json
 from unlearn_ds.evaluation.report import write_report
 from unlearn_ds.forget import steps
 from unlearn_ds.forget.options import ForgetConfig
@@ -46,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         tell(f"{PROG}: error: {explained(error)}")
         return 2
-    num_ranks = config.num_ranks or default_num_ranks(at_most=8)
-    if num_ranks == 1:
-        return work(words)
-    return run_tied(rank_command("unlearn_ds.forget.forget", words, num_ranks), env=rank_environment()).returncode
+    return on_ranks("unlearn_ds.forget.forget", words, config.num_ranks, lambda: work(words))
 
 
 def work(words: Sequence[str]) -> int:
@@ -115,8 +110,7 @@ def _conclude(config: ForgetConfig, original: Path, chosen: Path, result: Result
     write_report(
         config.folder, models, original="original", retrained=retrained, thresholds=config, title="What was forgotten"
     )
-    with replacing(config.folder / OUTCOME_FILE) as partial:
-        partial.write_text(json.dumps(result.model_dump(), indent=1), encoding="utf-8")
+    write_json(config.folder / OUTCOME_FILE, result.model_dump())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ also when the files of an earlier one are deleted.
 
 import datetime
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from unlearn_ds.data.documents import find_sources
 from unlearn_ds.data.forms.item import Item
 from unlearn_ds.data.forms.sets import makers_of, read_texts
-from unlearn_ds.durable import make_folder, replacing
+from unlearn_ds.durable import write_json
 from unlearn_ds.forget.ledger import Line, read_ledger
 from unlearn_ds.forget.options import ForgetConfig
 from unlearn_ds.layout import NOTE_FILE, SHARED_FILE
@@ -110,9 +109,7 @@ def add(folder: Path, name: str, words: Sequence[str]) -> Note:
     number = 1 + max((note.number for note in notes.values()), default=0)
     note = Note(number=number, added=now(), words=list(words), documents=documents, items=items)
     check_documents(folder, notes | {name: note}, {line.name for line in lines})
-    make_folder(folder / name)
-    with replacing(folder / name / NOTE_FILE) as partial:
-        partial.write_text(json.dumps(note.model_dump(), indent=1), encoding="utf-8")
+    write_json(folder / name / NOTE_FILE, note.model_dump())
     return note
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.documents import find_sources
-from unlearn_ds.durable import make_folder, replacing
+from unlearn_ds.durable import write_json
 from unlearn_ds.forget.options import ForgetConfig
 from unlearn_ds.layout import REQUEST_FILE
 from unlearn_ds.model.files import model_fingerprint
@@ -52,9 +52,7 @@ def check_request(config: ForgetConfig) -> Request:
     )
     path = config.folder / REQUEST_FILE
     if not path.exists():
-        make_folder(config.folder)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(now.model_dump(), indent=1), encoding="utf-8")
+        write_json(path, now.model_dump())
         return now
     before = read(path, Request, _REMEDY)
     differ = [*_differences("--", before.options, now.options), *_differences("--base: ", before.base, now.base)]

@@ -22,12 +22,11 @@ from typing import Any
 from unlearn_ds import ownership
 from unlearn_ds.caches import explained
 from unlearn_ds.cluster import distributed
-from unlearn_ds.cluster.lifetime import run_tied
-from unlearn_ds.cluster.processes import default_num_ranks, rank_command, rank_environment
+from unlearn_ds.cluster.processes import on_ranks
 from unlearn_ds.cluster.signals import EXIT_NOT_REACHED
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import write_text
 from unlearn_ds.forget.forget import forget
-from unlearn_ds.forget.ledger import Line, append, read_ledger
+from unlearn_ds.forget.ledger import Line, append
 from unlearn_ds.forget.measured_again import FIRST, State, judged, prepared, states_of, write_page
 from unlearn_ds.forget.notes import (
     GROUPS,
@@ -45,7 +44,7 @@ from unlearn_ds.forget.options import ForgetConfig
 from unlearn_ds.layout import DONE_FILE, GROUP_FILE, MODEL, SHARED_FILE
 from unlearn_ds.markup import tell, visible
 from unlearn_ds.model.files import model_fingerprint
-from unlearn_ds.options import OptionError, did_you_mean, parse, parser_for, with_flag_of_first
+from unlearn_ds.options import OptionError, did_you_mean, own_words, parse, parser_for, with_flag_of_first
 from unlearn_ds.ownership import OWNER_FILE
 from unlearn_ds.stored import load, read
 
@@ -94,10 +93,7 @@ class Batch:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: of `run` that of `forget`."""
-    given = sys.argv[1:] if argv is None else argv
-    words = [
-        word for word in given if not word.startswith(("--local_rank", "--local-rank"))
-    ]  # of the deepspeed launcher
+    words = own_words(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\n    unlearn-ds requests add --help lists the options of a request")
         return 0
@@ -166,11 +162,7 @@ def _run(words: Sequence[str]) -> int:
     options = parse(RunOptions, words, f"{PROG} run", __doc__ or "")
     shared_options(options.path)
     read_folder(options.path)
-    num_ranks = options.num_ranks or default_num_ranks(at_most=8)
-    if num_ranks == 1:
-        return work(words)
-    command = rank_command("unlearn_ds.forget.requests", ["run", *words], num_ranks)
-    return run_tied(command, env=rank_environment()).returncode
+    return on_ranks("unlearn_ds.forget.requests", ["run", *words], options.num_ranks, lambda: work(words))
 
 
 def work(words: Sequence[str]) -> int:
@@ -251,8 +243,7 @@ def next_names(folder: Path, still_open: list[str], together: bool) -> list[str]
     path.unlink(missing_ok=True)
     if not together or len(still_open) < 2:
         return still_open[:1]
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(still_open), encoding="utf-8")
+    write_text(path, json.dumps(still_open))
     return still_open
 
 
@@ -310,7 +301,7 @@ def _enter(batch: Batch, run: Path) -> None:
     distributed.on_main(write)
     for name, verdict in verdicts.items():
         distributed.say(f"{name}: {verdict.sentence}")
-    for line in read_ledger(folder)[: len(lines)]:
+    for line in lines:
         undone = line.verdict.is_undone_by(again[line.name])
         mark = "UNDONE: " if undone else ""
         distributed.say(f"{mark}{line.name}, then {line.verdict.words}, now {again[line.name].words}")

@@ -5,8 +5,9 @@ a run, the files of the attacks. Every rank makes the same calls.
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unlearn_ds.data.documents import find_sources, read_documents
 from unlearn_ds.data.forms.options import FormOptions
 from unlearn_ds.data.prepare import PrepareConfig, prepare
 from unlearn_ds.data.sources import SETS, set_path
-from unlearn_ds.durable import make_folder, replacing
+from unlearn_ds.durable import write_json, write_text
 from unlearn_ds.evaluation.evaluate import evaluate
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.forget.options import FEWEST_UPDATES, Budget, ForgetConfig
@@ -82,7 +83,6 @@ class Candidate:
     folder: Path
     options: dict[str, Any]  # of train
     updates: int
-    seconds: float  # that its updates took in the search; 0 where nothing was searched
 
 
 def prepare_corpora(config: ForgetConfig, seq_len: int) -> None:
@@ -117,14 +117,12 @@ def split_general(config: ForgetConfig) -> dict[str, tuple[str, ...]]:
     folder = config.folder / DOCUMENTS
     files = [folder / f"general_{name}.jsonl" for name in ("retain", "evaluation")]
     if not files[-1].exists():  # the last that is written
-        make_folder(folder)
         texts = list(read_documents(find_sources(config.general), config.text_column))
         if len(texts) < 2:
             raise OptionError("--general: at least two texts: one half is trained on, the other measured")
         for number, file in enumerate(files):
-            with replacing(file) as partial:
-                lines = [json.dumps({config.text_column or "text": text}) for text in texts[number::2]]
-                partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines = [json.dumps({config.text_column or "text": text}) for text in texts[number::2]]
+            write_text(file, "\n".join(lines) + "\n")
     return {file.stem: (str(file),) for file in files}
 
 
@@ -142,11 +140,7 @@ def write_base(config: ForgetConfig, base: Mapping[str, Any]) -> dict[str, Any]:
         **({"retrained_model": config.retrained_model} if config.retrained_model else {}),
     }
 
-    def write() -> None:
-        with replacing(config.folder / BASE) as partial:
-            partial.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-
-    distributed.on_main(write)
+    distributed.on_main(lambda: write_text(config.folder / BASE, yaml.safe_dump(options, sort_keys=False)))
     return options
 
 
@@ -211,28 +205,35 @@ def search(config: ForgetConfig, base: Mapping[str, Any], original: Path) -> lis
         check_same_corpora(config, before)
     if before is None or before.budget != config.budget:
         before = _tune(config, base, budget, path)
-    study, candidates = tune_config(config, base, budget), []
-    left_updates, left_s = budget.updates, budget.seconds_on(distributed.world_size())
-    if left_updates is not None:
-        left_updates -= before.range_updates + sum(trial.updates for trial in before.trials)
-    if left_s is not None:
-        left_s -= sum(trial.update_s + trial.measure_s + trial.overhead_s for trial in before.trials)
-    for trial in before.trials:
-        is_first = not candidates
-        if not is_first and ((left_updates or 0) < 0 or (left_s or 0) < 0):
-            break
-        if left_updates is not None:
-            left_updates -= trial.best_update
-        if left_s is not None:
-            left_s -= trial.update_s
-        if is_first or ((left_updates or 0) >= 0 and (left_s or 0) >= 0):
-            options = options_of(study, trial.model_dump())
-            folder = config.folder / f"trial_{trial.number}"
-            candidates.append(Candidate(folder, options, trial.best_update, trial.update_s))
-    if candidates:
-        return candidates
+    if before.trials:
+        study = tune_config(config, base, budget)
+        return [
+            Candidate(
+                config.folder / f"trial_{trial.number}",
+                options_of(study, trial.model_dump()),
+                trial.best_update,
+            )
+            for trial in affordable(before, budget)
+        ]
     distributed.say(f"no trial was measured within --budget {config.budget}: one run with --preset {PRESET} is made")
     return [preset_candidate(config, base, config.max_updates)]
+
+
+def affordable(found: Search, budget: Budget) -> list[Trial]:
+    """The best trial, and those behind it that can be made again as well within what the search left of the budget."""
+    seconds = budget.seconds_on(distributed.world_size())
+    left_s = math.inf if seconds is None else seconds
+    left_updates = math.inf if budget.updates is None else budget.updates - found.range_updates
+    for trial in found.trials:
+        left_updates -= trial.updates
+        left_s -= trial.update_s + trial.measure_s + trial.overhead_s
+    chosen: list[Trial] = []
+    for trial in found.trials:
+        left_updates, left_s = left_updates - trial.best_update, left_s - trial.update_s
+        if chosen and min(left_updates, left_s) < 0:
+            break
+        chosen.append(trial)
+    return chosen
 
 
 def check_start(config: ForgetConfig, original: Path) -> None:
@@ -291,11 +292,7 @@ def _tune(config: ForgetConfig, base: Mapping[str, Any], budget: Budget, path: P
         budget=config.budget, range_updates=config.range_updates, corpora=fingerprints(config), trials=trials
     )
 
-    def write() -> None:
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(found.model_dump(), indent=1, allow_nan=False), encoding="utf-8")
-
-    distributed.on_main(write)
+    distributed.on_main(lambda: write_json(path, found.model_dump()))
     return found
 
 
@@ -314,18 +311,13 @@ def preset_candidate(config: ForgetConfig, base: Mapping[str, Any], updates: int
         "max_retain_ppl_increase": str(config.max_ppl_increase),
     }
     options["global_batch_size"] = base["global_batch_size"]
-    return Candidate(config.folder / _ONE_RUN, options, updates, 0.0)
+    return Candidate(config.folder / _ONE_RUN, options, updates)
 
 
 def make(candidate: Candidate, config: ForgetConfig) -> None:
     """The run, evaluated, unless it is there."""
     file = config.folder / f"{candidate.folder.name}.yaml"
-
-    def write() -> None:
-        with replacing(file) as partial:
-            partial.write_text(yaml.safe_dump(candidate.options, sort_keys=False), encoding="utf-8")
-
-    distributed.on_main(write)
+    distributed.on_main(lambda: write_text(file, yaml.safe_dump(candidate.options, sort_keys=False)))
     own = ["--output_dir", str(candidate.folder), "--do_eval", "True", "--auto_resume", "True"]
     run = parse(RunConfig, ["--config", str(file), *own], "unlearn-ds forget")
     do(Element(candidate.options, run))
@@ -354,14 +346,7 @@ def attack(candidate: Candidate, original: Path, config: ForgetConfig, base: Map
     def is_done() -> bool:
         content = read_json(candidate.folder / "evaluation.json").get("options", {})
         there = {name: bool(read_json(candidate.folder / f"{name}.json")) for name in ("relearn", "quantize")}
-        wanted = _comparable(asdict(options))
-        return content.get("original_model") == wanted["original_model"] and all(
-            there[name] for name in there if asked[name]
-        )
+        return content.get("original_model") == str(original) and all(there[name] for name in there if asked[name])
 
     if not distributed.on_main(is_done):
         evaluate(options)
-
-
-def _comparable(options: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(options))

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.durable import write_text
 from unlearn_ds.markup import markdown
 from unlearn_ds.measures.attacks import MAIN_ATTACK
-from unlearn_ds.measures.folder import read_json, read_robustness, write_text
+from unlearn_ds.measures.folder import read_json, read_robustness
 from unlearn_ds.measures.summary import show
 
 HEADING = "## Evaluation"  # a line of its own; what stands in options and tables never is

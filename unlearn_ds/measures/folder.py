@@ -1,13 +1,12 @@
 """The folder of an evaluated model: which files it holds, and reading and writing them whole."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.durable import bring_all_back, make_folder, remove_litter, replacing
+from unlearn_ds.durable import bring_all_back, remove_litter, write_json
 from unlearn_ds.layout import EVALUATION_FILE, ROBUSTNESS, TABLES, is_of_a_report
 from unlearn_ds.measures.files import KINDS
 from unlearn_ds.measures.table import Table, read_table
@@ -151,20 +150,3 @@ def mend(folder: Path) -> None:
     settle_all(folder)
     for place in (folder, folder / TABLES):
         remove_litter(place, lambda name: not is_of_a_report(name))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, complete or not at all."""
-    make_folder(path.parent)
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The same for JSON that every parser reads: no NaN, no infinity."""
-    write_text(path, as_json(content))
-
-
-def as_json(content: dict[str, Any]) -> str:
-    """JSON that every parser reads."""
-    return json.dumps(content, indent=2, allow_nan=False)

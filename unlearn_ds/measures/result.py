@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.sequences import SequenceIndex
-from unlearn_ds.durable import make_folder, naming
+from unlearn_ds.durable import as_json, make_folder, naming
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.layout import EVALUATION_FILE, ROC_FILE, TABLES
 from unlearn_ds.measures.collect import collect_tables, open_sets
-from unlearn_ds.measures.folder import as_json, evaluated, file_digest
+from unlearn_ds.measures.folder import evaluated, file_digest
 from unlearn_ds.measures.measured import check_comparable, statement
 from unlearn_ds.measures.roc import save_roc
 from unlearn_ds.measures.summary import evaluate_tables, show

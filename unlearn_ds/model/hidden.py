@@ -25,12 +25,8 @@ class _InPlace(nn.Module):
 
     def __init__(self, layer: nn.Module, given: dict[int, Any], at: int, last: int | None) -> None:
         super().__init__()
-        self.__dict__ |= {
-            "_layer": layer,
-            "_given": given,
-            "_at": at,
-            "_last": last,
-        }  # the layer is no child of this one
+        # Not as attributes of a module: the layer is no child of this one.
+        self.__dict__ |= {"_layer": layer, "_given": given, "_at": at, "_last": last}
 
     def __getattr__(self, name: str) -> Any:
         """What models ask their layers for, such as a kind of attention."""

@@ -105,9 +105,7 @@ class Trained:
     """How much of a model an update changes."""
 
     parameters: int  # tied ones once
-    kept_layers: (
-        int  # decoder layers that keep something for backward: from the first trained one to the last that runs
-    )
+    kept_layers: int  # decoder layers that keep something for backward: the first trained one to the last that runs
     head: bool  # whether the output projection is among them
 
 

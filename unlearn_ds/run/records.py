@@ -11,7 +11,7 @@ from unlearn_ds import __version__
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.data.sources import NamedCorpus
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import write_text
 from unlearn_ds.engine.engine import changes_nothing
 from unlearn_ds.engine.manifest import Origin
 from unlearn_ds.engine.precision import name_of
@@ -71,13 +71,8 @@ def origin_of(run: Run) -> Origin:
 
 def write_run_json(run: Run) -> None:
     """Write run.json."""
-    content = record_of(run)
-
-    def write() -> None:
-        with replacing(run.run_dir / RUN_FILE) as partial:
-            partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-    distributed.on_main(write)
+    text = json.dumps(record_of(run), indent=2)
+    distributed.on_main(lambda: write_text(run.run_dir / RUN_FILE, text))
 
 
 def idle_gpus_note(world_size: int, visible_gpus: int) -> list[str]:

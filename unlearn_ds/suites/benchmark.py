@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from unlearn_ds.cluster import distributed
-from unlearn_ds.durable import followed
+from unlearn_ds.durable import followed, write_text
 from unlearn_ds.engine.generate import Continuation, Decoding, generate
 from unlearn_ds.engine.precision import name_of, settle
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.subject import Subject, load_model_subject
 from unlearn_ds.measures.answers import rouge_scorer
-from unlearn_ds.measures.folder import mend, write_text
+from unlearn_ds.measures.folder import mend
 from unlearn_ds.measures.leak import leak
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import parse, with_flag_of_first

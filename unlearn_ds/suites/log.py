@@ -7,8 +7,8 @@ questions they are: finished metrics are taken over from there, and those of som
 from pathlib import Path
 from typing import Any
 
+from unlearn_ds.durable import write_json
 from unlearn_ds.measures.answers import Metric
-from unlearn_ds.measures.folder import write_json
 from unlearn_ds.options import OptionError
 from unlearn_ds.stored import ABSENT, OpenRecord, Record, check, load, read_dict
 

@@ -19,7 +19,7 @@ import yaml
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import write_text
 from unlearn_ds.options import OptionError, load_yaml, parse, with_flag_of_first
 from unlearn_ds.plots.ranges import draw_range
 from unlearn_ds.stored import Record, check
@@ -166,8 +166,7 @@ def conclude(config: TuneConfig, outcomes: list[dict[str, Any]]) -> None:
     """Write best.yaml: the options of `unlearn-ds train` that make the best trial's best state again."""
     if outcomes and outcomes[0]["distance"] is not None:
         options = options_of(config, outcomes[0]) | {"eval_steps": config.eval_steps}
-        with replacing(config.folder / BEST) as partial:
-            partial.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+        write_text(config.folder / BEST, yaml.safe_dump(options, sort_keys=False))
 
 
 def options_of(config: TuneConfig, outcome: dict[str, Any]) -> dict[str, Any]:
