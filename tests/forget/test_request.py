@@ -65,6 +65,9 @@ def test_gpu_hours_are_shared_by_the_ranks():
     [
         ({"budget": "7 updates"}, "--budget 7 updates: too small for one run: a whole number of updates, at least 8"),
         ({"budget": "9.5"}, "a whole number of updates"),
+        ({"quantize": ("int9",)}, "--quantize int9: choose from int8, int4"),
+        ({"relearn_learning_rate": -1.0}, "--relearn_learning_rate -1.0: must be above 0"),
+        ({"relearn": 0, "relearn_learning_rate": 1.0}, "--relearn_learning_rate is about --relearn, and that is 0"),
         ({"budget": "0m"}, "--budget 0m: a number of updates, minutes or GPU-hours"),
         ({"budget": "soon"}, "--budget soon: a number of updates"),
         ({"data_dir": None}, "--forget: give documents, or corpora that are prepared with --data_dir"),

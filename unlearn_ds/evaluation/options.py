@@ -1,5 +1,6 @@
 """The options of `unlearn-ds evaluate` and `unlearn-ds report`: frozen dataclasses that validate and touch nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,15 @@ _POSITIVE = (
     "seq_len per_device_eval_batch_size loss_workspace_mib relearn_learning_rate relearn_batch_size generate_tokens "
     "generate_samples generate_batch_size generate_top_p"
 )
+
+
+def check_quantizations(words: Sequence[str]) -> None:
+    """Raise `OptionError` for a precision that weights cannot be rounded to."""
+    for word in words:
+        if word not in QUANTIZATIONS:
+            raise OptionError(
+                f"--quantize {word}: choose from {', '.join(QUANTIZATIONS)}.{did_you_mean(word, QUANTIZATIONS)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +110,7 @@ class EvaluateConfig(PublishedFlags, Thresholds):
             if getattr(self, name) < 0:
                 raise OptionError(f"--{name} {getattr(self, name)}: must not be negative")
         self._check_sampling()
-        for word in self.quantize:
-            if word not in QUANTIZATIONS:
-                raise OptionError(
-                    f"--quantize {word}: choose from {', '.join(QUANTIZATIONS)}.{did_you_mean(word, QUANTIZATIONS)}"
-                )
+        check_quantizations(self.quantize)
         if self.tasks_limit is not None and self.tasks_limit < 1:
             raise OptionError(f"--tasks_limit {self.tasks_limit}: at least 1")
         if self.max_sequences is not None and self.max_sequences < 2:

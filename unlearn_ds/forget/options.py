@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unlearn_ds.data.forms.options import FormOptions
+from unlearn_ds.evaluation.options import check_quantizations
 from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.options import OptionError, check_choices, check_name, check_utf8
 from unlearn_ds.tune.options import check_methods, check_mixtures
@@ -117,6 +118,12 @@ class ForgetConfig(FormOptions, Thresholds):
             raise OptionError(f"--num_ranks {self.num_ranks}: at least 1")
         if self.relearn < 0:
             raise OptionError(f"--relearn {self.relearn}: must not be negative")
+        if self.relearn_learning_rate is not None:
+            if not self.relearn:
+                raise OptionError("--relearn_learning_rate is about --relearn, and that is 0")
+            if self.relearn_learning_rate <= 0:
+                raise OptionError(f"--relearn_learning_rate {self.relearn_learning_rate}: must be above 0")
+        check_quantizations(self.quantize)
 
     def _check_documents(self) -> None:
         given = [name for name in ("forget", "retain", "approximate", "general") if getattr(self, name)]

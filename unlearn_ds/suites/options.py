@@ -110,6 +110,10 @@ class BenchmarkConfig:
             raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
         if not 0 < self.leak_top_p <= 1:
             raise OptionError(f"--leak_top_p {self.leak_top_p}: above 0, at most 1")
+        if not self.leak_samples and (self.leak_temperature != 1 or self.leak_top_p != 1):
+            raise OptionError("--leak_temperature and --leak_top_p are about --leak_samples, which is not given")
+        if self.data_dir != "data" and self.unlearn_method is None:
+            raise OptionError("--data_dir is for --unlearn_method: the benchmark's own data is --data")
         if self.question_column != "question" and not any(rows.rewordable for rows in self.benchmark.sets.values()):
             raise OptionError(f"--question_column is for tofu, not for {self.suite}")
 
