@@ -57,6 +57,8 @@ def test_states_are_listed(tmp_path, capsys):
     assert main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["done", "part", *["missing"] * 6]
+    # What all runs share tells none from the others.
+    assert lines[0].split()[3:] == ["unlearn_method=gradient_ascent", "learning_rate=0.0001", "seed=1"]
     assert main([str(path), "--count"]) == 0
     assert capsys.readouterr().out == "8\n"
 

@@ -120,9 +120,20 @@ def carry_out(config: SweepConfig) -> None:
         collect(elements, config)
     else:
         width = max(len(element.label) for element in elements)
+        shared = _shared_options(elements)
         for number, element in enumerate(elements):
-            point = " ".join(f"{name}={value}" for name, value in element.options.items())
+            point = " ".join(f"{name}={value}" for name, value in element.options.items() if name not in shared)
             print(visible(f"{number:4} {element.state:8} {element.label:{width}} {point}"))
+
+
+def _shared_options(elements: list[Element]) -> set[str]:
+    """Options by which runs of a sweep cannot be told apart; none where there is one run."""
+    first = elements[0].options if len(elements) > 1 else {}
+    return {
+        name
+        for name, value in first.items()
+        if all(name in element.options and element.options[name] == value for element in elements)
+    }
 
 
 def read_grid(path: Path) -> list[Element]:
