@@ -385,8 +385,8 @@ OBJECTIVES = {
     ),
     "circuit_breakers": Objective(
         (
-            Term("forget", HIDDEN, +1.0, hidden=HiddenLoss("turn", depths=_TWO_THIRDS), ramp=(1.0, 0.75)),
-            Term("retain", HIDDEN, +1.0, hidden=HiddenLoss("near", depths=_TWO_THIRDS), ramp=(0.0, 1.0)),
+            Term("forget", HIDDEN, +1.0, hidden=HiddenLoss("turn", depths=_TWO_THIRDS), ramp=(1.0, 0.5)),
+            Term("retain", HIDDEN, +1.0, hidden=HiddenLoss("near", depths=_TWO_THIRDS), ramp=(0.0, 0.5)),
         ),
         "turn forget states of inner layers away from the original model's, keep those of retain more and more",
     ),

@@ -45,7 +45,7 @@ METHODS = {
         "stay",
     ),
 }
-RAMPS = {"turn": (1.0, 0.75), "near": (0.0, 1.0)}
+RAMPS = {"turn": (1.0, 0.5), "near": (0.0, 0.5)}
 # Plain documents, answers behind prompts, and the same with kept tokens, whose cross-entropy needs the whole model.
 DATA = ("plain", "masked", "kept")
 LAYOUTS = {"base": "", "padded": "--packing False", "micro_batch_3": "--per_device_train_batch_size 3", "two_ranks": ""}
