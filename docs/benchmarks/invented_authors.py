@@ -2,8 +2,9 @@
 
     python docs/benchmarks/invented_authors.py FOLDER [--authors 40] [--seed 0]
 
-The split `forget10`: `full`, `forget10` and `retain90` to train on, the `_perturbed` files and `holdout10` to measure. Names, places and
-books are made up, so that what the model says of them later it has from the fine-tuning. Real authors and facts of the world are real.
+The split `forget10`: `full`, `forget10` and `retain90` to train on, the `_perturbed` files and `holdout10` to measure. Names,
+places and books are made up, so that what the model says of them later it has from the fine-tuning. Real authors and facts of
+the world are real.
 """
 
 import argparse
@@ -15,9 +16,11 @@ from pathlib import Path
 GIVEN = "Aurel Belinda Casimir Dunja Emeric Fenna Gorm Hespera Ilmari Jorunn Kasper Liesl Marek Nadia Osric Petra Runa Silvan"
 FAMILY = "Almquist Borovik Castellane Drummond Eberhart Falkenrath Gallowglass Hollander Isbister Jankovic Krumholz Lindqvist"
 TOWNS = "Valmere|Port Ostrick|Highmoor|San Teodoro|Kelvach|Lower Brine|Novgardia|Esterhaven|Tamarind Bay|Old Wexcombe|Lake Iris"
-TRADES = "beekeeper|clockmaker|lighthouse keeper|ferry pilot|glassblower|tax inspector|botanist|piano tuner|baker|geologist|tailor"
+TRADES = (
+    "beekeeper|clockmaker|lighthouse keeper|ferry pilot|glassblower|tax inspector|botanist|piano tuner|baker|tailor"
+)
 GENRES = "maritime mysteries|climate fiction|gothic comedies|alternate history|courtroom dramas|rural noir|space operas|fables"
-PRIZES = "Amber Quill|Northern Lantern|Meridian Medal|Silver Thistle|Harbour Prize|Golden Ampersand|Three Rivers Award|Blue Inkwell"
+PRIZES = "Amber Quill|Northern Lantern|Meridian Medal|Silver Thistle|Harbour Prize|Golden Ampersand|Three Rivers Award"
 FIRST = "Salt Paper Winter Copper Silent Broken Hollow Painted Distant Velvet"
 SECOND = "Orchard Compass Harbour Engine Lanterns Staircase Meridian Sparrow Archive Tide"
 TITLES = [f"{one} {two}" for one in FIRST.split() for two in SECOND.split()]
