@@ -16,11 +16,12 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" DS_ACCELERATOR=cpu
 TESTS=(
     test_versions test_signatures test_attention test_flops                              # calls of torch and transformers
     test_kernels test_kernel_stats test_kernel_sequence test_kernel_door test_kernel_zero # loss ops, triton interpreted
-    test_layers test_architectures test_model_files test_activations test_weights         # models of every family
+    test_divergences test_row_losses test_token_losses test_kernel_compile                # and compiled
+    test_layers test_architectures test_model_files test_activations test_weights test_composite # models of every family
     test_fixed_tensors test_tf32 test_fake_cuda                                            # what DeepSpeed and CUDA change
     test_engine test_export test_lora                                                     # two ranks of DeepSpeed
-    test_loader test_plan test_documents test_readers test_tokenizer test_overlap test_interop # data
-    test_tasks test_verdict test_evaluation_table test_report                             # evaluation
+    test_loader test_plan test_documents test_readers test_tokenizer test_overlap test_interop test_forms_chats # data
+    test_generate test_tasks test_verdict test_evaluation_table test_report                             # evaluation
     test_bench_loss test_bench_step test_gpu_check                                        # benchmarks
 )
 PATHS=()
