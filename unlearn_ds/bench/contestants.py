@@ -7,14 +7,15 @@ can do, an unweighted sum or mean, and marked. Legend: N rows, D hidden size, V 
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearn_ds.kernels import linear_cross_entropy, linear_kl, linear_sequence_loss, linear_token_stats
+from unlearn_ds.kernels import TokenLoss, linear_cross_entropy, linear_kl, linear_sequence_loss, linear_token_stats
+from unlearn_ds.objectives import OBJECTIVES
 
 
 class Inputs(NamedTuple):
@@ -40,7 +41,7 @@ class Contestant(NamedTuple):
     """One way to compute an op."""
 
     loss: Loss
-    weighting: str = "tokens"  # or what it does instead: "sum", "mean"
+    weighting: str = "tokens"  # a name in WEIGHTINGS
     needs: str | None = None  # dotted name of what it calls; its first part must be installed
     cuda_only: bool = False
     capability: tuple[int, int] = (0, 0)  # at least this of the CUDA device
@@ -74,12 +75,45 @@ def make_inputs(
     )
 
 
-def _ours_cross_entropy(x: Inputs, impl: str | None = None) -> Tensor:
+def _log_q(x: Inputs) -> Tensor:  # (N,) fp32
+    """What an original model says of the targets: some numbers of the size that random logits give."""
+    return -8 - x.token_weight.abs()
+
+
+def _weighed(method: str) -> Callable[[Inputs], Tensor]:
+    """(N,): signed weights times what a method makes of the probability of each target, by its formula (docs/methods.md)."""
+
+    def weight(x: Inputs) -> Tensor:
+        with torch.no_grad():
+            log_p = -F.cross_entropy(_logits(x.hidden, x.weight), x.targets, reduction="none")
+        a, b, c = OBJECTIVES[method].terms[0].token.powers
+        p, q = log_p.exp(), _log_q(x).to(log_p.dtype).exp()
+        share = 2 * p**c / (p**c + q**c) if c else 1
+        return x.token_weight * p**a * (1 - p) ** b * share
+
+    return weight
+
+
+# What a contestant multiplies the loss of each token with, (N,).
+WEIGHTINGS: dict[str, Callable[[Inputs], Tensor]] = {
+    "tokens": lambda x: x.token_weight,
+    "sum": lambda x: torch.ones_like(x.token_weight),
+    "mean": lambda x: torch.full_like(x.token_weight, 1 / len(x.hidden)),
+    **{method: _weighed(method) for method in ("wga", "satimp", "tnpo")},
+}
+
+
+def _ours_cross_entropy(x: Inputs, impl: str | None = None, method: str | None = None) -> Tensor:
+    loss = None
+    if method is not None:
+        token = OBJECTIVES[method].terms[0].token
+        loss = TokenLoss(token.form, token.powers, log_q=_log_q(x)[x.rows] if token.needs_log_q else None)
     return linear_cross_entropy(
         x.hidden,
         x.weight,
         x.targets[x.rows],
         x.token_weight[x.rows],
+        loss=loss,
         rows=None if len(x.rows) == len(x.hidden) else x.rows,
         workspace_bytes=x.workspace_bytes,
         impl=impl,
@@ -211,6 +245,10 @@ def _both(ours: Callable[..., Tensor]) -> dict[str, Contestant]:
 
 _CROSS_ENTROPY = {
     **_both(_ours_cross_entropy),
+    **{
+        f"ours_{method}": Contestant(partial(_ours_cross_entropy, method=method), method)
+        for method in ("wga", "satimp", "tnpo")
+    },
     "naive": Contestant(_naive_cross_entropy),
     "compiled": Contestant(lambda x: _compiled(_naive_cross_entropy)(x), cuda_only=True),
     "torch_linear_ce": Contestant(_torch_linear_ce, "sum", _TORCH_LINEAR_CE),

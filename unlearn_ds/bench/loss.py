@@ -3,6 +3,7 @@
 Every line is a forward and a backward of signed, weighted cross-entropy or of KL to a reference:
 
     ours                    unlearn_ds, `chunked`
+    ours_wga, ..            the same where the probability of the target weighs each token: wga, satimp, tnpo
     naive                   whole logits
     torch_linear_ce         torch's own chunked op, unweighted sum: what it was made for
     torch_linear_ce_none    the same with reduction="none", the only way it can weight tokens

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unlearn_ds.bench.contestants import OPS, Contestant, Inputs, named, outcome
+from unlearn_ds.bench.contestants import OPS, WEIGHTINGS, Contestant, Inputs, named, outcome
 from unlearn_ds.bench.record import Run, version
 
 
@@ -98,13 +98,8 @@ def errors(op: str, inputs: Inputs, contestants: dict[str, Contestant]) -> tuple
         weight=inputs.weight.detach().double().requires_grad_(),
         ref_hidden=inputs.ref_hidden.double(),
     )
-    weights = {
-        "tokens": inputs.token_weight,
-        "sum": torch.ones_like(inputs.token_weight),
-        "mean": torch.full_like(inputs.token_weight, 1 / len(inputs.hidden)),
-    }
     truth = {
-        weighting: outcome(op, contestants["naive"].loss, exact._replace(token_weight=weights[weighting]))
+        weighting: outcome(op, contestants["naive"].loss, exact._replace(token_weight=WEIGHTINGS[weighting](exact)))
         for weighting in {contestant.weighting for contestant in contestants.values()}
     }
     found: dict[str, float] = {}
