@@ -56,8 +56,29 @@ def profiled_steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+# By --optim: options of AdamW's that it has no use for, beside their defaults (and what else is as good as none).
+_WITHOUT_EFFECT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "adamw": {},
+    "sign_adam": {"adam_beta2": (0.999,), "adam_epsilon": (1e-8,)},
+    "sign_sgd": {"adam_beta1": (0.9,), "adam_beta2": (0.999,), "adam_epsilon": (1e-8,), "max_grad_norm": (1.0, 0.0)},
+}
+
+
+def check_optimizer(config: Any) -> None:
+    """Raise `OptionError` for what cannot take effect beside --optim."""
+    for name, without in _WITHOUT_EFFECT[config.optim].items():
+        if getattr(config, name) not in without:
+            raise OptionError(f"--{name} has no effect with --optim {config.optim}: only signs count. Leave it out")
+    if config.optim != "adamw" and config.optimizer_states == "bf16":
+        raise OptionError(
+            f"--optim {config.optim} moves every weight by --learning_rate, and master weights in bf16 (--optimizer_states "
+            "bf16) lose what is below half their distance: of most weights all. Take --optimizer_states fp32"
+        )
+
+
 def check_together(config: Any) -> None:
     """Raise `OptionError` for options that contradict each other, or that have no effect."""
+    check_optimizer(config)
     value = config.activation_checkpointing
     if value not in ("none", "full", "offloaded", "auto") and not (value.isdigit() and int(value) >= 1):
         raise OptionError(

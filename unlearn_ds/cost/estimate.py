@@ -147,7 +147,7 @@ def average_work(plan: Any, flops: ModelFlops, num_samples: int = 8) -> Work:
     return Work(
         micro_steps=float(np.mean([step.num_micro_steps for step in steps])),
         row_tokens=plan.seq_len * plan.micro_batch_size,
-        flops=float(np.mean([flops.training(step.length) for step in steps])),
+        flops=float(np.mean([flops.training(step.length[step.computed]) for step in steps])),
         reference_flops=float(np.mean([flops.reference(plan.lengths_compared(step)) for step in steps])),
         rows=float(np.mean([step.num_rows for step in steps])),
         micro_batch_size=plan.micro_batch_size,

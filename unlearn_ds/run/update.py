@@ -14,18 +14,25 @@ from unlearn_ds.run.retain_weight import RetainWeight
 
 
 def accumulate(run: Run, step: Step, retain_weight: RetainWeight | None = None) -> Tensor:
-    """Forward and backward over this rank's micro-batches; returns (1 + P,): the loss and its parts, before reduction.
+    """The gradient of an update by the plan's rule; returns (1 + P,): the loss and its parts, before reduction.
 
     The parts are those of the plan's sources, and the last that of the tokens that are kept beside targets. retain_weight
     multiplies retain's share of the loss, not its part.
     """
-    num_parts = len(run.plan.sources) + 1
+    rule, num_parts = run.plan.rule, len(run.plan.sources) + 1
     sums = torch.zeros(1 + num_parts, dtype=torch.float64, device=run.engine.device)
-    for batch in step.micro_batches:
-        with run.reference.loss_call(batch) as call:
-            if retain_weight is not None:
-                call = retain_weight.scaled(call, batch)
-            sums += micro_sums(batch, run.engine.micro_step(batch.rows, call), num_parts)
+    shards = run.engine.shards(rule)
+    for one, batches in zip(rule.passes, step.passes):
+        for batch in batches:
+            with run.reference.loss_call(batch) as call:
+                if retain_weight is not None:
+                    call = retain_weight.scaled(call, batch)
+                found = micro_sums(batch, run.engine.micro_step(batch.rows, call), num_parts)
+            if one.counted:
+                sums += found
+        for action in one.then:
+            getattr(shards, action)()
+    run.engine.notes = shards.notes
     return sums
 
 
