@@ -1,6 +1,7 @@
 """SAM, GRU and sign updates, on partitions: on one rank and two what plain PyTorch does in one process with whole tensors."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora
 from unlearn_ds.options import parse
 
 RATE, DECAY, BETA = 1e-3, 0.1, 0.8
+CLIP = 0.05
 EPSILON = 1e-2  # of AdamW: with the usual one the first update is lr * sign(gradient)
 SAM, GRU = {"sam_rho": 0.5}, {"gru": "with_retain"}
 # name -> (options of the run, what the naive version is told)
@@ -64,6 +66,10 @@ def options(root: Path, name: str, ranks: int) -> dict[str, Any]:
     }
 
 
+def as_words(given: dict[str, Any]) -> list[str]:
+    return [str(word) for pair in given.items() for word in pair]
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> tuple[Path, dict[str, Result]]:
     root = tmp_path_factory.mktemp("rules")
@@ -75,6 +81,11 @@ def recorded(tmp_path_factory) -> tuple[Path, dict[str, Result]]:
             name = f"{rule}-{layout}"
             words = f"{flags(rule)} --adam_epsilon {EPSILON} {more}"
             cases[ranks].append(case(name, options(root, name, ranks), words, 3))
+        if layout != "row_by_row":
+            name = f"clipped-{layout}"
+            words = f"{flags('both')} --adam_epsilon {EPSILON}"
+            given = options(root, name, ranks) | {"--max_grad_norm": CLIP}
+            cases[ranks].append(case(name, given, words, 3))
     for (stage, ranks), sign in itertools.product(STAGES, SIGNS):
         name = f"{sign}-{stage}-{ranks}"
         words = f"--unlearn_method ascent_plus_descent --optim {sign} {SIGNS[sign]} --deepspeed {stage}"
@@ -140,8 +151,7 @@ def test_how_it_is_laid_out_changes_nothing(recorded, rule, layout):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_pass_sees_its_own_sequences_in_several_micro_steps(recorded, rule, passes, ranks):
     root, _ = recorded
-    words = [str(word) for pair in options(root, rule, ranks).items() for word in pair]
-    config = parse(RunConfig, [*words, *flags(rule).split()], "test")
+    config = parse(RunConfig, [*as_words(options(root, rule, ranks)), *flags(rule).split()], "test")
     sources = make_sources(config, open_run_corpora(config, VOCAB_SIZE, None), VOCAB_SIZE, ())
     step = make_plan(config, sources, ranks).step(0)
     assert len(step.passes) == passes
@@ -156,31 +166,75 @@ def test_a_pass_sees_its_own_sequences_in_several_micro_steps(recorded, rule, pa
         first += count
 
 
+def plain_updates(
+    root: Path, words: str, naive: dict[str, Any], move: Callable[..., None], num_updates: int = 2
+) -> Any:
+    """A model of plain transformers after so many updates; `move` makes one of a parameter."""
+    model = plain_model(root / "model")
+    config = parse(RunConfig, [*as_words(options(root, "plain", 1)), "--unlearn_method", *words.split()], "test")
+    sources = make_sources(config, open_run_corpora(config, VOCAB_SIZE, None), VOCAB_SIZE, ())
+    plan = make_plan(config, sources, 1)
+    for update in range(num_updates):
+        step = plan.step(update)
+        seen = {f"source/{update}": step.source, f"sequence/{update}": step.sequence}
+        gradient = naive_gradient(model, *losses(root, words, seen, update, model), **naive)
+        length = sum(float((one.astype(np.float64) ** 2).sum()) for one in gradient.values()) ** 0.5
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                move(update, name, p, torch.from_numpy(gradient[name]), length)
+    return model
+
+
 @pytest.mark.parametrize("sign", SIGNS)
 def test_a_sign_update_is_plain_pytorch_s_at_every_stage(recorded, sign):
     root, results = recorded
-    result = results[f"{sign}-zero3-1"]
-    model = plain_model(root / "model")
-    moments = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    words = [str(word) for pair in options(root, sign, 1).items() for word in pair]
-    config = parse(RunConfig, [*words, "--unlearn_method", "ascent_plus_descent"], "test")
-    sources = make_sources(config, open_run_corpora(config, VOCAB_SIZE, None), VOCAB_SIZE, ())
-    plan = make_plan(config, sources, 1)
-    for update in range(2):
-        step = plan.step(update)
-        result = result | {f"source/{update}": step.source, f"sequence/{update}": step.sequence}
-        terms = losses(root, "ascent_plus_descent", result, update, model)
-        gradient = naive_gradient(model, *terms)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                direction = torch.from_numpy(gradient[name])
-                if sign == "sign_adam":
-                    direction = moments[name].mul_(BETA).add_(direction, alpha=1 - BETA)
-                p.mul_(1 - RATE * DECAY * (p.dim() > 1)).sub_(RATE * torch.sign(direction))
-    before = of_update(result, "weight", 0)
+    moments: dict[str, torch.Tensor] = {}
+
+    def move(_update: int, name: str, p: torch.Tensor, direction: torch.Tensor, _length: float) -> None:
+        if sign == "sign_adam":
+            direction = moments.setdefault(name, torch.zeros_like(p)).mul_(BETA).add_(direction, alpha=1 - BETA)
+        p.mul_(1 - RATE * DECAY * (p.dim() > 1)).sub_(RATE * torch.sign(direction))
+
+    model = plain_updates(root, "ascent_plus_descent", {}, move)
+    before = of_update(results[f"{sign}-zero3-1"], "weight", 0)
     for stage, ranks in STAGES:
         after = of_update(results[f"{sign}-{stage}-{ranks}"], "weight", 2)
         apart = [np.abs(after[name] - p.detach().numpy()) > RATE / 100 for name, p in model.named_parameters()]
         assert sum(map(np.sum, apart)) < MOST_SIGNS_OFF * sum(one.size for one in apart), (stage, ranks)
         moved = [np.abs(after[name] - weights).max() for name, weights in before.items()]
         assert min(moved) > RATE, "two updates of the whole rate each"
+
+
+@pytest.mark.parametrize("layout", ["one", "two"])
+def test_what_the_optimizer_gets_is_clipped_and_nothing_before(recorded, layout):
+    """Neither the gradient that says where SAM goes nor those that GRU compares."""
+    root, results = recorded
+    first: dict[str, torch.Tensor] = {}
+    second: dict[str, torch.Tensor] = {}
+
+    def adamw(update: int, name: str, p: torch.Tensor, gradient: torch.Tensor, length: float) -> None:
+        assert length > 2 * CLIP
+        gradient = gradient * (CLIP / length)
+        first[name] = 0.9 * first.get(name, torch.zeros_like(p)) + 0.1 * gradient
+        second[name] = 0.999 * second.get(name, torch.zeros_like(p)) + 0.001 * gradient**2
+        m, v = first[name] / (1 - 0.9 ** (update + 1)), second[name] / (1 - 0.999 ** (update + 1))
+        p.mul_(1 - RATE * DECAY * (p.dim() > 1)).sub_(RATE * m / (v.sqrt() + EPSILON))
+
+    words, naive = RULES["both"]
+    model = plain_updates(root, words, naive, adamw)
+    before, after = (of_update(results[f"clipped-{layout}"], "weight", update) for update in (0, 2))
+    moved = {name: after[name] - before[name] for name in after}
+    expected = {name: p.detach().numpy() - before[name] for name, p in model.named_parameters()}
+    assert relative_difference(moved, expected) < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["one", "two"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rank_keeps_a_shard_and_no_model(recorded, rule, layout):
+    root, results = recorded
+    ranks = LAYOUTS[layout][0]
+    size = sum(p.numel() for p in plain_model(root / "model").parameters())
+    shards = {"sam": 1, "gru": 1, "both": 1}[rule.split("_")[0]]  # in `both` one has gone when the other comes
+    kept = int(results[f"{rule}-{layout}"]["kept_bytes"])
+    assert kept == pytest.approx(shards * 4 * size / ranks, rel=1e-3)
+    assert results["sign_sgd-zero3-1"]["kept_bytes"] == 0

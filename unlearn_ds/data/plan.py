@@ -136,6 +136,20 @@ class StepPlan:
             return np.arange(len(self.length))
         return np.array([i for row in self.rows for i in row], dtype=np.int64)
 
+    @cached_property
+    def num_computed(self) -> int:
+        """Tokens that a forward and backward sees: `num_tokens`, unless there are several passes."""
+        return int(self.length[self.computed].sum())
+
+    @cached_property
+    def rows_of_passes(self) -> list[int]:
+        """How many rows each pass of the update's rule has."""
+        ends = np.cumsum(self.passes).tolist()
+        return [
+            sum(len(rows) for mine in self.dealt for rows in mine[end - size : end])
+            for size, end in zip(self.passes, ends)
+        ]
+
     @property
     def num_rows(self) -> int:
         return len(self.rows)
@@ -144,12 +158,12 @@ class StepPlan:
     def num_padding(self) -> int:
         """Tokens that are computed, or could be without another row, and belong to no sequence."""
         if self.packed:
-            return self.num_rows * self.seq_len - int(self.length[self.computed].sum())
+            return self.num_rows * self.seq_len - self.num_computed
         micro_batches = [
             self.length[[i for row in rows for i in self.rows[row]]] for steps in self.dealt for rows in steps if rows
         ]
         padded = sum(len(lengths) * int(lengths.max()) for lengths in micro_batches)
-        return padded - int(self.length[self.computed].sum())
+        return padded - self.num_computed
 
     @property
     def num_micro_steps(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from unlearn_ds.model.size import ModelSize
 from unlearn_ds.options import OptionError, did_you_mean
 from unlearn_ds.stored import ABSENT, OpenRecord, StoredError, check, read_dict
-from unlearn_ds.update_rule import PLAIN, UpdateRule
+from unlearn_ds.update_rule import PLAIN
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SHIPPED_DIR = _PACKAGE / "ds_configs" if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent / "ds_configs"
@@ -144,8 +144,13 @@ def check_device(content: dict[str, Any], device_type: str, source: str) -> None
             raise OptionError(f"--deepspeed {source}: {key} needs a GPU. Without one use zero3 or zero3_hpz")
 
 
-def check_update(content: dict[str, Any], optim: str, rule: UpdateRule, source: str) -> None:
-    """Raise `OptionError` for an optimizer, or a rule of updates, that does not go with how the state is cut and kept."""
+def load_for(config: Any) -> dict[str, Any]:
+    """The file that a run (a `config.RunConfig`) names.
+
+    Raises what `load_ds_file` raises, and `OptionError` for an optimizer, or a rule of updates, that does not go with how the
+    state is cut and kept there.
+    """
+    content, source, optim, rule = load_ds_file(config.deepspeed), config.deepspeed, config.optim, config.update_rule
     zero = content["zero_optimization"]
     offloaded = [key for key in ("offload_optimizer", "offload_param") if key in zero]
     if optim != "adamw" and "offload_optimizer" in offloaded:
@@ -154,7 +159,7 @@ def check_update(content: dict[str, Any], optim: str, rule: UpdateRule, source: 
             "less memory anyway: take --deepspeed zero3"
         )
     if rule == PLAIN:
-        return
+        return content
     option = "--sam_rho" if rule.sam_rho else "--gru"
     if zero["stage"] != 3:
         raise OptionError(f"--deepspeed {source}: {option} needs ZeRO stage 3, on one GPU too: take --deepspeed zero3")
@@ -163,6 +168,7 @@ def check_update(content: dict[str, Any], optim: str, rule: UpdateRule, source: 
             f"--deepspeed {source}: {option} works on weights and gradients of the device, and {offloaded[0]} keeps them "
             "elsewhere: take --deepspeed zero3, with more GPUs or --lora_r 16"
         )
+    return content
 
 
 def state_layout(content: dict[str, Any]) -> dict[str, Any]:

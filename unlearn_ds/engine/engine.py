@@ -66,6 +66,11 @@ def make_optimizer(config: RunConfig, model: nn.Module, offloaded: bool) -> torc
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
+def moments(optim: str) -> int:
+    """How many numbers --optim keeps of a parameter, beside the parameter itself."""
+    return {"adamw": 2, "sign_adam": 1, "sign_sgd": 0}[optim]
+
+
 def warmup_steps(config: RunConfig, num_steps: int) -> int:
     """Updates of warm-up, as transformers counts them: ceil(ratio * updates)."""
     return config.warmup_steps or -int(-(config.warmup_ratio * num_steps) // 1)

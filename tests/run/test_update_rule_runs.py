@@ -1,0 +1,186 @@
+"""Runs with SAM, GRU and sign updates: gone on with bit for bit, on other ranks, in bf16, with adapters; what is refused."""
+
+import shutil
+
+import pytest
+
+from tests.support.cluster import largest_difference, make_tiny_run, metrics, weights
+from unlearn_ds.config import RunConfig
+from unlearn_ds.cost.fit import setting_of
+from unlearn_ds.cost.peak import Model, state
+from unlearn_ds.engine.ds_config import load_ds_file, load_for
+from unlearn_ds.model.activations import LayerActivations
+from unlearn_ds.model.size import ModelSize
+from unlearn_ds.options import OptionError, parse
+
+STEPS = 6
+STEADY = {
+    "unlearn_method": "ascent_plus_descent",
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0.0,
+    "save_total_limit": 9,
+}
+WAYS = {
+    "all": {"optim": "sign_adam", "sam_rho": 0.1, "gru": "with_retain", "adam_beta1": 0.8, "learning_rate": 1e-4},
+    "sign_sgd": {"optim": "sign_sgd", "deepspeed": "zero2", "learning_rate": 1e-4},
+    "gru": {"gru": "alone"},
+}
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    run = make_tiny_run(tmp_path_factory.mktemp("update_rules"), num_steps=STEPS)
+    yield run
+    run.server.stop()
+
+
+@pytest.fixture(scope="module")
+def done(tiny):
+    """Name of a way -> the folder of its run on two ranks."""
+    made = {}
+
+    def of(name: str):
+        if name not in made:
+            made[name] = tiny.folder / name
+            tiny.server.run(tiny.arguments(made[name], **STEADY, **WAYS[name]))
+        return made[name]
+
+    return of
+
+
+def gone_on(tiny, whole, out, name: str, ranks: int):
+    """A run that was lost after update 2, gone on with."""
+    shutil.copytree(whole, out)
+    for step in (4, 6):
+        shutil.rmtree(out / "checkpoints" / f"step_{step}")
+    tiny.server.run(tiny.arguments(out, **STEADY, **WAYS[name], resume=True), num_ranks=ranks)
+    return out
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_resume_goes_on_bit_for_bit(tiny, done, tmp_path, name):
+    out = gone_on(tiny, done(name), tmp_path / "run", name, 2)
+    assert metrics(out) == metrics(done(name))
+    assert largest_difference(weights(out), weights(done(name))) == 0.0
+
+
+def test_the_moment_of_a_sign_update_goes_to_another_number_of_ranks(tiny, done, tmp_path):
+    """A moment that was lost would turn every sign that it had turned."""
+    out = gone_on(tiny, done("all"), tmp_path / "run", "all", 1)
+    one, other = metrics(out), metrics(done("all"))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-4)
+    before, after = weights(done("all")), weights(out)
+    apart = sum(int(((before[key] - after[key]).abs() > 1e-5).sum()) for key in before)
+    assert apart < 1e-3 * sum(one.numel() for one in before.values())
+
+
+def test_what_a_rule_found_is_logged(tiny, done):
+    rows = metrics(done("all"))
+    assert all(row["sam_shift"] == pytest.approx(0.1, rel=1e-4) for row in rows)
+    assert all(-1 <= row["gru_cosine"] <= 1 for row in rows)
+    assert "sam_shift" not in metrics(done("gru"))[0]
+
+
+def test_in_bf16_the_shift_is_what_the_weights_can_hold(tiny, tmp_path):
+    out, options = tmp_path / "run", STEADY | {"sam_rho": 1e-3, "bf16": True, "max_steps": 2, "save_steps": 0}
+    tiny.server.run(tiny.arguments(out, **options))
+    assert all(0 <= row["sam_shift"] < 0.9e-3 for row in metrics(out))
+    assert all(row["loss"] is not None for row in metrics(out))
+
+
+def test_adapters_alone_are_moved_and_updated(tiny, tmp_path):
+    common = STEADY | {"lora_r": 2, "sam_rho": 0.1, "gru": "with_retain", "max_steps": 3, "save_steps": 0}
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        tiny.server.run(tiny.arguments(out, **common), num_ranks=ranks)
+        found.append(metrics(out))
+        assert all(row["sam_shift"] == pytest.approx(0.1, rel=1e-3) for row in found[-1])
+    for field in ("loss", "grad_norm"):
+        assert [r[field] for r in found[0]] == pytest.approx([r[field] for r in found[1]], rel=1e-3)
+
+
+def config(words: str) -> RunConfig:
+    return parse(RunConfig, ["--target_model_name_or_path", "m", "--output_dir", "o", *words.split()], "train")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--unlearn_method npo --sam_rho 0", r"--sam_rho 0\.0: must be above 0"),
+        ("--unlearn_method npo --sam_rho -1", r"--sam_rho -1\.0: must be above 0"),
+        ("--unlearn_method npo --sam_rho inf", "--sam_rho inf: must be a finite number"),
+        ("--unlearn_method finetune --sam_rho 0.1", "along the gradient of a forget term, and finetune has none"),
+        (
+            "--unlearn_method npo --gru alone",
+            r"--gru is for methods that pair forget with retain, not for npo \(--retain_loss",
+        ),
+        ("--unlearn_method npo_plus_descent --gru yes", "--gru yes"),
+        ("--unlearn_method npo_plus_descent --gru with_retain --retain_weight 0", "there is no retain gradient"),
+        (
+            "--unlearn_method npo_plus_descent --gru alone --retain_weight 2",
+            "--gru alone updates by the forget gradient",
+        ),
+        ("--unlearn_method npo_plus_descent --gru alone --retain_target 2", "take --gru with_retain"),
+        ("--unlearn_method npo --optim sgd", "--optim sgd"),
+        ("--unlearn_method npo --optim sign_sgd --adam_beta1 0.5", "--adam_beta1 has no effect with --optim sign_sgd"),
+        (
+            "--unlearn_method npo --optim sign_sgd --max_grad_norm 2",
+            "--max_grad_norm has no effect with --optim sign_sgd",
+        ),
+        (
+            "--unlearn_method npo --optim sign_adam --adam_epsilon 1e-6",
+            "--adam_epsilon has no effect with --optim sign_adam",
+        ),
+        ("--unlearn_method npo --optim sign_adam --optimizer_states bf16", "lose what is below half their distance"),
+    ],
+)
+def test_what_cannot_take_effect_stops_the_run(words, message):
+    with pytest.raises(OptionError, match=message):
+        config(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "deepspeed", "message"),
+    [
+        ("--sam_rho 0.1", "zero2", "--sam_rho needs ZeRO stage 3, on one GPU too: take --deepspeed zero3"),
+        ("--gru alone", "zero1", "--gru needs ZeRO stage 3"),
+        ("--gru alone", "zero3_offload", "--gru works on weights and gradients of the device, and offload_"),
+        ("--optim sign_sgd", "zero3_offload", "DeepSpeed has AdamW alone, not --optim sign_sgd"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_by_name(words, deepspeed, message):
+    given = f"--unlearn_method npo_plus_descent {words} --deepspeed"
+    with pytest.raises(OptionError, match=message):
+        load_for(config(f"{given} {deepspeed}"))
+    assert load_for(config(f"{given} zero3")) == load_ds_file("zero3")
+
+
+def test_a_stage_is_refused_by_the_run_too(tiny, tmp_path):
+    run = tiny.server.start(tiny.arguments(tmp_path / "run", **STEADY, sam_rho=0.1, deepspeed="zero2"), num_ranks=1)
+    assert run.wait() == [2]
+    assert "--deepspeed zero2: --sam_rho needs ZeRO stage 3" in run.output()
+    assert "Traceback" not in run.output()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", {"optimizer": 8 * 500}),
+        ("--optim sign_adam", {"optimizer": 4 * 500}),
+        ("--optim sign_sgd", {"optimizer": 0}),
+        ("--optim sign_sgd --bf16 True", {"optimizer": 4 * 500}),
+        ("--sam_rho 0.1", {"weights before the shift": 4 * 500}),
+        ("--gru alone", {"forget gradient, set aside": 4 * 500}),
+        ("--gru alone --sam_rho 0.1", {"forget gradient, set aside": 4 * 500}),
+        ("--sam_rho 0.1 --bf16 True", {}),
+    ],
+)
+def test_what_a_rank_keeps_is_counted(words, expected):
+    given = config(f"--unlearn_method npo_plus_descent --bf16 False {words}")
+    model = Model(1000, 1000, 100, 2, 50, 5, LayerActivations(0, 0))
+    setting = setting_of(given, load_ds_file("zero3"), ModelSize(100, 50, 5), 2, 2)
+    counted = {name: size for name, (size, _) in state(model, setting).items()}
+    named = {"optimizer", "weights before the shift", "forget gradient, set aside"}
+    assert {name: counted[name] for name in counted if name in named} == {"optimizer": counted["optimizer"]} | expected
