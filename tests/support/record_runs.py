@@ -75,7 +75,9 @@ def record(arguments: list[str], num_updates: int) -> dict[str, np.ndarray]:
                     result[f"weight/{k}/{name}"] = safe_get_full_fp32_param(parameter).cpu().numpy().copy()
             weights.append(run.config.retain_weight if run.retain_weight is None else run.retain_weight.value)
             sums = accumulate(run, step, run.retain_weight)
-            if k in DETAILED:
+            if (
+                k in DETAILED and run.engine.engine.zero_optimization_stage() == 3
+            ):  # elsewhere it is not there before the step
                 for name, parameter in parameters(run):
                     result[f"grad/{k}/{name}"] = safe_get_full_grad(parameter).cpu().numpy().copy()
             run.engine.update()
