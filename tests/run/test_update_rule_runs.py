@@ -9,9 +9,11 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.cost.fit import setting_of
 from unlearn_ds.cost.peak import Model, state
 from unlearn_ds.engine.ds_config import load_ds_file, load_for
+from unlearn_ds.methods import far_from_preset, method_listing
 from unlearn_ds.model.activations import LayerActivations
 from unlearn_ds.model.size import ModelSize
 from unlearn_ds.options import OptionError, parse
+from unlearn_ds.tune.options import TuneConfig, trial_config
 
 STEPS = 6
 STEADY = {
@@ -147,6 +149,7 @@ def test_what_cannot_take_effect_stops_the_run(words, message):
         ("--sam_rho 0.1", "zero2", "--sam_rho needs ZeRO stage 3, on one GPU too: take --deepspeed zero3"),
         ("--gru alone", "zero1", "--gru needs ZeRO stage 3"),
         ("--gru alone", "zero3_offload", "--gru works on weights and gradients of the device, and offload_"),
+        ("--sam_rho 0.1", "zero3_zeropp", "zero_quantized_weights rounds weights to int8 on their way"),
         ("--optim sign_sgd", "zero3_offload", "DeepSpeed has AdamW alone, not --optim sign_sgd"),
     ],
 )
@@ -171,10 +174,10 @@ def test_a_stage_is_refused_by_the_run_too(tiny, tmp_path):
         ("--optim sign_adam", {"optimizer": 4 * 500}),
         ("--optim sign_sgd", {"optimizer": 0}),
         ("--optim sign_sgd --bf16 True", {"optimizer": 4 * 500}),
-        ("--sam_rho 0.1", {"weights before the shift": 4 * 500}),
+        ("--sam_rho 0.1", {}),
         ("--gru alone", {"forget gradient, set aside": 4 * 500}),
         ("--gru alone --sam_rho 0.1", {"forget gradient, set aside": 4 * 500}),
-        ("--sam_rho 0.1 --bf16 True", {}),
+        ("--gru alone --bf16 True", {"optimizer": 12 * 500, "forget gradient, set aside": 4 * 500}),
     ],
 )
 def test_what_a_rank_keeps_is_counted(words, expected):
@@ -182,5 +185,23 @@ def test_what_a_rank_keeps_is_counted(words, expected):
     model = Model(1000, 1000, 100, 2, 50, 5, LayerActivations(0, 0))
     setting = setting_of(given, load_ds_file("zero3"), ModelSize(100, 50, 5), 2, 2)
     counted = {name: size for name, (size, _) in state(model, setting).items()}
-    named = {"optimizer", "weights before the shift", "forget gradient, set aside"}
+    named = {"optimizer", "forget gradient, set aside"}
     assert {name: counted[name] for name in counted if name in named} == {"optimizer": counted["optimizer"]} | expected
+
+
+def test_the_listing_and_the_preset_s_warning_know_them():
+    listing = method_listing()
+    assert all(option in listing for option in ("--optim sign_sgd", "--optim sign_adam", "--sam_rho", "--gru alone"))
+    words = "--preset npo --learning_rate 5e-5"
+    plain, signed = (far_from_preset(config(f"{words}{more}"), 10**5) for more in ("", " --optim sign_sgd"))
+    assert "AdamW's rate" not in plain
+    assert "--optim sign_sgd moves every weight by all of it" in signed
+
+
+def test_a_search_over_the_retain_weight_takes_no_rule_without_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("{target_model_name_or_path: m, gru: alone}")
+    given = TuneConfig(base=str(tmp_path / "base.yaml"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(
+        OptionError, match="gru alone leaves no effect to retain_weight, which is searched: with_retain does"
+    ):
+        trial_config(given, tmp_path, {"unlearn_method": "npo_plus_descent"})

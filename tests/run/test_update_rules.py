@@ -234,10 +234,9 @@ def test_what_the_optimizer_gets_is_clipped_and_nothing_before(recorded, layout)
 @pytest.mark.parametrize("layout", ["one", "two"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rank_keeps_a_shard_and_no_model(recorded, rule, layout):
+    """GRU a gradient; SAM nothing, as DeepSpeed has master weights."""
     root, results = recorded
-    ranks = LAYOUTS[layout][0]
     size = sum(p.numel() for p in plain_model(root / "model").parameters())
-    shards = {"sam": 1, "gru": 1, "both": 1}[rule.split("_")[0]]  # in `both` one has gone when the other comes
     kept = int(results[f"{rule}-{layout}"]["kept_bytes"])
-    assert kept == pytest.approx(shards * 4 * size / ranks, rel=1e-3)
-    assert results["sign_sgd-zero3-1"]["kept_bytes"] == 0
+    keeps = RULES[rule][1].get("gru") is not None
+    assert kept == pytest.approx(keeps * 4 * size / LAYOUTS[layout][0], rel=1e-3)

@@ -90,14 +90,12 @@ def state(model: Model, setting: Setting) -> dict[str, tuple[int, str]]:
 def kept_by_rule(model: Model, setting: Setting) -> dict[str, int]:
     """Component -> bytes on one rank of what `engine/shards.py` keeps while it puts a gradient together.
 
-    With SAM and GRU the weights are back before the gradient is set aside, which is no smaller.
+    SAM keeps nothing: the weights come back from DeepSpeed's master copy of them.
     """
-    shard, rule = -(-model.trainable // setting.world_size), setting.rule
-    if rule.gru is not None:
-        return {"forget gradient, set aside": shard * gradient_width(setting.ds_config, setting.bf16)}
-    if rule.sam_rho is not None and (not setting.bf16 or setting.small_states):  # else the master copy has them
-        return {"weights before the shift": shard * setting.width}
-    return {}
+    if setting.rule.gru is None:
+        return {}
+    shard = -(-model.trainable // setting.world_size)
+    return {"forget gradient, set aside": shard * gradient_width(setting.ds_config, setting.bf16)}
 
 
 def update_bytes(model: Model, setting: Setting, rows: int, checkpointing: str) -> dict[str, float]:

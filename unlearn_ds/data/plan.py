@@ -266,14 +266,14 @@ class Plan:
         length = columns[1]
         by_source = [len(ids) for ids in items]
         together = np.repeat([source.item_size for source in self.sources], by_source)  # sequences of each item
-        layout = self._lay_out(length, together, np.repeat([source.role for source in self.sources], by_source))
+        layout = self._lay_out(length, together, np.repeat(np.arange(len(self.sources)), by_source))
         return StepPlan(index, source, sequence, *columns, *layout, self.seq_len, by_source, self.packing)
 
     def _lay_out(
         self,
         length: np.ndarray,  # (S,) tokens
         together: np.ndarray,  # (B,) sequences of each item, which stand side by side
-        role: np.ndarray,  # (B,) str
+        of_source: np.ndarray,  # (B,) int64
     ) -> tuple[list[list[int]], list[list[list[int]]], tuple[int, ...]]:
         """Rows, how they are dealt, and the micro-steps of each pass: `StepPlan`."""
         first = np.cumsum(together) - together
@@ -286,7 +286,7 @@ class Plan:
         dealt: list[list[list[int]]] = [[] for _ in range(self.world_size)]
         passes = []
         for one in self.rule.passes:
-            items = np.flatnonzero(np.isin(role, one.roles))
+            items = np.flatnonzero(np.array([source.role in one.roles for source in self.sources])[of_source])
             none: tuple = ([], [[]] * self.world_size)
             found, given = self._rows_of(length, [members[i] for i in items], sizes[items]) if len(items) else none
             for mine, more in zip(dealt, given):

@@ -163,6 +163,11 @@ def load_for(config: Any) -> dict[str, Any]:
     option = "--sam_rho" if rule.sam_rho else "--gru"
     if zero["stage"] != 3:
         raise OptionError(f"--deepspeed {source}: {option} needs ZeRO stage 3, on one GPU too: take --deepspeed zero3")
+    if rule.sam_rho and zero.get("zero_quantized_weights"):
+        raise OptionError(
+            f"--deepspeed {source}: zero_quantized_weights rounds weights to int8 on their way to other ranks, and --sam_rho's "
+            "shift would be lost: take --deepspeed zero3 or zero3_hpz"
+        )
     if offloaded:
         raise OptionError(
             f"--deepspeed {source}: {option} works on weights and gradients of the device, and {offloaded[0]} keeps them "

@@ -1,7 +1,8 @@
 """The partitions of ZeRO-3 while the gradient of an update is put together: what a `Pass` says under `then`.
 
-Every rank works on its own shard; of the others it learns a few sums. Nothing here is as large as the model: SAM keeps a shard
-of weights where they are their own master copy (fp32), GRU a shard of gradients.
+Every rank works on its own shard; of the others it learns a few sums. Nothing here is as large as the model: GRU keeps a shard of
+gradients, SAM nothing, as the weights come back from DeepSpeed's master copy. A DeepSpeed that kept none in fp32, as 0.19.8 means
+to (`stage3.py` compares a device with its name, and so always keeps one), would make it a shard of weights.
 
 Legend: N elements of a rank's shard of all that is trained, in DeepSpeed's order; padding at its ends is 0.
 """
@@ -88,7 +89,7 @@ class Shards:
         self._aside = None
 
     def _groups(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Weights as the forward reads them, as the optimizer steps on them (the same tensor in fp32), their gradient."""
+        """Weights as the forward reads them, as the optimizer steps on them, their gradient."""
         at, zero = 0, self._zero
         for weights, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat):
             yield weights.data, master.data, self.gradient.narrow(0, at, weights.numel())

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.loader import Step
 from unlearn_ds.data.plan import Plan
+from unlearn_ds.marks import OPTIMIZER
 from unlearn_ds.run.build import Run
 from unlearn_ds.run.retain_weight import RetainWeight
 
@@ -31,7 +33,8 @@ def accumulate(run: Run, step: Step, retain_weight: RetainWeight | None = None) 
             if one.counted:
                 sums += found
         for action in one.then:
-            getattr(shards, action)()
+            with record_function(OPTIMIZER):
+                getattr(shards, action)()
     run.engine.notes = shards.notes
     return sums
 
