@@ -1,8 +1,8 @@
 """The partitions of ZeRO-3 while the gradient of an update is put together: what a `Pass` says under `then`.
 
-Every rank works on its own shard; of the others it learns a few sums. Nothing here is as large as the model: GRU keeps a shard of
-gradients, SAM nothing, as the weights come back from DeepSpeed's master copy. A DeepSpeed that kept none in fp32, as 0.19.8 means
-to (`stage3.py` compares a device with its name, and so always keeps one), would make it a shard of weights.
+Every rank works on its own shard; of the others it learns a few sums. Nothing here is as large as the model: GRU keeps a shard
+of gradients, SAM nothing, as the weights come back from DeepSpeed's master copy. A DeepSpeed that kept none in fp32, as 0.19.8
+means to (`stage3.py` compares a device with its name, and so always keeps one), would make it a shard of weights.
 
 Legend: N elements of a rank's shard of all that is trained, in DeepSpeed's order; padding at its ends is 0.
 """
