@@ -340,8 +340,8 @@ class RunConfig:
             notes.append("--gradient_accumulation_steps: has no effect beside --global_batch_size")
         if self.sam_rho is not None and self.bf16 is True:
             notes.append(
-                "--sam_rho: weights in bf16 keep of the shift only what reaches the next bf16 number; `sam_shift` in "
-                "metrics.jsonl is how far they went. With --bf16 False they go all the way"
+                "--sam_rho: a weight in bf16 stays, or goes to the next bf16 number, further than its share; `sam_shift` in "
+                "metrics.jsonl is how far all went together. With --bf16 False they go as far as they should"
             )
         if self.fsdp is not None:
             notes.append("--fsdp: DeepSpeed ZeRO-3 shards parameters, gradients and optimizer here; see --deepspeed")

@@ -50,13 +50,10 @@ class Shards:
         moved = torch.zeros((), dtype=torch.float64, device=gradient.device)
         self._zero._partition_all_parameters()
         for weights, master, part in self._groups():
-            own = weights.data_ptr() == master.data_ptr()
-            self._kept.append(weights.clone() if own else None)
-            for now, before, along in zip(weights.split(_PIECE), master.split(_PIECE), part.split(_PIECE)):
-                wanted = torch.addcmul(before.float(), along.float(), scale)
-                if own:
-                    before = before.clone()
-                now.copy_(wanted)
+            self._kept.append(weights.clone() if weights.data_ptr() == master.data_ptr() else None)
+            for now, exact, along in zip(weights.split(_PIECE), master.split(_PIECE), part.split(_PIECE)):
+                before = now.clone()
+                now.copy_(torch.addcmul(exact.float(), along.float(), scale))
                 moved += (now.float() - before.float()).square().sum(dtype=torch.float64)
         if dist.get_world_size() > 1:
             dist.all_reduce(moved)
