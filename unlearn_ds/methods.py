@@ -6,7 +6,6 @@ from typing import Any
 
 from unlearn_ds.objectives import OBJECTIVES, Objective
 from unlearn_ds.options import OptionError, check_name, did_you_mean
-from unlearn_ds.update_rule import ALONE
 
 # Open-Unlearning's trainers -> the row of the table, and the retain term that their name implies.
 TRAINERS: dict[str, dict[str, Any]] = {
@@ -277,7 +276,6 @@ def check_method(config: Any) -> None:
         raise OptionError(f"--completely_random is for random_label, not for {method}")
     _check_own(config)
     _check_terms(config)
-    _check_update_rule(config)
     if not config.do_unlearn:
         raise OptionError(
             "--do_unlearn False: there is nothing else to do; to measure a model use `unlearn-ds evaluate`"
@@ -353,28 +351,6 @@ def _check_terms(config: Any) -> None:
         raise OptionError(
             f"--retain_weight and --retain_ratio are for methods that pair forget with retain, not for {method} (--retain_loss "
             "adds such a term)"
-        )
-
-
-def _check_update_rule(config: Any) -> None:
-    """What takes a method's terms apart needs terms that can be."""
-    method, objective = config.unlearn_method, config.method
-    if config.sam_rho is not None and config.sam_rho <= 0:
-        raise OptionError(f"--sam_rho {config.sam_rho}: must be above 0, such as 0.01")
-    if config.sam_rho is not None and not objective.forgets:
-        raise OptionError(f"--sam_rho moves the weights along the gradient of a forget term, and {method} has none")
-    if config.gru is None:
-        return
-    if objective.roles != ("forget", "retain"):
-        raise OptionError(
-            f"--gru is for methods that pair forget with retain, not for {method} (--retain_loss adds such a term)"
-        )
-    if config.retain_weight == 0:
-        raise OptionError("--gru with --retain_weight 0: there is no retain gradient that could be opposed")
-    if config.gru == ALONE and (config.retain_weight != 1 or config.retain_target is not None):
-        raise OptionError(
-            "--gru alone updates by the forget gradient without its part against the retain gradient, however long that is: "
-            "--retain_weight and --retain_target have no effect. Leave them out, or take --gru with_retain"
         )
 
 
