@@ -14,6 +14,7 @@ from unlearn_ds.methods import check_method, expanded
 from unlearn_ds.mixture import parse_mixture
 from unlearn_ds.objectives import OBJECTIVES, Objective, PairLoss, SequenceLoss, TokenLoss
 from unlearn_ds.options import check_choices, check_name
+from unlearn_ds.update_rule import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,16 @@ class RunConfig:
     gradient_accumulation_steps: int = 1
     """only sets global_batch_size; the real number of micro-steps follows from packing"""
     learning_rate: float = 2e-5
-    """peak learning rate of AdamW"""
+    """peak learning rate"""
+    optim: Literal["adamw", "sign_sgd", "sign_adam"] = "adamw"
+    """the update: AdamW, or every weight by learning_rate, against the sign of its gradient (sign_sgd) or along that of Adam's
+    direction (sign_adam)"""
+    sam_rho: float | None = None
+    """SAM: take the forget gradient at weights that are moved by so much along it (published: 0.01 on MUSE, 0.1 on WMDP), in a
+    second pass over the forget sequences; needs ZeRO-3"""
+    gru: Literal["alone", "with_retain"] | None = None
+    """GRU: take out of the forget gradient what opposes the retain gradient, and update by the rest alone, or with the retain
+    gradient added; needs ZeRO-3"""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
     ] = "cosine"
@@ -134,9 +144,9 @@ class RunConfig:
     warmup_steps: int = 0
     """updates spent warming up; wins over warmup_ratio"""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay (not on biases and norms)"""
+    """decoupled weight decay (not on biases and norms)"""
     adam_beta1: float = 0.9
-    """AdamW's first-moment decay"""
+    """AdamW's first-moment decay, and sign_adam's"""
     adam_beta2: float = 0.999
     """AdamW's second-moment decay"""
     adam_epsilon: float = 1e-8
@@ -285,6 +295,11 @@ class RunConfig:
         return parse_mixture("retain_sets", self.retain_sets)
 
     @property
+    def update_rule(self) -> UpdateRule:
+        """How the gradient of an update is made."""
+        return UpdateRule(self.sam_rho, self.gru)
+
+    @property
     def sequence_loss(self) -> SequenceLoss | PairLoss | None:
         """The objective's term of whole sequences with the run's beta and gamma."""
         return self.with_numbers(self.method.sequence_loss)
@@ -323,6 +338,11 @@ class RunConfig:
         notes = []
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             notes.append("--gradient_accumulation_steps: has no effect beside --global_batch_size")
+        if self.sam_rho is not None and self.bf16 is True:
+            notes.append(
+                "--sam_rho: a weight in bf16 stays, or goes to the next bf16 number, further than its share; `sam_shift` in "
+                "metrics.jsonl is how far all went together. With --bf16 False they go as far as they should"
+            )
         if self.fsdp is not None:
             notes.append("--fsdp: DeepSpeed ZeRO-3 shards parameters, gradients and optimizer here; see --deepspeed")
         if self.fsdp_transformer_layer_cls_to_wrap is not None:

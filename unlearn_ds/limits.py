@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from unlearn_ds.options import OptionError
+from unlearn_ds.update_rule import ALONE
 
 
 def check_numbers(config: Any) -> None:
@@ -56,8 +57,52 @@ def profiled_steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+# By --optim: options of AdamW's that it has no use for, beside their defaults (and what else is as good as none).
+_WITHOUT_EFFECT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "adamw": {},
+    "sign_adam": {"adam_beta2": (0.999,), "adam_epsilon": (1e-8,)},
+    "sign_sgd": {"adam_beta1": (0.9,), "adam_beta2": (0.999,), "adam_epsilon": (1e-8,), "max_grad_norm": (1.0, 0.0)},
+}
+
+
+def check_optimizer(config: Any) -> None:
+    """Raise `OptionError` for what cannot take effect beside --optim."""
+    for name, without in _WITHOUT_EFFECT[config.optim].items():
+        if getattr(config, name) not in without:
+            raise OptionError(f"--{name} has no effect with --optim {config.optim}: only signs count. Leave it out")
+    if config.optim != "adamw" and config.optimizer_states == "bf16":
+        raise OptionError(
+            f"--optim {config.optim} moves every weight by --learning_rate, and master weights in bf16 (--optimizer_states "
+            "bf16) lose what is below half their distance: of most weights all. Take --optimizer_states fp32"
+        )
+
+
+def check_update_rule(config: Any) -> None:
+    """Raise `OptionError` for a rule of updates that takes terms apart which the method has not."""
+    method, objective = config.unlearn_method, config.method
+    if config.sam_rho is not None and config.sam_rho <= 0:
+        raise OptionError(f"--sam_rho {config.sam_rho}: must be above 0, such as 0.01")
+    if config.sam_rho is not None and not objective.forgets:
+        raise OptionError(f"--sam_rho moves the weights along the gradient of a forget term, and {method} has none")
+    if config.gru is None:
+        return
+    if objective.roles != ("forget", "retain"):
+        raise OptionError(
+            f"--gru is for methods that pair forget with retain, not for {method} (--retain_loss adds such a term)"
+        )
+    if config.retain_weight == 0:
+        raise OptionError("--gru with --retain_weight 0: there is no retain gradient that could be opposed")
+    if config.gru == ALONE and (config.retain_weight != 1 or config.retain_target is not None):
+        raise OptionError(
+            "--gru alone updates by the forget gradient without its part against the retain gradient, however long that is: "
+            "--retain_weight and --retain_target have no effect. Leave them out, or take --gru with_retain"
+        )
+
+
 def check_together(config: Any) -> None:
     """Raise `OptionError` for options that contradict each other, or that have no effect."""
+    check_optimizer(config)
+    check_update_rule(config)
     value = config.activation_checkpointing
     if value not in ("none", "full", "offloaded", "auto") and not (value.isdigit() and int(value) >= 1):
         raise OptionError(

@@ -139,6 +139,12 @@ PRESETS = {
         "its authors (arXiv 2509.02820), with paraphrases among the forget documents",
     ),
 }
+_OPTIMIZERS = (
+    ("--optim sign_sgd", "each weight by the learning rate, against its gradient's sign; no state (arXiv 2510.00761)"),
+    ("--optim sign_adam", "the same along the sign of Adam's direction; one moment"),
+    ("--sam_rho 0.01", "the forget gradient at weights moved along it: a second pass over forget (arXiv 2502.05374)"),
+    ("--gru alone", "the forget gradient without what opposes retain's (arXiv 2503.09117); with_retain: beside it"),
+)
 _FAR = 10.0  # times less, or more, than what a preset's source trained
 
 
@@ -172,6 +178,8 @@ def far_from_preset(config: Any, num_steps: int) -> str | None:
     if theirs / _FAR <= ours <= theirs * _FAR:
         return None
     what = "nothing may change" if ours < theirs else "the model may be destroyed"
+    if config.optim != "adamw":
+        what += f" (that was AdamW's rate; --optim {config.optim} moves every weight by all of it)"
     return (
         f"warning: --preset {config.preset}: its source made {preset.updates} updates at "
         f"{preset.options['learning_rate']:g}, and "
@@ -214,6 +222,11 @@ def method_listing() -> str:
             f"  {name:<27}{row.summary}",
             f"  {'':<27}{own + '; ' if own else ''}original model: {needs(row)}{answers}",
         ]
+    lines += [
+        "",
+        "optimizers, with any method (docs/methods.md):",
+        *(f"  {name:<27}{what}" for name, what in _OPTIMIZERS),
+    ]
     lines += ["", "Open-Unlearning's trainers:"]
     for name, options in TRAINERS.items():
         lines.append(f"  {name:<27}{_flags(options)}")

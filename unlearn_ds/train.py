@@ -261,6 +261,7 @@ def metrics_row(
         "lr": learning_rate,
         "grad_norm": result.grad_norm if result.applied else None,
         "skipped": not result.applied,
+        **{name: float(value) for name, value in run.engine.notes.items()},
         "num_tokens": step.num_tokens,
         "tokens_per_s": step.num_tokens / elapsed_s,
         **achieved_flops(run, step, elapsed_s),
@@ -278,7 +279,7 @@ def achieved_flops(run: Run, step: Step, elapsed_s: float) -> dict[str, float]:
     if run.flops is None:
         return {}
     seconds = elapsed_s * distributed.world_size()
-    rate = run.flops.training(step.length) / seconds
+    rate = run.flops.training(step.length[step.computed]) / seconds
     forward = run.reference.hidden_cache is None  # with a cache none is made
     reference = run.flops.reference(run.plan.lengths_compared(step)) / seconds if forward else 0.0
     rates = {"tflops": rate / 1e12, "reference_tflops": reference / 1e12}

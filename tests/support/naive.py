@@ -1,5 +1,7 @@
 """METHODS, stated as plainly as PyTorch allows: whole logits, one sequence at a time. The oracle of the equality tests."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -84,3 +86,37 @@ def naive_token_loss(
     assert method == "jensun", method
     middle = (p + onehot) / 2
     return ((p * (log_p - middle.log())).sum(-1) - (onehot * middle.log()).sum(-1)) / 2
+
+
+def naive_gradient(
+    model: nn.Module,
+    forget: Callable[[], Tensor],
+    retain: Callable[[], Tensor] | None = None,
+    *,
+    sam_rho: float | None = None,
+    gru: str | None = None,
+) -> dict[str, np.ndarray]:
+    """What the optimizer gets of two losses of `model` by SAM, GRU, or both: whole gradients, one parameter after another."""
+
+    def of(loss: Callable[[], Tensor]) -> list[Tensor]:
+        return list(torch.autograd.grad(loss(), weights))
+
+    def inner(one: list[Tensor], other: list[Tensor]) -> float:
+        return sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other))
+
+    names, weights = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+    f, before = of(forget), [p.detach().clone() for p in weights]
+    if sam_rho is not None:
+        length = inner(f, f) ** 0.5
+        with torch.no_grad():
+            for p, along in zip(weights, f):
+                p += sam_rho * along / length
+        f = of(forget)
+        with torch.no_grad():
+            for p, old in zip(weights, before):
+                p.copy_(old)
+    r = of(retain) if retain is not None else [torch.zeros_like(p) for p in weights]
+    if gru and (across := inner(f, r)) < 0:
+        f = [a - across / inner(r, r) * b for a, b in zip(f, r)]
+    total = f if gru == "alone" else [a + b for a, b in zip(f, r)]
+    return {name: gradient.numpy() for name, gradient in zip(names, total)}

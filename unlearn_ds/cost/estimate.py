@@ -126,6 +126,7 @@ def step_time(
     checkpointing: str,
     bf16: bool,
     state_width: int = 4,
+    moments: int = 2,
 ) -> StepTime:
     """Estimate one update: every micro-step waits for the longer of its arithmetic and its communication."""
     kept, _ = checkpointing_share(checkpointing)
@@ -134,8 +135,13 @@ def step_time(
     per_micro_step += GRADIENT_PATH_BYTES * model.trainable / gpu.memory_rate
     wire = wire_seconds(sent.gather + sent.reduce, gpu, rates, nodes, per_node)
     wire += sent.gather_in_node / (gpu.link * rates.link)
-    # AdamW reads and writes master weights and moments, reads gradients, writes parameters.
-    optimizer = model.trainable / (nodes * per_node) * (6 * state_width + 4 + (2 if bf16 else 0)) / gpu.memory_rate
+    # The optimizer reads and writes master weights and moments, reads gradients, writes parameters.
+    optimizer = (
+        model.trainable
+        / (nodes * per_node)
+        * (2 * (1 + moments) * state_width + 4 + (2 if bf16 else 0))
+        / gpu.memory_rate
+    )
     optimizer += wire_seconds(sent.once, gpu, rates, nodes, per_node)
     compute, communication = work.micro_steps * per_micro_step, work.micro_steps * wire
     return StepTime(compute, communication, optimizer, work.micro_steps * max(per_micro_step, wire) + optimizer)
@@ -147,7 +153,7 @@ def average_work(plan: Any, flops: ModelFlops, num_samples: int = 8) -> Work:
     return Work(
         micro_steps=float(np.mean([step.num_micro_steps for step in steps])),
         row_tokens=plan.seq_len * plan.micro_batch_size,
-        flops=float(np.mean([flops.training(step.length) for step in steps])),
+        flops=float(np.mean([flops.training(step.length[step.computed]) for step in steps])),
         reference_flops=float(np.mean([flops.reference(plan.lengths_compared(step)) for step in steps])),
         rows=float(np.mean([step.num_rows for step in steps])),
         micro_batch_size=plan.micro_batch_size,

@@ -16,6 +16,7 @@ from unlearn_ds.cost.memory import available_bytes, require_memory
 from unlearn_ds.cost.peak import CHECKPOINTING, Model, Setting, checkpointing_share, state, update_bytes
 from unlearn_ds.data.plan import Plan
 from unlearn_ds.engine.ds_config import sized
+from unlearn_ds.engine.engine import moments
 from unlearn_ds.model.activations import LayerActivations, layer_activations
 from unlearn_ds.model.configs import parameter_dtype
 from unlearn_ds.model.size import ModelSize
@@ -75,6 +76,8 @@ def setting_of(
         workspace_bytes=int(workspace_mib * 2**20),
         num_losses=1 + len(losses & {KL, SEQUENCE}) if last is None else 0,
         reference=reference,
+        moments=moments(config.optim),
+        rule=config.update_rule,
     )
 
 
@@ -177,9 +180,9 @@ def as_text(chosen: Choice, free: int) -> str:
 
 
 def update_rows(plan: Plan) -> list[int]:
-    """How many rows some of the run's updates have."""
+    """How many rows some of the run's updates have, in each pass of theirs."""
     sampled = np.unique(np.linspace(0, plan.num_steps - 1, _SAMPLED_UPDATES).astype(int))
-    return [plan.step(int(index)).num_rows for index in sampled]
+    return [rows for index in sampled for rows in plan.step(int(index)).rows_of_passes if rows]
 
 
 def choose(

@@ -11,6 +11,7 @@ from typing import Any
 
 from unlearn_ds.cost.memory import gradient_width, small_states, state_bytes
 from unlearn_ds.model.activations import LayerActivations
+from unlearn_ds.update_rule import PLAIN, UpdateRule
 
 # From the fastest to the smallest: all layers keep their activations, three of four, every other one, none; inputs on the host.
 CHECKPOINTING = ("none", "4", "2", "full", "offloaded")
@@ -46,6 +47,8 @@ class Setting:
     workspace_bytes: int
     num_losses: int  # that the output projection computes one by one: CE, of whole sequences, KL; 0: no logits
     reference: str | None  # what KL compares with: "live", "cache", "adapter" (the same weights, adapters off) or None
+    moments: int = 2  # that the optimizer keeps of a parameter
+    rule: UpdateRule = PLAIN
 
     @property
     def width(self) -> int:
@@ -71,7 +74,7 @@ def checkpointing_share(choice: str) -> tuple[float, bool]:
 
 def state(model: Model, setting: Setting) -> dict[str, tuple[int, str]]:
     """Component of the persistent state -> (bytes, "device", "host" or "disk")."""
-    return state_bytes(
+    parts = state_bytes(
         model.parameters,
         setting.ds_config,
         bf16=setting.bf16,
@@ -79,7 +82,20 @@ def state(model: Model, setting: Setting) -> dict[str, tuple[int, str]]:
         trainable=model.trainable,
         reference=setting.reference if setting.reference in ("live", "cache") else None,
         head=model.head_parameters,
+        moments=setting.moments,
     )
+    return parts | {name: (size, "device") for name, size in kept_by_rule(model, setting).items()}
+
+
+def kept_by_rule(model: Model, setting: Setting) -> dict[str, int]:
+    """Component -> bytes on one rank of what `engine/shards.py` keeps while it puts a gradient together.
+
+    SAM keeps nothing: the weights come back from DeepSpeed's master copy of them.
+    """
+    if setting.rule.gru is None:
+        return {}
+    shard = -(-model.trainable // setting.world_size)
+    return {"forget gradient, set aside": shard * gradient_width(setting.ds_config, setting.bf16)}
 
 
 def update_bytes(model: Model, setting: Setting, rows: int, checkpointing: str) -> dict[str, float]:

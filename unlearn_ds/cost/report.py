@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +92,7 @@ class Estimator:
         from unlearn_ds.cost.flops import run_flops
         from unlearn_ds.data.plan import last_layer
         from unlearn_ds.data.sources import make_sources, open_run_corpora, with_layers
-        from unlearn_ds.engine.ds_config import load_ds_file
+        from unlearn_ds.engine.ds_config import load_for
         from unlearn_ds.methods import hidden_layers
         from unlearn_ds.model.blank import blank_model
         from unlearn_ds.model.configs import ModelOptions, load_config
@@ -116,7 +117,7 @@ class Estimator:
         self.flops = run_flops(run, model_config, trained, self.last)
         if self.flops is None:
             raise Uncountable(f"{run.start_model}: its matrix products cannot be counted, so no time can be estimated")
-        self.ds_file = load_ds_file(run.deepspeed)
+        self.ds_file = load_for(run)
 
     def setting(self, nodes: int, run: RunConfig, ds_file: dict[str, Any]) -> cost.Setting:
         """What memory depends on, on that many nodes."""
@@ -176,6 +177,7 @@ class Estimator:
             checkpointing=run.activation_checkpointing,
             bf16=run.bf16,
             state_width=2 if setting.small_states else 4,
+            moments=setting.moments,
         )
         hours = plan.num_steps * time.total / 3600
         return {
@@ -195,7 +197,7 @@ class Estimator:
             "hours": hours,
             "gpu_hours": hours * world,
             "tokens_per_s": float(plan.step(0).num_tokens / time.total),
-            "checkpoint_bytes": 3
+            "checkpoint_bytes": (1 + setting.moments)
             * (2 if setting.small_states else 4)
             * self.model.trainable,  # master weights and moments
         }
@@ -223,7 +225,7 @@ def plan_run(config: PlanConfig, run: RunConfig) -> dict[str, Any]:
 
 def advice(estimator: Estimator, nodes: int) -> list[str]:
     """Changes that each make the run fit, from the cheapest in speed on; or what together comes closest."""
-    from unlearn_ds.engine.ds_config import load_ds_file
+    from unlearn_ds.engine.ds_config import load_for
 
     run = estimator.run
     changes: list[tuple[str, dict[str, Any]]] = []
@@ -238,11 +240,14 @@ def advice(estimator: Estimator, nodes: int) -> list[str]:
     ]
     if run.per_device_train_batch_size not in (1, "auto"):
         changes.append(("--per_device_train_batch_size 1", {"per_device_train_batch_size": 1}))
-    changes.append(("--deepspeed zero3_offload", {"ds_file": load_ds_file("zero3_offload")}))
+    without = len(changes)
+    with suppress(OptionError):  # not every optimizer, or rule of updates, goes with it
+        offloaded = load_for(dataclasses.replace(run, deepspeed="zero3_offload"))
+        changes.append(("--deepspeed zero3_offload", {"ds_file": offloaded}))
     found = [words for words, change in changes if estimator.fits(estimator.memory(nodes, **change))]
     together: dict[str, Any] = {}
     named: dict[str, str] = {}
-    for words, change in changes[:-1]:
+    for words, change in changes[:without]:
         together |= change
         named[words.split()[0]] = words
         if not found and estimator.fits(estimator.memory(nodes, **together)):

@@ -211,7 +211,7 @@ def _show_step(config: InspectConfig) -> None:
 
 def format_step(plan: Plan, step: StepPlan) -> str:
     """What one update sees, in words."""
-    share = step.num_tokens / (step.num_rows * step.seq_len)
+    share = step.num_computed / (step.num_rows * step.seq_len)
     lines = [
         f"update {step.index + 1} of {plan.num_steps} ({plan.steps_per_epoch} an epoch), plan {plan.fingerprint}",
         f"{step.num_sequences} sequences, {step.num_tokens:,} tokens in {step.num_rows} rows ({share:.1%} full), "

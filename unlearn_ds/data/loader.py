@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +45,8 @@ class Step:
         self.num_sequences_by_source = planned.num_sequences_by_source
         self.num_with_kept = int(np.count_nonzero(planned.num_kept))
         self.num_micro_steps = planned.num_micro_steps
+        self.computed = planned.computed
+        self._passes = planned.passes
         self.wait_s = wait_s
         self._take = take
         self._num_taken = 0
@@ -54,6 +57,12 @@ class Step:
         assert not self._num_taken, "the micro-batches of a step can be iterated over once"
         while (chunk := self.next_chunk()) is not None:
             yield from chunk
+
+    @property
+    def passes(self) -> Iterator[Iterator[MicroBatch]]:
+        """The same, those of each pass of the update's rule together: the next pass begins where one is used up."""
+        micro_batches = self.micro_batches
+        return (islice(micro_batches, count) for count in self._passes)
 
     def next_chunk(self) -> list[MicroBatch] | None:
         """Some more micro-batches; None after the last."""

@@ -18,6 +18,7 @@ from unlearn_ds.data.packing import deal_alike, deal_rows, pack_rows, row_costs
 from unlearn_ds.data.sequences import SequenceIndex
 from unlearn_ds.objectives import Divergence, HiddenLoss, PairLoss, SequenceLoss, TokenLoss, compares
 from unlearn_ds.options import OptionError
+from unlearn_ds.update_rule import PLAIN, UpdateRule
 
 SEQUENCES, TOKENS = "sequence", "token"  # what the tokens of an update are averaged over
 
@@ -112,8 +113,9 @@ class StepPlan:
     num_targets: np.ndarray  # (S,) int64
     run: np.ndarray  # (S,) int64, where their run begins (`SequenceIndex.runs`)
     num_kept: np.ndarray  # (S,) int64, tokens that are kept beside them
-    rows: list[list[int]]  # positions in the arrays above
+    rows: list[list[int]]  # positions in the arrays above; a sequence that several passes see stands in a row of each
     dealt: list[list[list[int]]]  # [rank][micro-step] -> rows; a rank without rows gets filler
+    passes: tuple[int, ...]  # micro-steps of each pass of the update's rule, one pass after the other
     seq_len: int
     num_sequences_by_source: list[int]  # a pair counting as one
     packed: bool = True  # else a row is one sequence or pair, each padded to the longest of its micro-batch
@@ -127,6 +129,27 @@ class StepPlan:
     def num_tokens(self) -> int:
         return int(self.length.sum())
 
+    @cached_property
+    def computed(self) -> np.ndarray:  # (n,) int64, n >= S
+        """What a forward and backward sees: positions in the arrays, as often as there are passes over them."""
+        if len(self.passes) == 1:
+            return np.arange(len(self.length))
+        return np.array([i for row in self.rows for i in row], dtype=np.int64)
+
+    @cached_property
+    def num_computed(self) -> int:
+        """Tokens that a forward and backward sees: `num_tokens`, unless there are several passes."""
+        return int(self.length[self.computed].sum())
+
+    @cached_property
+    def rows_of_passes(self) -> list[int]:
+        """How many rows each pass of the update's rule has."""
+        ends = np.cumsum(self.passes).tolist()
+        return [
+            sum(len(rows) for mine in self.dealt for rows in mine[end - size : end])
+            for size, end in zip(self.passes, ends)
+        ]
+
     @property
     def num_rows(self) -> int:
         return len(self.rows)
@@ -135,11 +158,12 @@ class StepPlan:
     def num_padding(self) -> int:
         """Tokens that are computed, or could be without another row, and belong to no sequence."""
         if self.packed:
-            return self.num_rows * self.seq_len - self.num_tokens
+            return self.num_rows * self.seq_len - self.num_computed
         micro_batches = [
             self.length[[i for row in rows for i in self.rows[row]]] for steps in self.dealt for rows in steps if rows
         ]
-        return sum(len(lengths) * int(lengths.max()) for lengths in micro_batches) - self.num_tokens
+        padded = sum(len(lengths) * int(lengths.max()) for lengths in micro_batches)
+        return padded - self.num_computed
 
     @property
     def num_micro_steps(self) -> int:
@@ -173,6 +197,7 @@ class Plan:
         max_steps: int = -1,
         packing: bool = True,
         average: str = SEQUENCES,
+        rule: UpdateRule = PLAIN,
     ) -> None:
         self.sources = list(sources)
         self.average = average
@@ -182,6 +207,7 @@ class Plan:
         self.world_size = world_size
         self.seed = seed
         self.packing = packing
+        self.rule = rule
         self._ratios = [Fraction(source.ratio).limit_denominator(10**6) for source in sources]
         self._ratios[0] = Fraction(1)
         total = sum(self._ratios)
@@ -240,17 +266,46 @@ class Plan:
         length = columns[1]
         by_source = [len(ids) for ids in items]
         together = np.repeat([source.item_size for source in self.sources], by_source)  # sequences of each item
+        layout = self._lay_out(length, together, np.repeat(np.arange(len(self.sources)), by_source))
+        return StepPlan(index, source, sequence, *columns, *layout, self.seq_len, by_source, self.packing)
+
+    def _lay_out(
+        self,
+        length: np.ndarray,  # (S,) tokens
+        together: np.ndarray,  # (B,) sequences of each item, which stand side by side
+        of_source: np.ndarray,  # (B,) int64
+    ) -> tuple[list[list[int]], list[list[list[int]]], tuple[int, ...]]:
+        """Rows, how they are dealt, and the micro-steps of each pass: `StepPlan`."""
         first = np.cumsum(together) - together
         members = [list(range(start, start + size)) for start, size in zip(first.tolist(), together.tolist())]
         if self.packing:
-            packed = pack_rows(np.add.reduceat(length, first), self.seq_len)
-            rows = [[i for item in row for i in members[item]] for row in packed]
-            dealt = deal_rows(row_costs(length, rows, self.seq_len), self.world_size, self.micro_batch_size)
+            sizes = np.add.reduceat(length, first)
         else:
-            rows = members
-            padded = np.maximum.reduceat(length, first) * together
-            dealt = deal_alike(padded, self.world_size, self.micro_batch_size * self.seq_len)
-        return StepPlan(index, source, sequence, *columns, rows, dealt, self.seq_len, by_source, self.packing)
+            sizes = np.maximum.reduceat(length, first) * together  # padded
+        rows: list[list[int]] = []
+        dealt: list[list[list[int]]] = [[] for _ in range(self.world_size)]
+        passes = []
+        for one in self.rule.passes:
+            items = np.flatnonzero(np.array([source.role in one.roles for source in self.sources])[of_source])
+            none: tuple = ([], [[]] * self.world_size)
+            found, given = self._rows_of(length, [members[i] for i in items], sizes[items]) if len(items) else none
+            for mine, more in zip(dealt, given):
+                mine += [[row + len(rows) for row in micro_step] for micro_step in more]
+            rows += found
+            passes.append(len(given[0]))
+        return rows, dealt, tuple(passes)
+
+    def _rows_of(
+        self,
+        length: np.ndarray,  # (S,) tokens
+        members: list[list[int]],  # of each item its sequences
+        sizes: np.ndarray,  # (items,) tokens, padded where rows are not packed
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Rows of items, and how they are dealt."""
+        if not self.packing:
+            return members, deal_alike(sizes, self.world_size, self.micro_batch_size * self.seq_len)
+        rows = [[i for item in row for i in members[item]] for row in pack_rows(sizes, self.seq_len)]
+        return rows, deal_rows(row_costs(length, rows, self.seq_len), self.world_size, self.micro_batch_size)
 
     def factors(self, index: int) -> list[float]:
         """Sign and weight of a sequence of each source in update `index`."""
@@ -283,8 +338,9 @@ class Plan:
         return weights[0], weights[1]
 
     def lengths_compared(self, step: Any) -> np.ndarray:  # (n,) tokens
-        """Lengths of those sequences of a step that the frozen original model is shown."""
-        return step.length[np.array([source.compares for source in self.sources])[step.source]]
+        """Lengths of those sequences of a step that the frozen original model is shown, as often as it is."""
+        compared = np.array([source.compares for source in self.sources])[step.source[step.computed]]
+        return step.length[step.computed][compared]
 
     def _taken(self, steps: int) -> list[int]:
         """How many sequences each source has contributed to the first `steps` steps of an epoch."""

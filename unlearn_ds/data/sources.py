@@ -331,4 +331,5 @@ def make_plan(config: RunConfig, sources: list[Source], world_size: int) -> Plan
         max_steps=config.max_steps,
         packing=config.packing,
         average=config.average,
+        rule=config.update_rule,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from unlearn_ds.model.size import ModelSize
 from unlearn_ds.options import OptionError, did_you_mean
 from unlearn_ds.stored import ABSENT, OpenRecord, StoredError, check, read_dict
+from unlearn_ds.update_rule import PLAIN
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SHIPPED_DIR = _PACKAGE / "ds_configs" if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent / "ds_configs"
@@ -141,6 +142,38 @@ def check_device(content: dict[str, Any], device_type: str, source: str) -> None
     for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
         if device_type == "cpu" and content["zero_optimization"].get(key):
             raise OptionError(f"--deepspeed {source}: {key} needs a GPU. Without one use zero3 or zero3_hpz")
+
+
+def load_for(config: Any) -> dict[str, Any]:
+    """The file that a run (a `config.RunConfig`) names.
+
+    Raises what `load_ds_file` raises, and `OptionError` for an optimizer, or a rule of updates, that does not go with how the
+    state is cut and kept there.
+    """
+    content, source, optim, rule = load_ds_file(config.deepspeed), config.deepspeed, config.optim, config.update_rule
+    zero = content["zero_optimization"]
+    offloaded = [key for key in ("offload_optimizer", "offload_param") if key in zero]
+    if optim != "adamw" and "offload_optimizer" in offloaded:
+        raise OptionError(
+            f"--deepspeed {source}: with its state on the host DeepSpeed has AdamW alone, not --optim {optim}, which needs "
+            "less memory anyway: take --deepspeed zero3"
+        )
+    if rule == PLAIN:
+        return content
+    option = "--sam_rho" if rule.sam_rho else "--gru"
+    if zero["stage"] != 3:
+        raise OptionError(f"--deepspeed {source}: {option} needs ZeRO stage 3, on one GPU too: take --deepspeed zero3")
+    if rule.sam_rho and zero.get("zero_quantized_weights"):
+        raise OptionError(
+            f"--deepspeed {source}: zero_quantized_weights rounds weights to int8 on their way to other ranks, and --sam_rho's "
+            "shift would be lost: take --deepspeed zero3 or zero3_hpz"
+        )
+    if offloaded:
+        raise OptionError(
+            f"--deepspeed {source}: {option} works on weights and gradients of the device, and {offloaded[0]} keeps them "
+            "elsewhere: take --deepspeed zero3, with more GPUs or --lora_r 16"
+        )
+    return content
 
 
 def state_layout(content: dict[str, Any]) -> dict[str, Any]:

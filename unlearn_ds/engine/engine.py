@@ -16,10 +16,13 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from unlearn_ds.config import RunConfig
+from unlearn_ds.engine.shards import Shards
+from unlearn_ds.engine.sign import SignUpdate
 from unlearn_ds.engine.tf32 import EXACT, fp32_products, keep_rotary_exact, training_precision
 from unlearn_ds.marks import BACKWARD, FORWARD, OPTIMIZER
 from unlearn_ds.model.fixed_tensors import fixed_tensors_kept
 from unlearn_ds.model.loss_head import HeadCall, PackedCausalLM
+from unlearn_ds.update_rule import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,28 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(config: RunConfig, model: nn.Module, offloaded: bool) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, or DeepSpeed's CPU one when the optimizer state is offloaded."""
+    """AdamW (torch's fused one, or DeepSpeed's CPU one when the optimizer state is offloaded), or a sign update."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optim != "adamw":
+        return SignUpdate(
+            groups, lr=config.learning_rate, beta=config.adam_beta1 if config.optim == "sign_adam" else 0.0
+        )
     options = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
-    groups = parameter_groups(model, config.weight_decay)
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         full = config.optimizer_states == "fp32"
         return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=full, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def moments(optim: str) -> int:
+    """How many numbers --optim keeps of a parameter, beside the parameter itself."""
+    return {"adamw": 2, "sign_adam": 1, "sign_sgd": 0}[optim]
 
 
 def warmup_steps(config: RunConfig, num_steps: int) -> int:
@@ -92,6 +104,7 @@ class TrainingEngine:
             )
         self.world_size = dist.get_world_size()
         self.device = self.engine.device
+        self.notes: dict[str, Tensor] = {}  # what the rule of the last update has to tell, on the device
         self._precision = training_precision(config.tf32, next(model.parameters()).dtype)
         if self._precision != EXACT:
             keep_rotary_exact(model)
@@ -110,6 +123,10 @@ class TrainingEngine:
                 # DeepSpeed averages gradients over ranks; the weights in the call already sum over the whole step.
                 self.engine.backward(answer[0] * self.world_size, scale_wrt_gas=False)
         return tuple(tensor.detach() for tensor in answer)
+
+    def shards(self, rule: UpdateRule) -> Shards:
+        """What puts the gradient of an update together; not needed by the plain rule."""
+        return Shards(self.engine.optimizer, rule)
 
     def update(self) -> UpdateResult:
         """Step the optimizer and the schedule on the gradients accumulated since the last call."""

@@ -29,7 +29,7 @@ from unlearn_ds.data.sources import (
 )
 from unlearn_ds.engine import checkpoint
 from unlearn_ds.engine.checks import settle_rows
-from unlearn_ds.engine.ds_config import check_device, load_ds_file, state_layout, training_config
+from unlearn_ds.engine.ds_config import check_device, load_for, state_layout, training_config
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.engine.manifest import Checkpoint
 from unlearn_ds.engine.precision import settle
@@ -103,7 +103,7 @@ def build_run(config: RunConfig, held: ExitStack) -> Run:
 
     Raises `ValueError` (or a subclass) for what the user can mend. The output folder is this run's own until `held` is closed.
     """
-    ds_file = load_ds_file(config.deepspeed)
+    ds_file = load_for(config)
     device = distributed.init_distributed(config.num_threads)
     check_device(ds_file, device.type, config.deepspeed)
     held.enter_context(own_run_dir(config))

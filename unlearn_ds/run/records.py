@@ -122,7 +122,8 @@ def announce(run: Run) -> None:
     world = distributed.world_size()
     shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, (size, _) in run.state.items() if size)
     attn, why = attention_of(run)
-    padding = first.num_padding / max(1, first.num_tokens + first.num_padding)
+    padding = first.num_padding / max(1, first.num_computed + first.num_padding)
+    passes = f", {len(first.passes)} passes" if len(first.passes) > 1 else ""
     visible = torch.cuda.device_count() if device.type == "cuda" else 0
     for note in [*config.notes(), *published_updates_note(run), *idle_gpus_note(world, visible)]:
         distributed.say(f"note: {note}")
@@ -138,7 +139,7 @@ def announce(run: Run) -> None:
         f"{config.objective_name}: {config.method.summary}",
         f"  sequences     {sequences} of at most {config.seq_len} tokens",
         f"  update        {first.num_sequences} sequences = {first.num_tokens:,} tokens in {first.num_rows} rows "
-        f"({padding:.1%} padding), {first.num_micro_steps} micro-steps x {world} ranks x "
+        f"({padding:.1%} padding){passes}, {first.num_micro_steps} micro-steps x {world} ranks x "
         f"{config.per_device_train_batch_size} rows",
         f"  run           {plan.num_steps} updates, {plan.steps_per_epoch} an epoch"
         f"{f', resumed after {run.start_step}' if run.start_step else ''}",

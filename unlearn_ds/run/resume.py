@@ -23,9 +23,9 @@ MODEL, TOKENIZER, OBJECTIVE, DATA, BATCH, LAYOUT = "model", "tokenizer", "object
 _NAMES = {
     KEPT: """unlearn_method random_init domain general train_on seq_len retain_ratio retain_weight retain_target
         retain_target_rate retain_target_warmup retain_sets retain_loss forget_weight pairs_set average
-        completely_random top_k top_p rm_groundtruth beta beta2 alpha lowest_percent gamma layer steering_coefficient
-        substitute_text adam_beta1 adam_beta2 adam_epsilon seed bf16 optimizer_states tf32 trainable lora_r lora_alpha
-        lora_target eval_sequences""",
+        completely_random top_k top_p rm_groundtruth beta beta2 alpha lowest_percent gamma layer
+        steering_coefficient substitute_text optim sam_rho gru adam_beta1 adam_beta2 adam_epsilon seed bf16
+        optimizer_states tf32 trainable lora_r lora_alpha lora_target eval_sequences""",
     RATE: """num_train_epochs max_steps learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay max_grad_norm""",
     FREE: """preset output_dir output_sufix trust_remote_code packing cache_dir overwrite_cache max_skipped_steps attn
         activation_checkpointing leaf_modules torch_compile reference lora_export loss_impl loss_workspace_mib loading

@@ -5,27 +5,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.loader import Step
 from unlearn_ds.data.plan import Plan
+from unlearn_ds.marks import OPTIMIZER
 from unlearn_ds.run.build import Run
 from unlearn_ds.run.retain_weight import RetainWeight
 
 
 def accumulate(run: Run, step: Step, retain_weight: RetainWeight | None = None) -> Tensor:
-    """Forward and backward over this rank's micro-batches; returns (1 + P,): the loss and its parts, before reduction.
+    """The gradient of an update by the plan's rule; returns (1 + P,): the loss and its parts, before reduction.
 
     The parts are those of the plan's sources, and the last that of the tokens that are kept beside targets. retain_weight
     multiplies retain's share of the loss, not its part.
     """
-    num_parts = len(run.plan.sources) + 1
+    rule, num_parts = run.plan.rule, len(run.plan.sources) + 1
     sums = torch.zeros(1 + num_parts, dtype=torch.float64, device=run.engine.device)
-    for batch in step.micro_batches:
-        with run.reference.loss_call(batch) as call:
-            if retain_weight is not None:
-                call = retain_weight.scaled(call, batch)
-            sums += micro_sums(batch, run.engine.micro_step(batch.rows, call), num_parts)
+    shards = run.engine.shards(rule)
+    for one, batches in zip(rule.passes, step.passes):
+        for batch in batches:
+            with run.reference.loss_call(batch) as call:
+                if retain_weight is not None:
+                    call = retain_weight.scaled(call, batch)
+                found = micro_sums(batch, run.engine.micro_step(batch.rows, call), num_parts)
+            if one.counted:
+                sums += found
+        for action in one.then:
+            with record_function(OPTIMIZER):
+                getattr(shards, action)()
+    run.engine.notes = shards.notes
     return sums
 
 

@@ -10,6 +10,7 @@ from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.mixture import parse_mixture
 from unlearn_ds.objectives import OBJECTIVES
 from unlearn_ds.options import OptionError, check_choices, did_you_mean, load_yaml, parse
+from unlearn_ds.update_rule import ALONE, WITH_RETAIN
 
 PAIRED = tuple(name for name, one in OBJECTIVES.items() if one.roles == ("forget", "retain") and one.answers is None)
 MOST_RATIO = 4  # retain sequences for one of forget
@@ -156,6 +157,10 @@ def trial_config(config: TuneConfig, output_dir: Path, options: dict[str, Any]) 
             raise OptionError(f"{config.base}: {name} is set by the tuner itself: leave it out")
         if name in _NO_EFFECT and given[name] != defaults[name]:
             raise OptionError(f"{config.base}: {name} has no effect in a trial: leave it out")
+        if name == "gru" and given[name] == ALONE:
+            raise OptionError(
+                f"{config.base}: gru {ALONE} leaves no effect to retain_weight, which is searched: {WITH_RETAIN} does"
+            )
         if name == "retain_sets" and config.mixtures:
             raise OptionError(f"{config.base}: retain_sets is chosen from --mixtures: leave one of them out")
     flags = {
