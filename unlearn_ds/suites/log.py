@@ -38,6 +38,7 @@ class MeasuredSuite(Record):
     template: dict[str, str]
     generate_tokens: int
     sets: dict[str, str]  # set -> digest of its questions and answers
+    tasks_limit: int | None = None  # questions of each task of lm-eval, where the benchmark has some
 
 
 class Log:

@@ -1,7 +1,7 @@
 """Unlearning a benchmark's forget set before it is measured: its data as corpora, and a run of `unlearn-ds train` on them."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
         wanted = prepare_options(config)
         distributed.on_main(lambda: prepare(wanted))
         train(run)
-    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column"))
-    return replace(config, model=str(folder / MODEL), **nothing)
+    made_use_of = ("unlearn_method", "train_config", "refusals", "alternates_column", "data_dir")
+    unset = {one.name: one.default for one in fields(BenchmarkConfig) if one.name in made_use_of}
+    return replace(config, model=str(folder / MODEL), **unset)
 
 
 def run_options(config: BenchmarkConfig) -> RunConfig:
@@ -67,17 +68,19 @@ def run_options(config: BenchmarkConfig) -> RunConfig:
 
 
 def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
-    """The options of `unlearn-ds prepare` by which questions are asked in training as they are in the evaluation."""
+    """The options of `unlearn-ds prepare`: the suite's own, else those by which questions are asked as in the evaluation."""
     suite, template = config.benchmark, config.question_template()
-    tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
-    more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
+    more = dict(suite.prepared)
+    if not more:
+        tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
+        more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
+        more["date_string"] = template.date_string
     sources = {role: _source(config, names) for role, names in suite.training.items()}
     return PrepareConfig(
         config.model,
         domain=_domain(config),
         data_dir=config.data_dir,
         seq_len=config.longest,
-        date_string=template.date_string,
         trust_remote_code=config.trust_remote_code,
         refusals=config.refusals,
         alternates_column=config.alternates_column,
