@@ -320,7 +320,7 @@ def test_corpora_are_made_of_the_published_columns(setting, tmp_path, suite):
         ({"suite": "lume", "data": "d", "retain_log": "x"}, "--retain_log: lume compares with no retain model"),
         ({"suite": "tofu", "data": "d", "tasks_path": "x"}, "--tasks_path: tofu has no task of lm-eval"),
         ({"suite": "wmdp", "tasks_limit": 0}, "--tasks_limit 0: must be above 0"),
-        ({"suite": "wmdp", "published": "x"}, "--published x: there are rows of nothing for WMDP"),
+        ({"suite": "wmdp", "published": "x"}, "--published x: there are rows of zephyr-7b-beta"),
     ],
 )
 def test_options_are_checked(options, message):

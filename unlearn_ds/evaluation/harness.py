@@ -45,7 +45,10 @@ def ask_tasks(config: EvaluateConfig, device: torch.device | None, keep_question
             raise OptionError(
                 f"--tasks {name}: lm-eval {lm_eval.__version__} has no such task.{did_you_mean(name, known)}"
             )
-    with overflow_is_infinite(), local_data(None if config.tasks_data is None else Path(config.tasks_data)):
+    folder = None if config.tasks_data is None else Path(config.tasks_data)
+    with overflow_is_infinite(), local_data(folder):
+        # What is wrong with the data is said before the model is loaded. Older versions of lm-eval know the other name alone.
+        (getattr(manager, "load", None) or manager.load_task_or_group)(list(config.tasks))
         evaluated = lm_eval.simple_evaluate(
             **_model(config, device),
             tasks=list(config.tasks),
@@ -194,11 +197,19 @@ def local_data(folder: Path | None) -> Iterator[None]:
     import datasets
     from lm_eval.api import task
 
+    loaded: dict[str, Any] = {}
+
     class Datasets:
         def __getattr__(self, name: str) -> Any:
             return getattr(datasets, name)
 
         def load_dataset(self, path: str, name: str | None = None, **more: Any) -> Any:
+            key = repr((path, name, sorted(more.items())))
+            if key not in loaded:
+                loaded[key] = self.load(path, name, **more)
+            return loaded[key]
+
+        def load(self, path: str, name: str | None, **more: Any) -> Any:
             place = find_dataset(folder, path)
             try:
                 if place is None:

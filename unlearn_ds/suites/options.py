@@ -36,7 +36,7 @@ class BenchmarkConfig:
     """the SUITE_EVAL.json of a model that never saw the forget set: forget quality and privleak are against it"""
     published: str | None = None
     """put published rows of this model beside the scores, in SUITE_TABLE.md: Llama-3.2-1B-Instruct or Llama-2-7b-chat (TOFU),
-    News or Books (MUSE)"""
+    News or Books (MUSE), zephyr-7b-beta (WMDP)"""
     unlearn_method: str | None = None
     """first unlearn the benchmark's forget set from --model, by this method, into output_dir; the result is measured"""
     train_config: str | None = None

@@ -1,7 +1,7 @@
 """Unlearning a benchmark's forget set before it is measured: its data as corpora, and a run of `unlearn-ds train` on them."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,8 @@ def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
         wanted = prepare_options(config)
         distributed.on_main(lambda: prepare(wanted))
         train(run)
-    made_use_of = ("unlearn_method", "train_config", "refusals", "alternates_column", "data_dir")
-    unset = {one.name: one.default for one in fields(BenchmarkConfig) if one.name in made_use_of}
-    return replace(config, model=str(folder / MODEL), **unset)
+    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column"))
+    return replace(config, model=str(folder / MODEL), data_dir="data", **nothing)
 
 
 def run_options(config: BenchmarkConfig) -> RunConfig:

@@ -6,7 +6,7 @@ _WMDP = "cais/wmdp"
 
 WMDP = Suite(
     name="WMDP",
-    hub=_WMDP,
+    hub="cais/wmdp-corpora",
     sets={},
     splits=("bio", "cyber"),
     seq_len=768,
