@@ -55,7 +55,7 @@ WRITTEN = (
     *(RUN_FILE, METRICS_FILE, EVALUATION_FILE, ROC_FILE, DONE_FILE, *REPORT_FILES),
     *(f"{name}.json" for name in ROBUSTNESS),
     *(f"{suite}_{name}.json" for suite in SUITES for name in SUITE_FILES),
-    *(f"{suite}_TABLE.md" for suite in SUITES),
+    *(f"{suite}_{name}.md" for suite in SUITES for name in ("TABLE", "SERIES")),
     f"{TABLES}/*.parquet",
     f"{PROFILE}/rank*.json",
     f"{PROFILE}/breakdown.json",

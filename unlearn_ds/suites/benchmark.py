@@ -36,6 +36,7 @@ from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.published import beside_published
 from unlearn_ds.suites.qa import Template, prompt_tokens, tokenizer_of
 from unlearn_ds.suites.questions import digest
+from unlearn_ds.suites.series import parts, series_lines
 from unlearn_ds.suites.suite import (
     Metrics,
     Sets,
@@ -61,12 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def benchmark(config: BenchmarkConfig) -> Metrics:
-    """Measure what is not there yet, and write the logs; returns all metrics.
+    """Measure what is not there yet, and write the logs; returns all metrics, of --series those of the last part.
 
     Every rank calls this. Raises `ValueError` (or a subclass) for what the user can mend, `FolderInUse` while another process
     writes there.
     """
     device = distributed.init_distributed(config.num_threads)
+    if config.series is None:
+        return _one(config, device)
+    measured: dict[str, Metrics] = {}
+    for name, part in distributed.on_main(lambda: parts(config)).items():
+        distributed.say(f"{name}:")
+        measured[name] = _one(part, device)
+    lines, table = series_lines(measured), followed(config.output_dir) / f"{config.benchmark.name}_SERIES.md"
+    distributed.on_main(lambda: write_text(table, "\n".join([*lines, ""])))
+    distributed.say(*lines, f"written to {table}")
+    return measured[name]
+
+
+def _one(config: BenchmarkConfig, device: torch.device) -> Metrics:
+    """One model, unlearned first where that is asked for."""
     if config.unlearn_method is not None:
         config = unlearned(config)
     output_dir = followed(config.output_dir)

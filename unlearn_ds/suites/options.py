@@ -1,10 +1,11 @@
 """The options of `unlearn-ds benchmark`: a frozen dataclass that validates and touches nothing."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.options import OptionError, check_choices
+from unlearn_ds.options import OptionError, check_choices, did_you_mean
 from unlearn_ds.suites.lume import LUME
 from unlearn_ds.suites.muse import MUSE
 from unlearn_ds.suites.published import published_rows
@@ -41,6 +42,11 @@ class BenchmarkConfig:
     """first unlearn the benchmark's forget set from --model, by this method, into output_dir; the result is measured"""
     train_config: str | None = None
     """with it: YAML file with the other options of `unlearn-ds train`, learning rate and epochs first"""
+    forget_set: str | None = None
+    """with it: the set of --data that is unlearned in place of the benchmark's own, such as sust/forget_2 (MUSE)"""
+    series: str | None = None
+    """with it: several runs, each measured in a folder of its own below output_dir, and SUITE_SERIES.md: of MUSE scal (forget
+    sets that grow) or sust (requests one after another, each on the model that the one before left)"""
     refusals: str | None = None
     """with it: a file with a refusal a line, of which idk_dpo, flat and idk prefer one to each answer to forget"""
     alternates_column: str | None = None
@@ -114,9 +120,16 @@ class BenchmarkConfig:
             raise OptionError(
                 f"--unlearn_method: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
             )
-        for name in ("train_config", "refusals", "alternates_column"):
+        for name in ("train_config", "refusals", "alternates_column", "forget_set", "series"):
             if getattr(self, name) is not None and self.unlearn_method is None:
                 raise OptionError(f"--{name} is for --unlearn_method")
+        if self.series is not None and self.series not in self.benchmark.series:
+            known = ", ".join(self.benchmark.series) or f"{self.suite} has none"
+            raise OptionError(f"--series {self.series}: {known}.{did_you_mean(self.series, self.benchmark.series)}")
+        if self.series is not None and self.forget_set is not None:
+            raise OptionError("--forget_set is one set, and --series several: give one of them")
+        if self.forget_set is not None and {"..", "/"} & {*Path(self.forget_set).parts}:
+            raise OptionError(f"--forget_set {self.forget_set}: a set below --data")
         if self.retain_log is not None and not self.benchmark.from_retain_log:
             raise OptionError(f"--retain_log: {self.suite} compares with no retain model")
         for name in ("tasks_path", "tasks_limit"):

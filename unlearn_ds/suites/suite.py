@@ -47,6 +47,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Forget sets that are unlearned in several runs."""
+
+    files: tuple[str, ...]
+    one_after_another: bool  # each from the model that the one before left; else each from the first model
+
+
+@dataclass(frozen=True)
 class Suite:
     """A benchmark."""
 
@@ -70,6 +78,7 @@ class Suite:
         default_factory=dict
     )  # forget, retain -> files: the first there is taken
     prepared: Mapping[str, Any] = field(default_factory=dict)  # options of `unlearn-ds prepare` for these files
+    series: Mapping[str, Series] = field(default_factory=dict)  # by name
 
     def written(self, sets: Sets) -> list[str]:
         """The sets to whose questions answers are written."""

@@ -1,6 +1,7 @@
 """Unlearning a benchmark's forget set before it is measured: its data as corpora, and a run of `unlearn-ds train` on them."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
         wanted = prepare_options(config)
         distributed.on_main(lambda: prepare(wanted))
         train(run)
-    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column"))
+    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column", "forget_set"))
     return replace(config, model=str(folder / MODEL), data_dir="data", **nothing)
 
 
@@ -74,7 +75,10 @@ def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
         tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
         more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
         more["date_string"] = template.date_string
-    sources = {role: _source(config, names) for role, names in suite.training.items()}
+    files = dict(suite.training)
+    if config.forget_set is not None:
+        files["forget"] = (config.forget_set,)
+    sources = {role: _source(config, names) for role, names in files.items()}
     return PrepareConfig(
         config.model,
         domain=_domain(config),
@@ -90,7 +94,8 @@ def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
 
 
 def _domain(config: BenchmarkConfig) -> str:
-    return f"{config.suite}_{config.resolved_split}"
+    name = f"{config.suite}_{config.resolved_split}"
+    return name if config.forget_set is None else f"{name}_{re.sub(r'[^0-9A-Za-z_.-]', '_', config.forget_set)}"
 
 
 def _source(config: BenchmarkConfig, names: tuple[str, ...]) -> tuple[str, ...]:
