@@ -55,8 +55,8 @@ class Log:
         if not self.eval.exists():
             return {}
         before = read_dict(self.measured, MeasuredSuite, _AGAIN) if self.measured.exists() else None
-        if before != statement:
-            other = [name for name in statement if before is not None and before[name] != statement[name]]
+        other = [name for name in {**statement, **(before or {})} if before and before.get(name) != statement.get(name)]
+        if before is None or other:
             raise OptionError(
                 f"{self.eval} holds metrics of another {' and '.join(other) or 'program, which does not say of what'}: choose "
                 "another --output_dir, or replace it by --overwrite True"
