@@ -15,7 +15,10 @@ COMMANDS = {
     "prepare": ("unlearn_ds.data.prepare", "tokenise documents once into memory-mapped corpora"),
     "train": ("unlearn_ds.train", "unlearn, fine-tune or retrain a model; also `deepspeed --module unlearn_ds.train`"),
     "evaluate": ("unlearn_ds.evaluation.evaluate", "perplexity, accuracy and membership inference of a model"),
-    "benchmark": ("unlearn_ds.suites.benchmark", "TOFU, MUSE, RWKU on a model, in the layout of Open-Unlearning"),
+    "benchmark": (
+        "unlearn_ds.suites.benchmark",
+        "TOFU, MUSE, WMDP, RWKU, LUME on a model, in the layout of Open-Unlearning",
+    ),
     "report": ("unlearn_ds.evaluation.report", "an HTML page from the folders of one or more runs"),
     "inspect": ("unlearn_ds.data.inspect", "look into a corpus, or at what one update will see"),
     "sweep": ("unlearn_ds.sweep", "a grid of runs: under SLURM or on this machine, and their comparison"),

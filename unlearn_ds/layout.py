@@ -20,7 +20,7 @@ PROFILE = "profile"
 STACKS = "stacks"
 RELEARNING = ".relearn"
 ROBUSTNESS = ("generation", "quantize", "relearn", "tasks")  # NAME.json each, if it was asked for
-SUITES = ("TOFU", "MUSE", "RWKU")  # benchmarks of the field
+SUITES = ("TOFU", "MUSE", "WMDP", "RWKU", "LUME")  # benchmarks of the field
 SUITE_FILES = ("EVAL", "SUMMARY", "MEASURED")  # SUITE_NAME.json each
 REPORT_FILES = ("report.json", "report.md", "report.html")
 DONE_FILE = "done.json"  # of a run of a sweep
@@ -55,7 +55,7 @@ WRITTEN = (
     *(RUN_FILE, METRICS_FILE, EVALUATION_FILE, ROC_FILE, DONE_FILE, *REPORT_FILES),
     *(f"{name}.json" for name in ROBUSTNESS),
     *(f"{suite}_{name}.json" for suite in SUITES for name in SUITE_FILES),
-    *(f"{suite}_TABLE.md" for suite in SUITES),
+    *(f"{suite}_{name}.md" for suite in SUITES for name in ("TABLE", "SERIES")),
     f"{TABLES}/*.parquet",
     f"{PROFILE}/rank*.json",
     f"{PROFILE}/breakdown.json",

@@ -63,7 +63,7 @@ def test_a_destroyed_model_scores_0_and_is_counted(uniform):
     for attack in ("loss", "min_k", "min_k_plus_plus"):
         values = m.attack_values(destroyed, attack)
         assert m.membership(destroyed, destroyed, values, values)["auc"] == 0.5
-    assert m.model_utility([0.5, 0.0, 0.9]) == 0
+    assert m.harmonic_mean([0.5, 0.0, 0.9]) == 0
     quality = forget_quality(found[5], m.truth_ratio(right, wrong, "closer_to_1_better"))
     assert quality["agg_value"] == exact_p_value(12, 12) > 0
 
@@ -132,8 +132,8 @@ def test_privleak_and_utility():
     assert m.privleak(0.4, 1.0) is None
     assert m.relative_difference(0.6, 0.5) == pytest.approx(20)
     assert m.relative_difference(0.6, 0.0) is None
-    assert m.model_utility([0.5] * 9) == pytest.approx(0.5)
-    assert m.model_utility([1, 0.5, 0.25]) == pytest.approx(3 / 7)
+    assert m.harmonic_mean([0.5] * 9) == pytest.approx(0.5)
+    assert m.harmonic_mean([1, 0.5, 0.25]) == pytest.approx(3 / 7)
 
 
 def test_rouge_stems_words_and_says_what_was_written():

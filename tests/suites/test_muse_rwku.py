@@ -4,11 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoModelForCausalLM
 
-from tests.support.questions import save_word_model, word_tokenizer, write_questions
+from tests.support.questions import greedy, plain_texts, save_word_model, word_tokenizer, write_questions
 from tests.support.runs import launch
 from unlearn_ds.options import OptionError
 from unlearn_ds.suites.muse import MUSE
@@ -63,29 +61,6 @@ def measured(setting, suite, *more, ranks=1):
     return json.loads((out / f"{suite.upper()}_EVAL.json").read_text()), finished.stderr
 
 
-def plain_texts(setting, rows):
-    """Log-probs of every token of texts but the first, and whether it is the most likely."""
-    model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float64)
-    found = []
-    for text in rows:
-        ids = torch.tensor(word_tokenizer()(text)["input_ids"][:SEQ_LEN])
-        with torch.no_grad():
-            log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
-        found.append((log_p.gather(1, ids[1:, None])[:, 0].numpy(), (log_p.argmax(-1) == ids[1:]).numpy()))
-    return found
-
-
-def greedy(setting, ids, new_tokens):
-    model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
-    tokens, end = list(ids), word_tokenizer().eos_token_id
-    for _ in range(new_tokens):
-        with torch.no_grad():
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        if tokens[-1] == end:
-            break
-    return word_tokenizer().decode(tokens[len(ids) :], skip_special_tokens=True)
-
-
 def test_muse(setting):
     found, said = measured(setting, "muse")
     assert "no --retain_log" in said
@@ -97,7 +72,8 @@ def test_muse(setting):
     }
     lowest = {
         name: [
-            -np.sort(lp[:-1])[: max(1, int(0.4 * (len(lp) - 1)))].mean() for lp, _ in plain_texts(setting, texts[name])
+            -np.sort(lp[:-1])[: max(1, int(0.4 * (len(lp) - 1)))].mean()
+            for lp, _ in plain_texts(setting / "model", texts[name], SEQ_LEN)
         ]
         for name in texts
     }
@@ -106,12 +82,16 @@ def test_muse(setting):
     assert found["privleak"]["agg_value"] == pytest.approx(100 * ((1 - auc) - 0.5) / 0.5, abs=1e-6)
     verbatim = [json.loads(line) for line in (setting / "muse/verbmem/forget.json").read_text().splitlines()]
     hits = []
-    for row, (_, right) in zip(verbatim, plain_texts(setting, [f"{r['prompt']} {r['gt']}" for r in verbatim])):
+    for row, (_, right) in zip(
+        verbatim, plain_texts(setting / "model", [f"{r['prompt']} {r['gt']}" for r in verbatim], SEQ_LEN)
+    ):
         hits.append(right[len(row["prompt"].split()) - 1 :][:-1])
     assert found["exact_memorization"]["agg_value"] == pytest.approx(np.mean([one.mean() for one in hits]), abs=1e-9)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     written = [
-        scorer.score(row["gt"], greedy(setting, word_tokenizer()(row["prompt"])["input_ids"], 128))["rougeL"].fmeasure
+        scorer.score(row["gt"], greedy(setting / "model", word_tokenizer()(row["prompt"])["input_ids"], 128))[
+            "rougeL"
+        ].fmeasure
         for row in verbatim[:3]
     ]
     stated = [found["forget_verbmem_ROUGE"]["value_by_index"][str(i)]["rougeL_f1"] for i in range(3)]
@@ -147,7 +127,9 @@ def test_rwku_and_what_samples_give_away(setting):
         assert given["at_k"]["1"] == pytest.approx(given["mean"])
         assert given["mean"] <= given["agg_value"] <= 1
     lines = (setting / "rwku/mia_forget.json").read_text().splitlines()
-    losses = [-lp.mean() for lp, _ in plain_texts(setting, [json.loads(line)["text"] for line in lines])]
+    losses = [
+        -lp.mean() for lp, _ in plain_texts(setting / "model", [json.loads(line)["text"] for line in lines], SEQ_LEN)
+    ]
     assert found["mia_forget_loss"]["agg_value"] == pytest.approx(np.mean(losses), rel=1e-6)
     again, said = measured(setting, "rwku", "--leak_samples", "8", "--generate_tokens", "12", ranks=2)
     assert again["forget_level2_leak"] == found["forget_level2_leak"], "a draw depends on no number of ranks"

@@ -75,6 +75,7 @@ def word_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
     texts = (*_NAMES, *_FAMILIES, *_PLACES, *_WORKS, *" ".join((*_ASKED, *_SAID, *_ALSO)).split())
     more = " ".join(("Question: Answer: [system] [user] [assistant]", Template().system_prompt, Template().date_string))
+    more += " A. B. C. D. A B C D"
     words = {word: number for number, word in enumerate(dict.fromkeys(("<unk>", "<eos>", *texts, *more.split())))}
     model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -84,7 +85,9 @@ def word_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     return made
 
 
-def save_word_model(folder: Path, rows: Sequence[dict] = (), seed: int = 0, steps: int = 40) -> Path:
+def save_word_model(
+    folder: Path, rows: Sequence[dict] = (), seed: int = 0, steps: int = 40, template: Template | None = None
+) -> Path:
     """A tiny Llama with that tokenizer, taught the answers of `rows` by plain PyTorch: padded, -100 where no target is."""
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +95,7 @@ def save_word_model(folder: Path, rows: Sequence[dict] = (), seed: int = 0, step
     model = AutoModelForCausalLM.from_config(tiny_config()).float()
     tokenizer = word_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    pairs = [qa_tokens(tokenizer, row["question"], row["answer"], Template()) for row in rows]
+    pairs = [qa_tokens(tokenizer, row["question"], row["answer"], template or Template()) for row in rows]
     ids = [torch.from_numpy(tokens) for tokens, _ in pairs]
     labels = [tokens.index_fill(0, torch.arange(num_prompt), -100) for tokens, (_, num_prompt) in zip(ids, pairs)]
     for _ in range(steps if rows else 0):
@@ -104,3 +107,31 @@ def save_word_model(folder: Path, rows: Sequence[dict] = (), seed: int = 0, step
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def plain_texts(folder: Path, rows: Sequence[str], seq_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Log-probs of every token of texts but the first, and whether it is the most likely."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    found = []
+    for text in rows:
+        ids = torch.tensor(word_tokenizer()(text)["input_ids"][:seq_len])
+        with torch.no_grad():
+            log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        found.append((log_p.gather(1, ids[1:, None])[:, 0].numpy(), (log_p.argmax(-1) == ids[1:]).numpy()))
+    return found
+
+
+def greedy(folder: Path, ids: Sequence[int], new_tokens: int) -> str:
+    """What the model goes on with, a forward over all that stands before each token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens, end = list(ids), word_tokenizer().eos_token_id
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == end:
+            break
+    return word_tokenizer().decode(tokens[len(ids) :], skip_special_tokens=True)

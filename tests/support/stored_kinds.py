@@ -318,7 +318,7 @@ def read_tensors(folder: Path) -> Any:
 
 RATIOS = {"agg_value": 0.5, "value_by_index": {"0": {"score": 0.5}, "1": {"score": 1.5}}}
 SUITE = {"model_fingerprint": "aa", "precision": "fp32", "split": "forget10", "template": {"style": "auto"}}
-SUITE |= {"generate_tokens": 9, "sets": {"forget": "f"}}
+SUITE |= {"generate_tokens": 9, "sets": {"forget": "f"}, "tasks_limit": 5}
 
 
 def write_suite(folder: Path, name: str) -> Path:

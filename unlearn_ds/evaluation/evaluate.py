@@ -3,6 +3,7 @@
 Runs as one process, or on all ranks of a launcher: `deepspeed --num_gpus 8 --module unlearn_ds.evaluation.evaluate ...`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -48,8 +49,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     for note in config.notes():
         distributed.say(f"note: {note}")
     output_dir = followed(config.output_dir or _default_output(config.model_name_or_path))
-    # One process runs tasks, and needs no group of ranks for it.
-    device = None if config.tasks else distributed.init_distributed(config.num_threads)
+    # One process that runs tasks needs no group of ranks for it.
+    alone = config.tasks and not distributed.is_launched(os.environ)
+    device = None if alone else distributed.init_distributed(config.num_threads)
     remedy = "wait for it, or choose another --output_dir"
     with distributed.owned(output_dir / OWNER_FILE, remedy):
         distributed.on_main(lambda: mend(output_dir))
@@ -59,12 +61,13 @@ def evaluate(config: EvaluateConfig) -> Path:
 def _measure(config: EvaluateConfig, output_dir: Path, device: torch.device | None) -> Path:
     fingerprint = model_fingerprint(config.model_name_or_path)
     check_same_model(output_dir, fingerprint)
-    if device is None:
+    if config.tasks:
         from unlearn_ds.evaluation.tasks import run_tasks
 
-        config = settle(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        run_tasks(config, output_dir, subject_statement(fingerprint, None, name_of(config.bf16)))
+        config = settle(config, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        run_tasks(config, output_dir, subject_statement(fingerprint, None, name_of(config.bf16)), device)
         return output_dir
+    assert device is not None, "only tasks run without a group"
     others = {
         flag: evaluated(Path(folder))
         for flag, folder in (("original", config.original_model), ("retrained", config.retrained_model))

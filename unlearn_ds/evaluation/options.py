@@ -74,9 +74,11 @@ class EvaluateConfig(PublishedFlags, Thresholds):
     """continuations that a rank decodes together"""
     tasks: tuple[str, ...] = ()
     """instead of the corpora, run these tasks of lm-eval, such as mmlu arc_challenge gsm8k (needs
-    `pip install unlearn-ds[tasks]`; one process)"""
+    `pip install unlearn-ds[tasks]`). Every rank holds the model and answers a share; one process spreads it over its GPUs"""
     tasks_path: str | None = None
     """folder with lm-eval tasks of your own"""
+    tasks_data: str | None = None
+    """folder with the data of tasks, each as OWNER/NAME, as `huggingface-cli download` leaves it (default: from the hub)"""
     tasks_limit: int | None = None
     """questions per task (default: all)"""
     allow_generated_code: bool = False
@@ -113,6 +115,8 @@ class EvaluateConfig(PublishedFlags, Thresholds):
         check_quantizations(self.quantize)
         if self.tasks_limit is not None and self.tasks_limit < 1:
             raise OptionError(f"--tasks_limit {self.tasks_limit}: at least 1")
+        if self.tasks_data is not None and not self.tasks:
+            raise OptionError("--tasks_data is for --tasks")
         if self.max_sequences is not None and self.max_sequences < 2:
             raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")
 

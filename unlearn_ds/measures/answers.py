@@ -21,6 +21,7 @@ Metric = dict[str, Any]
 
 TRUTH_RATIOS = ("closer_to_1_better", "true_better", "prob_mean")
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
+EXACT_MATCH = "exact_match"
 _SMALL = 1e-10  # added to what divides, as there
 _SMALLEST_VARIANCE = 1e-6  # of log p under the model, for Min-K%++
 
@@ -165,8 +166,8 @@ def rouge_scorer(stem: bool = True) -> Any:
 def rouge(
     index: Sequence[int], written: Sequence[str], truths: Sequence[str], kind: str = "rougeL_recall", stem: bool = True
 ) -> Metric:
-    """ROUGE of written answers (package rouge-score), with stemmed words if so; `kind` is aggregated: rouge1_recall, rougeL_f1
-    or rougeL_recall. Raises `OptionError` without the package.
+    """ROUGE of written answers (package rouge-score), with stemmed words if so; `kind` is aggregated: rouge1_recall, rougeL_f1,
+    rougeL_recall, or exact_match, where upper and lower case are alike. Raises `OptionError` without the package.
     """
     scorer, values = rouge_scorer(stem), {}
     for number, text, truth in zip(index, written, truths):
@@ -178,6 +179,8 @@ def rouge(
             "ground_truth": truth,
             "generation": text,
         }
+        if kind == EXACT_MATCH:
+            values[int(number)][kind] = float(truth.strip().lower() == text.strip().lower())
     return _metric(values, np.array([one[kind] for one in values.values()]))
 
 
@@ -246,6 +249,6 @@ def relative_difference(auc: float, auc_retain: float) -> float | None:
     return None if auc_retain == 0 else 100 * (auc - auc_retain) / auc_retain
 
 
-def model_utility(values: Sequence[float]) -> float:
-    """Harmonic mean of probability, ROUGE and truth ratio on retain, real authors and world facts; 0 if one of them is."""
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Harmonic mean of scores that are not negative; 0 if one of them is."""
     return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0

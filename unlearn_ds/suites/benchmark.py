@@ -1,5 +1,5 @@
-"""`unlearn-ds benchmark tofu|muse|rwku`: a benchmark of the field on a model, in Open-Unlearning's layout, on any number of
-ranks.
+"""`unlearn-ds benchmark tofu|muse|wmdp|rwku|lume`: a benchmark of the field on a model, in Open-Unlearning's layout, on any
+number of ranks.
 
     unlearn-ds benchmark tofu --model RUN/model --data TOFU --split forget10 --retain_log RETAIN/TOFU_EVAL.json --output_dir RUN
 
@@ -21,6 +21,7 @@ from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import followed, write_text
 from unlearn_ds.engine.generate import Continuation, Decoding, generate
 from unlearn_ds.engine.precision import name_of, settle
+from unlearn_ds.evaluation.harness import ask_tasks
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.subject import Subject, load_model_subject
 from unlearn_ds.measures.answers import rouge_scorer
@@ -35,12 +36,15 @@ from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.published import beside_published
 from unlearn_ds.suites.qa import Template, prompt_tokens, tokenizer_of
 from unlearn_ds.suites.questions import digest
+from unlearn_ds.suites.series import parts, series_lines
 from unlearn_ds.suites.suite import (
     Metrics,
     Sets,
     read_sets,
     rouge_metrics,
     table_lines,
+    task_metrics,
+    tasks_of,
     template_of,
     templates,
 )
@@ -58,12 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def benchmark(config: BenchmarkConfig) -> Metrics:
-    """Measure what is not there yet, and write the logs; returns all metrics.
+    """Measure what is not there yet, and write the logs; returns all metrics, of --series those of the last part.
 
     Every rank calls this. Raises `ValueError` (or a subclass) for what the user can mend, `FolderInUse` while another process
     writes there.
     """
     device = distributed.init_distributed(config.num_threads)
+    if config.series is None:
+        return _one(config, device)
+    measured: dict[str, Metrics] = {}
+    for name, part in distributed.on_main(lambda: parts(config)).items():
+        distributed.say(f"{name}:")
+        measured[name] = _one(part, device)
+    lines, table = series_lines(measured), followed(config.output_dir) / f"{config.benchmark.name}_SERIES.md"
+    distributed.on_main(lambda: write_text(table, "\n".join([*lines, ""])))
+    distributed.say(*lines, f"written to {table}")
+    return measured[name]
+
+
+def _one(config: BenchmarkConfig, device: torch.device) -> Metrics:
+    """One model, unlearned first where that is asked for."""
     if config.unlearn_method is not None:
         config = unlearned(config)
     output_dir = followed(config.output_dir)
@@ -73,7 +91,7 @@ def benchmark(config: BenchmarkConfig) -> Metrics:
 
 
 def _measure(config: BenchmarkConfig, output_dir: Path, device: torch.device) -> Metrics:
-    suite, split, data = config.benchmark, config.resolved_split, Path(config.data)
+    suite, split, data = config.benchmark, config.resolved_split, Path(config.data or "")
     evaluation = settle(config.as_evaluation(), device)
     sets = read_sets(suite, data, split, config.question_column)
     asked = templates(suite, sets, data, split, config.question_template())
@@ -85,6 +103,8 @@ def _measure(config: BenchmarkConfig, output_dir: Path, device: torch.device) ->
         "generate_tokens": config.generate_tokens or suite.new_tokens,
         "sets": {name: digest(questions) for name, questions in sets.items()},
     }
+    if suite.tasks:
+        statement["tasks_limit"] = config.tasks_limit
     retain = None
     if config.retain_log is not None:
         retain = read_retain_log(Path(config.retain_log), statement, suite.compared(sets))
@@ -94,7 +114,7 @@ def _measure(config: BenchmarkConfig, output_dir: Path, device: torch.device) ->
         distributed.on_main(log.forget)
     metrics = distributed.on_main(lambda: log.finished(statement))
     session = _Session(config, sets, asked, evaluation, device)
-    for make in (session.scored, session.written, session.leaked):
+    for make in (session.tested, session.scored, session.written, session.leaked):
         if found := make(metrics):
             metrics |= found
             distributed.on_main(partial(log.write, metrics, statement))
@@ -135,10 +155,18 @@ class _Session:
     def subject(self) -> Subject:
         return load_model_subject(self.evaluation, self.device)
 
+    def tested(self, metrics: Metrics) -> Metrics:
+        """Accuracy on the tasks of lm-eval that are not there, by a model on each rank that is gone when the engine's comes."""
+        names = [name for name in tasks_of(self.suite, self.config.data) if name not in metrics]
+        if not names:
+            return {}
+        config = replace(self.config.as_tasks(tuple(names)), bf16=self.evaluation.bf16)
+        return task_metrics(ask_tasks(config, self.device, keep_questions=True), names)
+
     def scored(self, metrics: Metrics) -> Metrics:
         """The metrics of one forward over all answers, if they are not there."""
         sets = {name: questions for name, questions in self.sets.items() if self.suite.sets[name].is_scored}
-        others = {rows.metric for rows in self.suite.sets.values()} | {*self.suite.of_combined}
+        others = {rows.metric for rows in self.suite.sets.values()} | {*self.suite.of_combined, *self.suite.tasks}
         if not sets or any(name not in others and not name.endswith(_LEAK) for name in metrics):
             return {}
         if self._unwritten(metrics):

@@ -38,6 +38,7 @@ class MeasuredSuite(Record):
     template: dict[str, str]
     generate_tokens: int
     sets: dict[str, str]  # set -> digest of its questions and answers
+    tasks_limit: int | None = None  # questions of each task of lm-eval, where the benchmark has some
 
 
 class Log:
@@ -54,8 +55,8 @@ class Log:
         if not self.eval.exists():
             return {}
         before = read_dict(self.measured, MeasuredSuite, _AGAIN) if self.measured.exists() else None
-        if before != statement:
-            other = [name for name in statement if before is not None and before[name] != statement[name]]
+        other = [name for name in {**statement, **(before or {})} if before and before.get(name) != statement.get(name)]
+        if before is None or other:
             raise OptionError(
                 f"{self.eval} holds metrics of another {' and '.join(other) or 'program, which does not say of what'}: choose "
                 "another --output_dir, or replace it by --overwrite True"

@@ -3,6 +3,7 @@
 from unlearn_ds.suites.suite import (
     Metrics,
     Rows,
+    Series,
     Suite,
     Tables,
     memorised_metrics,
@@ -63,4 +64,9 @@ MUSE = Suite(
     from_retain_log=("mia_min_k",),
     of_combined=("privleak",),
     training={"forget": ("raw/forget",), "retain": ("raw/retain1",)},
+    prepared={"format": "text"},
+    series={
+        "scal": Series(tuple(f"scal/forget_{number}" for number in range(1, 5)), one_after_another=False),
+        "sust": Series(tuple(f"sust/forget_{number}" for number in range(1, 5)), one_after_another=True),
+    },
 )

@@ -1,43 +1,52 @@
 """The options of `unlearn-ds benchmark`: a frozen dataclass that validates and touches nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.options import OptionError, check_choices
+from unlearn_ds.options import OptionError, check_choices, did_you_mean
+from unlearn_ds.suites.lume import LUME
 from unlearn_ds.suites.muse import MUSE
 from unlearn_ds.suites.published import published_rows
 from unlearn_ds.suites.qa import Style, Template
 from unlearn_ds.suites.rwku import RWKU
 from unlearn_ds.suites.suite import Suite, check_split
 from unlearn_ds.suites.tofu import TOFU
+from unlearn_ds.suites.wmdp import WMDP
 
-SUITES = {suite.name.lower(): suite for suite in (TOFU, MUSE, RWKU)}
+SUITES = {suite.name.lower(): suite for suite in (TOFU, MUSE, WMDP, RWKU, LUME)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """The options of `unlearn-ds benchmark`."""
 
-    suite: Literal["tofu", "muse", "rwku"]
+    suite: Literal["tofu", "muse", "wmdp", "rwku", "lume"]
     """the benchmark; may also stand first, without --suite"""
     model: str
     """the model to measure: a folder or a hub name"""
-    data: str
+    data: str | None = None
     """folder with the sets as files, NAME.jsonl, NAME.json or NAME.parquet, under the names that the published data has
-    (docs/suites.md)"""
+    (docs/suites.md); also with the data of lm-eval's tasks, as cais/mmlu. Only WMDP can do without, from the hub"""
     split: str | None = None
     """of TOFU: forget01, forget05 or forget10 (the default), or another name that begins with forget: its holdout set is named
-    alike"""
+    alike; of LUME: forget_train, forget_validation or forget (the default); of WMDP what is unlearned: bio or cyber (the
+    default)"""
     retain_log: str | None = None
     """the SUITE_EVAL.json of a model that never saw the forget set: forget quality and privleak are against it"""
     published: str | None = None
     """put published rows of this model beside the scores, in SUITE_TABLE.md: Llama-3.2-1B-Instruct or Llama-2-7b-chat (TOFU),
-    News or Books (MUSE)"""
+    News or Books (MUSE), zephyr-7b-beta (WMDP)"""
     unlearn_method: str | None = None
     """first unlearn the benchmark's forget set from --model, by this method, into output_dir; the result is measured"""
     train_config: str | None = None
     """with it: YAML file with the other options of `unlearn-ds train`, learning rate and epochs first"""
+    forget_set: str | None = None
+    """with it: the set of --data that is unlearned in place of the benchmark's own, such as sust/forget_2 (MUSE)"""
+    series: str | None = None
+    """with it: several runs, each measured in a folder of its own below output_dir, and SUITE_SERIES.md: of MUSE scal (forget
+    sets that grow) or sust (requests one after another, each on the model that the one before left)"""
     refusals: str | None = None
     """with it: a file with a refusal a line, of which idk_dpo, flat and idk prefer one to each answer to forget"""
     alternates_column: str | None = None
@@ -67,8 +76,13 @@ class BenchmarkConfig:
     """temperature of these samples"""
     leak_top_p: float = 1.0
     """they are drawn from the most likely tokens that together have this probability"""
+    tasks_path: str | None = None
+    """of WMDP and LUME: folder with lm-eval tasks of your own, which win over those of the same name"""
+    tasks_limit: int | None = None
+    """of them: questions of each lm-eval task (default: all)"""
     seq_len: int | None = None
-    """longest question with its answer, in tokens (default: 512 for TOFU, else 2048); plain texts are cut there"""
+    """longest question with its answer, in tokens (default: 512 for TOFU, 768 for WMDP, else 2048); plain texts are cut
+    there"""
     per_device_eval_batch_size: int = 8
     """rows of seq_len tokens in one forward of a rank"""
     packing: bool = True
@@ -86,6 +100,8 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.data is None and (self.benchmark.sets or self.unlearn_method is not None):
+            raise OptionError("--data is missing: the folder with the sets of the benchmark (docs/suites.md)")
         if self.split is not None:
             check_split(self.benchmark, self.split)
         for name in (
@@ -94,6 +110,7 @@ class BenchmarkConfig:
             "seq_len",
             "per_device_eval_batch_size",
             "leak_temperature",
+            "tasks_limit",
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -103,9 +120,21 @@ class BenchmarkConfig:
             raise OptionError(
                 f"--unlearn_method: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
             )
-        for name in ("train_config", "refusals", "alternates_column"):
+        for name in ("train_config", "refusals", "alternates_column", "forget_set", "series"):
             if getattr(self, name) is not None and self.unlearn_method is None:
                 raise OptionError(f"--{name} is for --unlearn_method")
+        if self.series is not None and self.series not in self.benchmark.series:
+            known = ", ".join(self.benchmark.series) or f"{self.suite} has none"
+            raise OptionError(f"--series {self.series}: {known}.{did_you_mean(self.series, self.benchmark.series)}")
+        if self.series is not None and self.forget_set is not None:
+            raise OptionError("--forget_set is one set, and --series several: give one of them")
+        if self.forget_set is not None and {"..", "/"} & {*Path(self.forget_set).parts}:
+            raise OptionError(f"--forget_set {self.forget_set}: a set below --data")
+        if self.retain_log is not None and not self.benchmark.from_retain_log:
+            raise OptionError(f"--retain_log: {self.suite} compares with no retain model")
+        for name in ("tasks_path", "tasks_limit"):
+            if getattr(self, name) is not None and not self.benchmark.tasks:
+                raise OptionError(f"--{name}: {self.suite} has no task of lm-eval")
         if self.leak_samples < 0:
             raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
         if not 0 < self.leak_top_p <= 1:
@@ -139,3 +168,13 @@ class BenchmarkConfig:
         shared = "seq_len per_device_eval_batch_size packing seed deepspeed bf16 trust_remote_code num_threads"
         given = {name: getattr(self, name) for name in shared.split()} | {"seq_len": self.longest}
         return EvaluateConfig(model_name_or_path=self.model, **given)
+
+    def as_tasks(self, names: tuple[str, ...]) -> EvaluateConfig:
+        """The options that ask the model these tasks of lm-eval."""
+        given = {
+            "tasks": names,
+            "tasks_data": self.data,
+            "tasks_path": self.tasks_path,
+            "tasks_limit": self.tasks_limit,
+        }
+        return replace(self.as_evaluation(), **given)

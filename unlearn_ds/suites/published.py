@@ -1,6 +1,6 @@
-"""Rows that others published, to stand beside ours: of Open-Unlearning's reproduction (its docs/repro.md), untuned.
+"""Rows that others published, to stand beside ours: another program's numbers on another machine, not measured here.
 
-Learning rate 1e-5, 10 epochs, 32 pairs an update. They are another program's numbers on another machine, not measured here.
+Of TOFU and MUSE those of Open-Unlearning's reproduction (its docs/repro.md), untuned; of WMDP its authors' (arXiv 2403.03218).
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,15 @@ from unlearn_ds.suites.suite import Metrics
 
 Row = tuple[float, ...]
 
-_SOURCE = "Open-Unlearning, docs/repro.md"
+_REPRODUCED = "Open-Unlearning, docs/repro.md: learning rate 1e-5, 10 epochs, untuned"
+_SOURCES = {
+    "TOFU": _REPRODUCED,
+    "MUSE": _REPRODUCED,
+    "WMDP": "arXiv 2403.03218: biology and cybersecurity unlearned at once",
+}
 _TOFU = ("forget_quality", "model_utility", "forget_truth_ratio")
+_WMDP = ("wmdp_bio", "wmdp_cyber", "mmlu")
+_ZEPHYR = {"before": (0.637, 0.440, 0.581), "RMU": (0.312, 0.282, 0.571)}
 _MUSE = ("forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "privleak", "retain_knowmem_ROUGE")
 # suite -> (metrics, {model: {split: {method: row}}}); MUSE's models are those of its two corpora, and its split is the folder.
 PUBLISHED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Mapping[str, Mapping[str, Row]]]]] = {
@@ -111,6 +118,7 @@ PUBLISHED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Mapping[str, Mapping
             },
         },
     ),
+    "WMDP": (_WMDP, {"zephyr-7b-beta": {"bio": _ZEPHYR, "cyber": _ZEPHYR}}),
 }
 
 
@@ -136,4 +144,4 @@ def beside_published(suite: str, model: str, split: str, metrics: Metrics) -> li
     for name, values in rows.items():
         shown = ("-" if value is None else f"{value:.3g}" for value in values)
         lines.append(f"| {name} | {' | '.join(shown)} |")
-    return [*lines, "", f"published: {_SOURCE}: learning rate 1e-5, 10 epochs, untuned; not measured here."]
+    return [*lines, "", f"published: {_SOURCES[suite]}; not measured here."]

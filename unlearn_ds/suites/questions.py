@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from unlearn_ds.bounds import check_nesting
@@ -55,23 +57,38 @@ def missing_set(folder: Path, name: str, hub: str) -> OptionError:
 
 
 def read_questions(
-    files: Sequence[Path], columns: Sequence[str], question_column: str = "question", kind_column: str = ""
+    files: Sequence[Path],
+    columns: Sequence[str],
+    question_column: str = "question",
+    kind_column: str = "",
+    chosen: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Question]:
     """The rows of a set, their answers in `columns`. question_column: '' where nothing is asked before an answer.
 
+    chosen: column -> the regular expression that a row's value must match to be one of the set; others are passed over.
     Raises `OptionError` for a set without rows, a column that is missing or holds no text, and an empty answer.
     """
     questions: list[Question] = []
+    index = -1
     for path in files:
         for number, row in enumerate(_rows(path), start=1):
             where = f"{path}: row {number}"
+            index += 1
+            if not all(re.fullmatch(wanted, str(_value(where, row, column))) for column, wanted in chosen.items()):
+                continue
             text = _texts(where, row, question_column)[0] if question_column else ""
             answers = {column: _texts(where, row, column) for column in columns}
             kind = _texts(where, row, kind_column)[0] if kind_column else ""
-            questions.append(Question(len(questions), text, answers, kind))
+            questions.append(Question(index, text, answers, kind))
     if not questions:
-        raise OptionError(f"{', '.join(map(str, files))}: no rows: there is nothing to ask")
+        which = "".join(f" whose {column} matches {wanted!r}" for column, wanted in chosen.items())
+        raise OptionError(f"{', '.join(map(str, files))}: no rows{which}: there is nothing to ask")
     return questions
+
+
+def num_rows(files: Sequence[Path]) -> int:
+    """Rows of a set's files, whichever set they belong to."""
+    return sum(len(_rows(path)) for path in files)
 
 
 def digest(questions: Sequence[Question]) -> str:
@@ -111,12 +128,16 @@ def _json_lines(path: Path, text: str) -> list[Any]:
     return rows
 
 
-def _texts(where: str, row: dict[str, Any], column: str) -> tuple[str, ...]:
+def _value(where: str, row: dict[str, Any], column: str) -> Any:
     if column not in row:
         raise OptionError(
             f"{where}: no column {column!r}; its columns are {', '.join(map(str, row))}.{did_you_mean(column, map(str, row))}"
         )
-    value = row[column]
+    return row[column]
+
+
+def _texts(where: str, row: dict[str, Any], column: str) -> tuple[str, ...]:
+    value = _value(where, row, column)
     texts = tuple(value) if isinstance(value, list) else (value,)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise OptionError(f"{where}: column {column!r} holds {_kind(value)}, must be a text or a list of texts")

@@ -5,13 +5,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unlearn_ds.cluster import distributed
+from unlearn_ds.evaluation.harness import Results, find_dataset, questions_of
 from unlearn_ds.measures import answers as m
 from unlearn_ds.measures.answers import Answers, Metric
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import OptionError, did_you_mean
 from unlearn_ds.suites.collect import Key
 from unlearn_ds.suites.qa import Template
-from unlearn_ds.suites.questions import Question, find_set, missing_set, read_questions
+from unlearn_ds.suites.questions import Question, find_set, missing_set, num_rows, read_questions
 
 Sets = dict[str, list[Question]]
 Tables = Mapping[Key, Answers]
@@ -25,11 +28,14 @@ class Rows:
     file: str  # see `Suite.file_of`
     answers: tuple[str, ...]  # columns
     question: str = "question"  # column; "": nothing is asked
+    chosen: Mapping[str, str] = field(
+        default_factory=dict
+    )  # column -> what a row's value must match to belong to the set
     is_scored: bool = True  # one forward over the answers
-    metric: str = ""  # of ROUGE; "": nothing is written
+    metric: str = ""  # of written answers; "": nothing is written
     new_tokens: int = 0  # the longest answer that is written
     stop: tuple[str, ...] = ()  # texts that end it
-    rouge: str = "rougeL_recall"
+    rouge: str = "rougeL_recall"  # or exact_match
     stem: bool = True  # whether ROUGE compares stems of words
     asked: Mapping[str, Any] = field(default_factory=dict)  # what is other in the template
     kind: str = ""  # column with the kind of a question
@@ -41,6 +47,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Forget sets that are unlearned in several runs."""
+
+    files: tuple[str, ...]
+    one_after_another: bool  # each from the model that the one before left; else each from the first model
+
+
+@dataclass(frozen=True)
 class Suite:
     """A benchmark."""
 
@@ -49,14 +63,22 @@ class Suite:
     sets: Mapping[str, Rows]
     splits: tuple[str, ...]  # known ones; the last is the default. One: the data is one folder of one split
     seq_len: int
-    attacked: tuple[Key, Key]  # what a model of them all has seen, and what it has not
-    scored: Callable[[Tables], Metrics]  # from one forward over all answers; the attacks are added
-    combined: Callable[[Metrics, Metrics | None, int], Metrics]  # from those, the retain model's, and a seed
+    attacked: tuple[Key, Key] | None = None  # what a model of them all has seen, and what it has not
+    scored: Callable[[Tables], Metrics] = lambda tables: {}  # from one forward over all answers; the attacks are added
+    # From those, the retain model's, and a seed.
+    combined: Callable[[Metrics, Metrics | None, int], Metrics] = lambda metrics, retain, seed: {}
+    tasks: Mapping[str, str] = field(
+        default_factory=dict
+    )  # task of lm-eval -> the hub's dataset that it reads; its accuracy
+    tasks_required: bool = False  # else they are measured where their data is in the folder
+    takes_other_splits: bool = False  # any that begins with forget
     from_retain_log: tuple[str, ...] = ()  # what of a retain model's log is compared with
     of_combined: tuple[str, ...] = ()  # the names of `combined`: made anew each time
     training: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # forget, retain -> files: the first there is taken
+    prepared: Mapping[str, Any] = field(default_factory=dict)  # options of `unlearn-ds prepare` for these files
+    series: Mapping[str, Series] = field(default_factory=dict)  # by name
 
     def written(self, sets: Sets) -> list[str]:
         """The sets to whose questions answers are written."""
@@ -71,17 +93,18 @@ class Suite:
 
     def compared(self, sets: Sets) -> tuple[str, ...]:
         """What of a retain model's log these sets can be compared with."""
-        attacks = all(name in sets for name, _ in self.attacked)
+        attacks = all(name in sets for name, _ in self.attacked or ())
         return tuple(name for name in self.from_retain_log if attacks or not name.startswith("mia_"))
 
     def table_metrics(self, tables: Tables) -> Metrics:
         """Every metric of the forward, as far as there are sets."""
-        return self.scored(tables) | attack_metrics(tables, *self.attacked)
+        attacks = attack_metrics(tables, *self.attacked) if self.attacked else {}
+        return self.scored(tables) | attacks
 
     @property
     def new_tokens(self) -> int:
         """The longest answer that any set asks for."""
-        return max(rows.new_tokens for rows in self.sets.values())
+        return max((rows.new_tokens for rows in self.sets.values()), default=0)
 
 
 def read_sets(suite: Suite, folder: Path, split: str, question_column: str = "question") -> Sets:
@@ -92,12 +115,27 @@ def read_sets(suite: Suite, folder: Path, split: str, question_column: str = "qu
         files = find_set(folder, file)
         if files:
             column = question_column if rows.rewordable else rows.question
-            sets[name] = read_questions(files, rows.answers, column, rows.kind)
+            sets[name] = read_questions(files, rows.answers, column, rows.kind, rows.chosen)
         elif rows.required:
             raise missing_set(folder, file, suite.hub)
         else:
             distributed.say(f"note: no set {file} in {folder}: what needs it is not measured")
+    _check_all_rows_belong(suite, sets, folder, split)
     return sets
+
+
+def _check_all_rows_belong(suite: Suite, sets: Sets, folder: Path, split: str) -> None:
+    """Raise `OptionError` for a row of a file that several sets share, which none of them takes."""
+    taken: dict[str, set[int]] = {}
+    for name, questions in sets.items():
+        if suite.sets[name].chosen:
+            taken.setdefault(suite.file_of(suite.sets[name].file, split), set()).update(one.index for one in questions)
+    for file, numbers in taken.items():
+        if strange := set(range(num_rows(find_set(folder, file)))) - numbers:
+            columns = {column for rows in suite.sets.values() for column in rows.chosen}
+            raise OptionError(
+                f"{folder}: {file}: row {min(strange) + 1}: no part of {suite.name} has such {' and '.join(sorted(columns))}"
+            )
 
 
 def templates(suite: Suite, sets: Sets, folder: Path, split: str, base: Template) -> dict[str, Template]:
@@ -131,6 +169,33 @@ def rouge_metrics(suite: Suite, sets: Sets, written: Mapping[str, Sequence[str]]
         truths = [question.answers[rows.answers[0]][0] for question in questions]
         numbers = [question.index for question in questions]
         found[rows.metric] = m.rouge(numbers, [text.strip() for text in texts], truths, rows.rouge, rows.stem)
+    return found
+
+
+def tasks_of(suite: Suite, data: str | None) -> list[str]:
+    """The tasks of lm-eval that are measured: all, or those whose data is there."""
+    if suite.tasks_required:
+        return [*suite.tasks]
+    folder = None if data is None else Path(data)
+    for task, dataset in suite.tasks.items():
+        if find_dataset(folder, dataset) is None:
+            distributed.say(f"note: no {dataset} in {folder}: {task} is not measured, and the score is without it")
+    return [task for task, dataset in suite.tasks.items() if find_dataset(folder, dataset) is not None]
+
+
+def task_metrics(evaluated: Results, names: Sequence[str]) -> Metrics:
+    """Accuracy on tasks of lm-eval, the mean over all questions; one whose answers' log-probs are not finite counts 0."""
+    found = {}
+    for name in names:
+        asked = questions_of(evaluated, name, "acc")
+        scores = np.array([0.0 if one.is_broken else one.metrics["acc"] for one in asked])
+        found[name] = {
+            "agg_value": float(scores.mean()),
+            "stderr": float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None,
+            "value_by_index": {one.name: {"score": float(score)} for one, score in zip(asked, scores)},
+        }
+        if broken := sum(one.is_broken for one in asked):
+            found[name]["num_broken"] = broken
     return found
 
 
@@ -175,6 +240,10 @@ def table_lines(metrics: Metrics) -> list[str]:
             more = f"  (k {one['k']} of n {one['n']}{interval})"
         if one.get("num_broken"):
             more += f"  broken: {one['num_broken']} log-probs are not finite"
+        if one.get("not_measured"):
+            more += f"  without {', '.join(one['not_measured'])}"
+        if one.get("disqualified"):
+            more += f"  disqualified: {one['disqualified']}"
         lines.append(f"{name:<28}{'-' if value is None else format(value, '.4g'):>12}{more}")
     return lines
 
@@ -186,5 +255,8 @@ def check_split(suite: Suite, split: str) -> None:
             raise OptionError(
                 f"--split {split}: {suite.name} has one split in a folder: --data names it, leave --split out"
             )
-    elif not split.startswith("forget") or set(split) & set("/\\"):
-        raise OptionError(f"--split {split}: {', '.join(suite.splits)}, or another name that begins with forget")
+    elif split not in suite.splits and not (
+        suite.takes_other_splits and split.startswith("forget") and not set(split) & set("/\\")
+    ):
+        others = ", or another name that begins with forget" if suite.takes_other_splits else ""
+        raise OptionError(f"--split {split}: {', '.join(suite.splits)}{others}.{did_you_mean(split, suite.splits)}")

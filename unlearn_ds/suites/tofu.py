@@ -61,7 +61,7 @@ def _combined(metrics: Metrics, retain: Metrics | None, seed: int) -> Metrics:
     """
     found: Metrics = {}
     if all(name in metrics for name in _UTILITY):
-        found["model_utility"] = {"agg_value": m.model_utility([metrics[name]["agg_value"] for name in _UTILITY])}
+        found["model_utility"] = {"agg_value": m.harmonic_mean([metrics[name]["agg_value"] for name in _UTILITY])}
     found |= privleak_metrics(metrics, retain)
     if retain is not None:
         found["forget_quality"] = forget_quality(metrics["forget_truth_ratio"], retain["forget_truth_ratio"], seed)
@@ -90,6 +90,7 @@ TOFU = Suite(
         HOLDOUT: Rows("holdout{number}", ("answer",)),
     },
     splits=("forget01", "forget05", "forget10"),
+    takes_other_splits=True,
     seq_len=512,
     attacked=((FORGET, "answer"), (HOLDOUT, "answer")),
     scored=_scored,

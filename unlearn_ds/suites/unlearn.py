@@ -1,6 +1,7 @@
 """Unlearning a benchmark's forget set before it is measured: its data as corpora, and a run of `unlearn-ds train` on them."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
         wanted = prepare_options(config)
         distributed.on_main(lambda: prepare(wanted))
         train(run)
-    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column"))
-    return replace(config, model=str(folder / MODEL), **nothing)
+    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column", "forget_set"))
+    return replace(config, model=str(folder / MODEL), data_dir="data", **nothing)
 
 
 def run_options(config: BenchmarkConfig) -> RunConfig:
@@ -67,17 +68,22 @@ def run_options(config: BenchmarkConfig) -> RunConfig:
 
 
 def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
-    """The options of `unlearn-ds prepare` by which questions are asked in training as they are in the evaluation."""
+    """The options of `unlearn-ds prepare`: the suite's own, else those by which questions are asked as in the evaluation."""
     suite, template = config.benchmark, config.question_template()
-    tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
-    more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
-    sources = {role: _source(config, names) for role, names in suite.training.items()}
+    more = dict(suite.prepared)
+    if not more:
+        tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
+        more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
+        more["date_string"] = template.date_string
+    files = dict(suite.training)
+    if config.forget_set is not None:
+        files["forget"] = (config.forget_set,)
+    sources = {role: _source(config, names) for role, names in files.items()}
     return PrepareConfig(
         config.model,
         domain=_domain(config),
         data_dir=config.data_dir,
         seq_len=config.longest,
-        date_string=template.date_string,
         trust_remote_code=config.trust_remote_code,
         refusals=config.refusals,
         alternates_column=config.alternates_column,
@@ -88,7 +94,8 @@ def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
 
 
 def _domain(config: BenchmarkConfig) -> str:
-    return f"{config.suite}_{config.resolved_split}"
+    name = f"{config.suite}_{config.resolved_split}"
+    return name if config.forget_set is None else f"{name}_{re.sub(r'[^0-9A-Za-z_.-]', '_', config.forget_set)}"
 
 
 def _source(config: BenchmarkConfig, names: tuple[str, ...]) -> tuple[str, ...]:
