@@ -63,4 +63,6 @@ MUSE = Suite(
     from_retain_log=("mia_min_k",),
     of_combined=("privleak",),
     training={"forget": ("raw/forget",), "retain": ("raw/retain1",)},
+    prepared={"format": "text"},
+    recipe="finetune_muse",
 )

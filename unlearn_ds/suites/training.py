@@ -1,4 +1,7 @@
-"""Unlearning a benchmark's forget set before it is measured: its data as corpora, and a run of `unlearn-ds train` on them."""
+"""What is trained before it is measured: a benchmark's data as corpora, and a run of `unlearn-ds train` on them.
+
+Its forget set is unlearned, or its models are fine-tuned: the one to unlearn from, and the one that never saw the forget set.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -18,11 +21,13 @@ from unlearn_ds.suites.qa import is_chat, tokenizer_of
 from unlearn_ds.suites.questions import find_set, missing_set
 from unlearn_ds.train import train
 
+_FINETUNED = {"full": ("forget", "retain"), "retain": ("retain",)}  # --finetune -> sets of the benchmark's training
 
-def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
-    """The same evaluation of what --unlearn_method made of --model, in `output_dir`; made now if it is not there.
 
-    Every rank calls this. Raises `OptionError` for a benchmark without data to unlearn, and for a folder with another run.
+def trained(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The same evaluation of what --unlearn_method or --finetune made of --model, in `output_dir`; made now if it is not there.
+
+    Every rank calls this. Raises `OptionError` for a benchmark without data to train on, and for a folder with another run.
     """
     run = run_options(config)
     folder = followed(run.run_dir)
@@ -35,14 +40,14 @@ def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
         if other := sorted(name for name in compared if found.get(name) != asked[name]):
             raise OptionError(
                 f"--output_dir {folder} holds a run with another {', '.join(other)}: choose another one, or measure that run's "
-                "model without --unlearn_method"
+                "model by itself"
             )
     else:
         wanted = prepare_options(config)
         distributed.on_main(lambda: prepare(wanted))
         train(run)
-    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column"))
-    return replace(config, model=str(folder / MODEL), **nothing)
+    nothing = dict.fromkeys(("unlearn_method", "finetune", "train_config", "refusals", "alternates_column"))
+    return replace(config, model=str(folder / MODEL), data_dir="data", **nothing)
 
 
 def run_options(config: BenchmarkConfig) -> RunConfig:
@@ -52,7 +57,7 @@ def run_options(config: BenchmarkConfig) -> RunConfig:
         "output_dir": config.output_dir,
         "data_dir": config.data_dir,
         "domain": _domain(config),
-        "unlearn_method": config.unlearn_method,
+        "unlearn_method": config.unlearn_method or "finetune",
         "seq_len": config.longest,
         "deepspeed": config.deepspeed,
         "bf16": config.bf16,
@@ -62,22 +67,30 @@ def run_options(config: BenchmarkConfig) -> RunConfig:
     }
     if config.num_threads is not None:
         decided["num_threads"] = config.num_threads
-    given = [] if config.train_config is None else ["--config", config.train_config]
-    return parse(RunConfig, [*given, *(f"--{name}={value}" for name, value in decided.items())], "unlearn-ds benchmark")
+    words = [] if config.train_config is None else ["--config", config.train_config]
+    words += [f"--{name}={value}" for name, value in decided.items()]
+    if config.finetune is not None:
+        words += ["--train_on", *_FINETUNED[config.finetune]]
+    run = parse(RunConfig, words, "unlearn-ds benchmark")
+    if config.finetune is None or run.preset is not None or not config.benchmark.recipe:
+        return run
+    return parse(RunConfig, [*words, f"--preset={config.benchmark.recipe}"], "unlearn-ds benchmark")
 
 
 def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
-    """The options of `unlearn-ds prepare` by which questions are asked in training as they are in the evaluation."""
+    """The options of `unlearn-ds prepare`: the suite's own, else those by which questions are asked as in the evaluation."""
     suite, template = config.benchmark, config.question_template()
-    tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
-    more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
+    more = dict(suite.prepared)
+    if not more:
+        tags = not is_chat(tokenizer_of(config.model, config.trust_remote_code), template)
+        more = {"chat_template": "tags"} if tags else {"system_prompt": template.system_prompt or None}
+        more["date_string"] = template.date_string
     sources = {role: _source(config, names) for role, names in suite.training.items()}
     return PrepareConfig(
         config.model,
         domain=_domain(config),
         data_dir=config.data_dir,
         seq_len=config.longest,
-        date_string=template.date_string,
         trust_remote_code=config.trust_remote_code,
         refusals=config.refusals,
         alternates_column=config.alternates_column,
