@@ -94,12 +94,20 @@ def test_what_does_not_pass_ends_with_a_line_and_keeps_what_was_said(tmp_path, r
 
     with judge_server(replies) as server:
         with pytest.raises(OptionError, match=message) as raised:
-            judge(server, tmp_path, timeout_s=0.5, key="secret").scores([RIGHT, WRONG])
+            judge(server, tmp_path, timeout_s=0.5, key="secret").scores([WRONG, RIGHT])
         assert "secret" not in str(raised.value)
         assert len(server.requests) == times + 1
         server.reply = whether_equal
         assert judge(server, tmp_path).scores([RIGHT, WRONG]) == [1.0, 0.0]
         assert len(server.requests) == times + 2, "what was said before the fault is not asked again"
+
+
+def test_an_address_that_fails_is_not_asked_for_all_the_others(tmp_path):
+    many = [Asked("Where ?", "in Arlen", f"in {number}") for number in range(40)]
+    with judge_server(in_turn((500, b"", 0.0))) as server:
+        with pytest.raises(OptionError, match="500"):
+            judge(server, tmp_path, parallel=2).scores(many)
+        assert len(server.requests) <= 2 * 3 + 2
 
 
 def test_nobody_at_the_address(tmp_path):

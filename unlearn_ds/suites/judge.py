@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -18,6 +19,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,35 +89,40 @@ class Judge:
         known = read_replies(self.file)
         keys = [self._digest(one) for one in asked]
         missing = {key: one for key, one in zip(keys, asked) if key not in known and one.answer.strip()}
+        waiting, over = list(missing.items()), threading.Event()
         with ThreadPoolExecutor(self.parallel) as pool:
-            waiting = list(missing.items())
-            for start in range(0, len(waiting), _SAVED_EVERY):
-                part = waiting[start : start + _SAVED_EVERY]
-                outcomes = list(pool.map(self._outcome, [one for _, one in part]))
-                said = {key: reply for (key, _), reply in zip(part, outcomes) if isinstance(reply, str)}
-                if said:
-                    known |= said
-                    write_json(self.file, {"replies": known})
-                for outcome in outcomes:
-                    if isinstance(outcome, OptionError):
-                        raise outcome
+            try:
+                for start in range(0, len(waiting), _SAVED_EVERY):
+                    part = waiting[start : start + _SAVED_EVERY]
+                    outcomes = list(pool.map(partial(self._outcome, over), [one for _, one in part]))
+                    said = {key: reply for (key, _), reply in zip(part, outcomes) if isinstance(reply, str)}
+                    if said:
+                        known |= said
+                        write_json(self.file, {"replies": known})
+                    for outcome in outcomes:
+                        if isinstance(outcome, OptionError):
+                            raise outcome
+            finally:
+                over.set()  # whoever waits for another try does so no longer
         return [verdict(known[key]) if one.answer.strip() else 0.0 for key, one in zip(keys, asked)]
 
     def _digest(self, one: Asked) -> str:
         content = json.dumps([self.model, SYSTEM, one.prompt])
         return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
-    def _outcome(self, one: Asked) -> str | OptionError:
+    def _outcome(self, over: threading.Event, one: Asked) -> str | OptionError | None:
+        """The reply, what went wrong, or None where another request has failed."""
         try:
-            return self._reply(one)
+            return None if over.is_set() else self._reply(over, one)
         except OptionError as error:
+            over.set()
             return error
 
-    def _reply(self, one: Asked) -> str:
+    def _reply(self, over: threading.Event, one: Asked) -> str:
         wait, fault = self.wait_s, ""
         for number in range(self.tries):
-            if number:
-                time.sleep(wait * (1 + random.random() / 4))  # not all at once again
+            if number and over.wait(wait * (1 + random.random() / 4)):  # not all at once again
+                break
             try:
                 return self._post(one)
             except urllib.error.HTTPError as error:
