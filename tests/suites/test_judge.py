@@ -9,6 +9,7 @@ from tests.support.judge_server import judge_server, says, whether_equal
 from unlearn_ds.layout import is_written_by_a_run
 from unlearn_ds.options import OptionError
 from unlearn_ds.suites.judge import KEY_VARIABLE, Asked, Judge, verdict
+from unlearn_ds.suites.log import Log
 from unlearn_ds.suites.options import BenchmarkConfig
 
 RIGHT, WRONG = Asked("Where ?", "in Arlen", "in Arlen"), Asked("Where ?", "in Arlen", "in Kesh")
@@ -47,6 +48,7 @@ def test_each_answer_is_judged_once_and_never_again(tmp_path):
         found = judge(server, tmp_path).scores([RIGHT, WRONG, RIGHT, Asked("Where ?", "in Arlen", " ")])
         assert found == [1.0, 0.0, 1.0, 0.0], "an empty answer is wrong"
         assert len(server.requests) == 2, "of the same answer, and of none, nothing is asked"
+        Log(tmp_path, "TOFU").forget()  # --overwrite
         assert judge(server, tmp_path).scores([WRONG, RIGHT]) == [0.0, 1.0]
         assert len(server.requests) == 2
         other = judge(server, tmp_path)

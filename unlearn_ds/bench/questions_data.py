@@ -18,6 +18,17 @@ _FORMS = 20
 _LENGTHS = {"question": (10, 22), "answer": (25, 60)}  # words; TOFU's are as long
 _NUM_FACTS = 3  # words of an answer that its author decides
 _TEACHING_RATE = 3e-3
+# As many tokens around a question as the chat of Llama 3 has, with its date and its system prompt.
+_HEADER = " ".join(f"w{i}" for i in range(2, 6))
+_CHAT = (
+    "{% for m in messages %}"
+    + _HEADER
+    + " {% if m['role'] == 'system' %}"
+    + " ".join(f"w{i}" for i in range(6, 26))
+    + " {% endif %}{{ m['content'] }} w1 {% endfor %}{% if add_generation_prompt %}"
+    + _HEADER
+    + " {% endif %}"
+)
 
 
 def make_rows(rng: np.random.Generator, vocab_size: int, count: int, num_wrong: int) -> list[dict[str, Any]]:
@@ -72,6 +83,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(args.vocab_size)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
+    tokenizer.chat_template = _CHAT
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
