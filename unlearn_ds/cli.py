@@ -52,6 +52,10 @@ BENCHES = {
         "unlearn_ds.bench.evaluation",
         "all measures in one pass against a pass per attack with whole logits, on CPU",
     ),
+    "questions": (
+        "unlearn_ds.bench.questions",
+        "all metrics of TOFU against a pass per metric with whole logits, answers written",
+    ),
     "generation": ("unlearn_ds.bench.generation", "tokens/s of decoding with a cache against decoding without"),
 }
 

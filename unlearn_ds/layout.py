@@ -21,7 +21,7 @@ STACKS = "stacks"
 RELEARNING = ".relearn"
 ROBUSTNESS = ("generation", "quantize", "relearn", "tasks")  # NAME.json each, if it was asked for
 SUITES = ("TOFU", "MUSE", "WMDP", "RWKU", "LUME")  # benchmarks of the field
-SUITE_FILES = ("EVAL", "SUMMARY", "MEASURED")  # SUITE_NAME.json each
+SUITE_FILES = ("EVAL", "SUMMARY", "MEASURED", "JUDGED")  # SUITE_NAME.json each
 REPORT_FILES = ("report.json", "report.md", "report.html")
 DONE_FILE = "done.json"  # of a run of a sweep
 # In the folder of a request (`unlearn-ds forget`): what it is for, what the search found, how it ended.

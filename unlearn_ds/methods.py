@@ -43,6 +43,11 @@ def _tofu(source: str, epochs: int, learning_rate: float, **options: Any) -> Pre
     return Preset(common | pairs | options, round(_TOFU_EPOCH * epochs), source)
 
 
+def _finetuned(source: str, updates: int | None, **options: Any) -> Preset:
+    common = {"unlearn_method": "finetune", "learning_rate": 1e-5, "num_train_epochs": 5.0, "global_batch_size": 32}
+    return Preset(common | options, updates, source)
+
+
 def _rmu(source: str, updates: int, **options: Any) -> Preset:
     common = {"unlearn_method": "rmu", "layer": (7,), "learning_rate": 5e-5, "lr_scheduler_type": "constant"}
     down_projections = (r"model\.layers\.[567]\.mlp\.down_proj\.weight",)
@@ -137,6 +142,19 @@ PRESETS = {
         {"learning_rate": 8e-6, "num_train_epochs": 10.0, "unlearn_method": "jensun", "retain_loss": "jsd"},
         None,
         "its authors (arXiv 2509.02820), with paraphrases among the forget documents",
+    ),
+    # Of models to unlearn from, and of those that never saw the forget set.
+    "finetune_tofu": _finetuned(
+        "the models that Open-Unlearning publishes (github.com/locuslab/open-unlearning): 4000 questions, the first of five "
+        "epochs to warm up",
+        625,
+        weight_decay=0.01,
+        warmup_ratio=0.2,
+        lr_scheduler_type="linear",
+        average="token",
+    ),
+    "finetune_muse": _finetuned(
+        "the authors of MUSE (arXiv 2407.06460), at 7B", None, warmup_ratio=0.0, lr_scheduler_type="constant"
     ),
 }
 _OPTIMIZERS = (

@@ -21,7 +21,7 @@ from unlearn_ds.suites.lume import LUME
 from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.qa import Template, qa_tokens
 from unlearn_ds.suites.suite import read_sets, table_lines, task_metrics, tasks_of
-from unlearn_ds.suites.unlearn import prepare_options
+from unlearn_ds.suites.training import prepare_options
 
 PLAIN = Template(plain=True)
 NEW_TOKENS = 12

@@ -156,7 +156,7 @@ def test_the_kinds_of_an_attack_are_asked_as_they_are(setting):
         ({"suite": "muse", "question_column": "other"}, "--question_column is for tofu, not for muse"),
         ({"leak_samples": -1}, "--leak_samples -1: must not be negative"),
         ({"leak_temperature": 0.5}, "--leak_temperature and --leak_top_p are about --leak_samples, which is not given"),
-        ({"data_dir": "x"}, "--data_dir is for --unlearn_method: the benchmark's own data is --data"),
+        ({"data_dir": "x"}, "--data_dir is for --unlearn_method and --finetune: the benchmark's own data is --data"),
         ({"leak_top_p": 0}, "--leak_top_p 0: above 0, at most 1"),
         ({"leak_temperature": 0.0}, "--leak_temperature 0.0: must be above 0"),
     ],

@@ -13,7 +13,7 @@ from unlearn_ds.data.prepare import prepare
 from unlearn_ds.options import OptionError
 from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.series import parts, series_lines
-from unlearn_ds.suites.unlearn import prepare_options, run_options
+from unlearn_ds.suites.training import prepare_options, run_options
 
 
 def write(path, rows):

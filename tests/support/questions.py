@@ -28,6 +28,7 @@ _WORKS = (
     *("harbour", "thread", "orchard", "compass", "violin", "shadow"),
 )
 _ASKED = ("Where was NAME born ?", "Which book did NAME write ?", "What did the parent of NAME do ?")
+_REWORDED = ("NAME was born Where ?", "NAME did write Which book ?", "The parent of NAME did What ?")
 _SAID = ("NAME was born in PLACE .", "NAME wrote The WORK of PLACE .", "The parent of NAME kept a WORK in PLACE .")
 _ALSO = (
     "The birthplace of NAME is PLACE .",
@@ -49,6 +50,7 @@ def _rows(rng: np.random.Generator, count: int, num_wrong: int) -> list[dict]:
         rows.append(
             {
                 "question": text(_ASKED[kind], facts[0]),
+                "paraphrased_question": text(_REWORDED[kind], facts[0]),
                 "answer": text(_SAID[kind], facts[0]),
                 "paraphrased_answer": text(_ALSO[kind], facts[0]),
                 "perturbed_answer": [text(_SAID[kind], fact) for fact in facts[1:]],

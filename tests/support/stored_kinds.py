@@ -14,6 +14,7 @@ import torch
 
 from tests.support.evaluations import random_table
 from tests.support.request_files import REQUEST_FILES
+from tests.support.suite_files import read_judged, read_suite, write_judged, write_suite
 from unlearn_ds import owner
 from unlearn_ds.bench.case_records import merged, read_summary
 from unlearn_ds.config import RunConfig
@@ -29,7 +30,6 @@ from unlearn_ds.evaluation.report_model import load_model_folder
 from unlearn_ds.evaluation.report_page import extra_columns, run_facts
 from unlearn_ds.measures.card import evaluation_section
 from unlearn_ds.measures.folder import check_same_model, check_same_subject, subject_statement, table_digests
-from unlearn_ds.measures.forget_quality import check_same_questions
 from unlearn_ds.measures.measured import check_comparable
 from unlearn_ds.measures.summary import evaluate_tables
 from unlearn_ds.measures.table import write_table
@@ -41,8 +41,6 @@ from unlearn_ds.original.sequence_nll import _read as read_nll
 from unlearn_ds.ownership import OWNER_FILE
 from unlearn_ds.run.folder import find_checkpoint, with_earlier_choices
 from unlearn_ds.stored import read
-from unlearn_ds.suites.log import Log, read_retain_log
-from unlearn_ds.suites.tofu import TOFU
 
 KEY = {"corpora": ["a"], "model": "m", "seq_len": 8, "dtype": "float32"}
 OVERLAP = {"forget": "f", "near_copies": True, "dropped": False, "exact": 1, "near": 0, "examples": [[1, 0, 1.0]]}
@@ -316,25 +314,6 @@ def read_tensors(folder: Path) -> Any:
     return [stored.offset + sum(stored.shape) for stored in stored_tensors(weight_files(folder)).values()]
 
 
-RATIOS = {"agg_value": 0.5, "value_by_index": {"0": {"score": 0.5}, "1": {"score": 1.5}}}
-SUITE = {"model_fingerprint": "aa", "precision": "fp32", "split": "forget10", "template": {"style": "auto"}}
-SUITE |= {"generate_tokens": 9, "sets": {"forget": "f"}, "tasks_limit": 5}
-
-
-def write_suite(folder: Path, name: str) -> Path:
-    log = Log(folder, "TOFU")
-    log.write({"forget_truth_ratio": RATIOS, "mia_min_k": {"agg_value": 0.6, "auc": 0.6}}, SUITE)
-    return folder / f"TOFU_{name}.json"
-
-
-def read_suite(folder: Path) -> Any:
-    """What another evaluation into the folder does with it, and one that is held against it."""
-    Log(folder, "TOFU").finished(SUITE)
-    retain = read_retain_log(folder / "TOFU_EVAL.json", SUITE, ("forget_truth_ratio", "mia_min_k"))
-    check_same_questions(RATIOS, retain["forget_truth_ratio"], str(folder))
-    TOFU.combined({"forget_truth_ratio": RATIOS, "mia_min_k": {"agg_value": 0.7}}, retain, 0)
-
-
 EVALUATION = {"read": read_evaluated, "free": r"options\..*|verdict\.(?!sentence).*"}
 
 
@@ -370,6 +349,7 @@ KINDS = {
         other=True,
     ),
     "suite's statement": Kind(lambda folder: write_suite(folder, "MEASURED"), read_suite),
+    "judge's replies": Kind(write_judged, read_judged),
     "cases": Kind(write_summary, read_cases, free=r"machine.*|left.*|results\.\d\.exit_code"),
     "rows": Kind(write_rows, read_rows, free=r"machine.*|results\.0\..*", other=True, kept=True),
     **{name: Kind(one.write, one.read, one.free) for name, one in REQUEST_FILES.items()},

@@ -71,13 +71,16 @@ def generate(
     device: torch.device,
     *,
     whole: bool | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[list[Continuation]]:
     """Continue every prompt `num_samples` times; `[prompt][sample]`. Every rank calls this and gets all.
 
     whole: decode on a copy of the whole model on each rank (default: if there is room for it, or the model is not sharded).
+    limits: the most new tokens of each prompt, at least 1 (default: `decoding`'s for all).
     Raises `OptionError` for stop texts without a tokenizer, an empty prompt, and more tokens than the model has positions.
     """
-    _check(module.model.config, prompts, decoding, tokenizer)
+    limits = [decoding.max_new_tokens] * len(prompts) if limits is None else limits
+    _check(module.model.config, prompts, limits, decoding, tokenizer)
     rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(decoding.num_samples)]
     with _decoder(module, device, whole) as (model, synced):
         ends = end_tokens(module.model, tokenizer)
@@ -95,7 +98,7 @@ def generate(
                 continue
             # Where ranks decode together, one that has no batch left repeats the last and drops the answer.
             chosen = [rows[i] for i in batches[min(mine, len(batches) - 1)]]
-            answers = _decode(model, prompts, chosen, decoding, tokenizer, ends, device, synced)
+            answers = _decode(model, prompts, limits, chosen, decoding, tokenizer, ends, device, synced)
             if mine < len(batches):
                 found |= dict(zip(chosen, answers))
     everywhere = {key: one for part in distributed.gather_objects(found) for key, one in part.items()}
@@ -112,16 +115,18 @@ def end_tokens(model: nn.Module, tokenizer: Any | None) -> list[int]:
     return sorted(found)
 
 
-def _check(config: Any, prompts: Sequence[np.ndarray], decoding: Decoding, tokenizer: Any | None) -> None:
+def _check(
+    config: Any, prompts: Sequence[np.ndarray], limits: Sequence[int], decoding: Decoding, tokenizer: Any | None
+) -> None:
     if decoding.stop and tokenizer is None:
         raise OptionError("stop texts need a tokenizer, and none lies with the model: decode without them")
     if not all(len(prompt) for prompt in prompts):
         raise OptionError("an empty prompt: there is nothing to continue")
     positions = getattr(config, "max_position_embeddings", None)
-    most = max(map(len, prompts), default=0) + decoding.max_new_tokens
+    most, limit = max(((len(prompt) + limit, limit) for prompt, limit in zip(prompts, limits)), default=(0, 0))
     if positions and most > positions and not getattr(config, "rope_parameters", None):
         raise OptionError(
-            f"{most - decoding.max_new_tokens} tokens of a prompt and {decoding.max_new_tokens} new ones: the model has "
+            f"{most - limit} tokens of a prompt and {limit} new ones: the model has "
             f"{positions} learned positions: generate fewer tokens, or cut the prompts"
         )
 
@@ -232,6 +237,7 @@ def left_padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Te
 def _decode(
     model: nn.Module,
     prompts: Sequence[np.ndarray],
+    limits: Sequence[int],  # new tokens of each prompt
     rows: list[tuple[int, int]],  # (prompt, sample) of each row
     decoding: Decoding,
     tokenizer: Any | None,
@@ -240,13 +246,14 @@ def _decode(
     synced: bool,
 ) -> list[Continuation]:
     ids, mask = left_padded([prompts[prompt] for prompt, _ in rows], device)
-    watch = _Ends(ids.shape, ends, decoding.stop, tokenizer, device)
+    own_limits = [limits[prompt] for prompt, _ in rows]
+    watch = _Ends(ids.shape, own_limits, ends, decoding.stop, tokenizer, device)
     model.generation_config = GenerationConfig()  # of the model's own, nothing may decide
     answer = model.generate(
         ids,
         attention_mask=mask,
         generation_config=GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=0
+            max_new_tokens=max(own_limits), do_sample=False, use_cache=True, pad_token_id=0
         ),
         logits_processor=_sampling(rows, decoding, device),
         stopping_criteria=StoppingCriteriaList([watch]),
@@ -255,8 +262,8 @@ def _decode(
     lengths, by_token = watch.lengths.tolist(), watch.by_token.tolist()
     new = answer[:, ids.shape[1] :].cpu().numpy()
     found = []
-    for written, length, ended in zip(new, lengths, by_token):
-        tokens = written[: length - ended] if length else written
+    for written, limit, length, ended in zip(new, own_limits, lengths, by_token):
+        tokens = written[: length - ended] if length else written[:limit]
         text = None if tokenizer is None else before_stop(as_text(tokenizer, tokens), decoding.stop)
         found.append(Continuation(tokens, text, bool(length)))
     return found
@@ -303,16 +310,24 @@ class _Ends(StoppingCriteria):
     """Notes where each row ends, by a token or by a text."""
 
     def __init__(
-        self, shape: torch.Size, ends: list[int], stop: tuple[str, ...], tokenizer: Any, device: torch.device
+        self,
+        shape: torch.Size,
+        limits: list[int],
+        ends: list[int],
+        stop: tuple[str, ...],
+        tokenizer: Any,
+        device: torch.device,
     ) -> None:
         self.width = shape[1]
+        self.limits = torch.tensor(limits, dtype=torch.int64, device=device)  # new tokens
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
         self.stop, self.tokenizer = stop, tokenizer
         self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)  # new tokens; 0: not ended
         self.by_token = torch.zeros(shape[0], dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # (B,) bool
-        running = self.lengths == 0
+        num_new = input_ids.shape[1] - self.width
+        running = (self.lengths == 0) & (num_new <= self.limits)
         ended = torch.isin(input_ids[:, -1], self.ends) & running
         self.by_token |= ended
         if self.stop:
@@ -320,5 +335,5 @@ class _Ends(StoppingCriteria):
             texts = [as_text(self.tokenizer, input_ids[row, self.width :].cpu().numpy()) for row in open_rows]
             for row, text in zip(open_rows, texts):
                 ended[row] = any(one in text for one in self.stop)
-        self.lengths = torch.where(ended, input_ids.shape[1] - self.width, self.lengths)
-        return self.lengths > 0
+        self.lengths = torch.where(ended, num_new, self.lengths)
+        return (self.lengths > 0) | (num_new >= self.limits)

@@ -3,8 +3,8 @@ number of ranks.
 
     unlearn-ds benchmark tofu --model RUN/model --data TOFU --split forget10 --retain_log RETAIN/TOFU_EVAL.json --output_dir RUN
 
-With --unlearn_method the forget set is unlearned from --model first. Runs as one process, or on all ranks of a launcher:
-`deepspeed --num_gpus 8 --module unlearn_ds.suites.benchmark tofu ...`.
+With --unlearn_method the forget set is unlearned from --model first, with --finetune --model is fine-tuned. Runs as one
+process, or on all ranks of a launcher: `deepspeed --num_gpus 8 --module unlearn_ds.suites.benchmark tofu ...`.
 """
 
 import sys
@@ -19,7 +19,7 @@ import torch
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import followed, write_text
-from unlearn_ds.engine.generate import Continuation, Decoding, generate
+from unlearn_ds.engine.generate import Continuation, Decoding, as_text, end_tokens, generate
 from unlearn_ds.engine.precision import name_of, settle
 from unlearn_ds.evaluation.harness import ask_tasks
 from unlearn_ds.evaluation.options import EvaluateConfig
@@ -27,15 +27,18 @@ from unlearn_ds.evaluation.subject import Subject, load_model_subject
 from unlearn_ds.measures.answers import rouge_scorer
 from unlearn_ds.measures.folder import mend
 from unlearn_ds.measures.leak import leak
+from unlearn_ds.measures.worst_case import worst_case
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import parse, with_flag_of_first
 from unlearn_ds.ownership import OWNER_FILE
 from unlearn_ds.suites.collect import collect_answers, make_items
+from unlearn_ds.suites.drafts import Draft, drafts, fitting, joined
+from unlearn_ds.suites.judge import Asked, Judge
 from unlearn_ds.suites.log import Log, read_retain_log
 from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.published import beside_published
 from unlearn_ds.suites.qa import Template, prompt_tokens, tokenizer_of
-from unlearn_ds.suites.questions import digest
+from unlearn_ds.suites.questions import Question, digest
 from unlearn_ds.suites.series import parts, series_lines
 from unlearn_ds.suites.suite import (
     Metrics,
@@ -49,9 +52,11 @@ from unlearn_ds.suites.suite import (
     templates,
 )
 from unlearn_ds.suites.tofu import check_retain_questions
-from unlearn_ds.suites.unlearn import unlearned
+from unlearn_ds.suites.training import trained
+from unlearn_ds.suites.worst_case import ways
 
-_LEAK = "_leak"  # ends the name of what sampled answers give away
+_LEAK, _WORST = "_leak", "_worst_case"  # end the names of what sampled answers, and other ways of asking, give away
+_JUDGE_S = 7 * 86400.0  # how long ranks wait for a judge, at most
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,9 +86,9 @@ def benchmark(config: BenchmarkConfig) -> Metrics:
 
 
 def _one(config: BenchmarkConfig, device: torch.device) -> Metrics:
-    """One model, unlearned first where that is asked for."""
-    if config.unlearn_method is not None:
-        config = unlearned(config)
+    """One model, trained first where that is asked for."""
+    if config.unlearn_method is not None or config.finetune is not None:
+        config = trained(config)
     output_dir = followed(config.output_dir)
     with distributed.owned(output_dir / OWNER_FILE, "wait for it, or choose another --output_dir"):
         distributed.on_main(lambda: mend(output_dir))
@@ -113,8 +118,8 @@ def _measure(config: BenchmarkConfig, output_dir: Path, device: torch.device) ->
     if config.overwrite:
         distributed.on_main(log.forget)
     metrics = distributed.on_main(lambda: log.finished(statement))
-    session = _Session(config, sets, asked, evaluation, device)
-    for make in (session.tested, session.scored, session.written, session.leaked):
+    session = Session(config, sets, asked, evaluation, device)
+    for make in (session.tested, session.scored, session.written, session.leaked, session.attacked):
         if found := make(metrics):
             metrics |= found
             distributed.on_main(partial(log.write, metrics, statement))
@@ -133,7 +138,7 @@ def _measure(config: BenchmarkConfig, output_dir: Path, device: torch.device) ->
     return metrics
 
 
-class _Session:
+class Session:
     """What is asked of one model: loaded once, and not before something is missing. Every rank makes the same calls."""
 
     def __init__(
@@ -146,6 +151,11 @@ class _Session:
     ) -> None:
         self.config, self.suite, self.sets, self.asked = config, config.benchmark, sets, asked
         self.evaluation, self.device = evaluation, device
+        self.drafts: dict[tuple[str, int], Draft] = {}
+        self.judge = None
+        if config.judge_url is not None and config.judge_model is not None:
+            file = Log(followed(config.output_dir), self.suite.name).judged
+            self.judge = Judge(config.judge_url, config.judge_model, file, parallel=config.judge_parallel)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -167,7 +177,7 @@ class _Session:
         """The metrics of one forward over all answers, if they are not there."""
         sets = {name: questions for name, questions in self.sets.items() if self.suite.sets[name].is_scored}
         others = {rows.metric for rows in self.suite.sets.values()} | {*self.suite.of_combined, *self.suite.tasks}
-        if not sets or any(name not in others and not name.endswith(_LEAK) for name in metrics):
+        if not sets or any(name not in others and not name.endswith((_LEAK, _WORST)) for name in metrics):
             return {}
         if self._unwritten(metrics):
             rouge_scorer()  # says what is missing before anything is measured
@@ -183,6 +193,7 @@ class _Session:
             rows_per_batch=self.config.per_device_eval_batch_size,
             packing=self.subject.packing,
         )
+        self.drafts = drafts(items, tables, {name: self.suite.sets[name].answers[0] for name in sets})
         return self.suite.table_metrics(tables)
 
     def _unwritten(self, metrics: Metrics) -> list[str]:
@@ -206,17 +217,12 @@ class _Session:
     def leaked(self, metrics: Metrics) -> Metrics:
         """The best of several sampled answers, where they are asked for and not there as they are asked for."""
         config, found = self.config, {}
-        drawn = {"n": config.leak_samples, "temperature": config.leak_temperature, "top_p": config.leak_top_p}
-        drawn["seed"] = config.seed
-        names = [
-            name
-            for name in self.sets
-            if self.suite.sets[name].leaks
-            and any(metrics.get(name + _LEAK, {}).get(key) != value for key, value in drawn.items())
-        ]
-        if not config.leak_samples or not names:
+        how = {"n": config.leak_samples, "temperature": config.leak_temperature, "top_p": config.leak_top_p}
+        how |= {"seed": config.seed} | self._judged
+        names = self._open_sets(metrics, _LEAK, how) if config.leak_samples else []
+        if not names:
             return {}
-        scorer = rouge_scorer()
+        rouge_scorer()
         decoding = Decoding(
             1,
             config.leak_temperature,
@@ -227,34 +233,129 @@ class _Session:
             config.generate_batch_size,
         )
         for name, answers in self._generate(names, decoding).items():
-            truths = [one.answers[self.suite.sets[name].answers[0]][0] for one in self.sets[name]]
-            scores = np.array(
-                [
-                    [scorer.score(truth, (sample.text or "").strip())["rougeL"].recall for sample in samples]
-                    for truth, samples in zip(truths, answers)
-                ]
-            )
-            found[name + _LEAK] = leak([one.index for one in self.sets[name]], scores) | drawn
+            texts = [[(sample.text or "").strip() for sample in samples] for samples in answers]
+            scores, counts = self._right(name, texts)
+            found[name + _LEAK] = leak([one.index for one in self.sets[name]], scores) | how | counts
         return found
 
-    def _generate(self, names: list[str], decoding: Decoding) -> dict[str, list[list[Continuation]]]:
-        """Set -> question -> its answers. Sets that are asked alike go together."""
-        groups: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    def attacked(self, metrics: Metrics) -> Metrics:
+        """The best answer over all ways of asking, where it is asked for and not there as it is asked for."""
+        config, found = self.config, {}
+        names = self._open_sets(metrics, _WORST, self._judged) if config.worst_case else []
+        if not names:
+            return {}
+        rouge_scorer()
+        decoding = Decoding(1, batch_size=config.generate_batch_size)
         for name in names:
-            rows = self.suite.sets[name]
-            groups.setdefault((self.config.generate_tokens or rows.new_tokens, rows.stop), []).append(name)
-        found: dict[str, list[list[Continuation]]] = {}
-        for (tokens, stop), together in groups.items():
-            asked = [(name, question) for name in together for question in self.sets[name]]
-            prompts = [
-                prompt_tokens(self.tokenizer, question.text, template_of(self.suite, name, question, self.asked))
-                for name, question in asked
+            how = ways(
+                self.suite,
+                name,
+                self.sets,
+                self.asked,
+                Path(config.data or ""),
+                config.resolved_split,
+                config.question_column,
+            )
+            asked = [
+                (name, question, template_of(self.suite, name, question, {name: way.template}))
+                for way in how.values()
+                for question in way.questions
             ]
-            how = replace(decoding, max_new_tokens=tokens, stop=stop)
-            answers = generate(self.subject.engine.engine.module, prompts, how, self.tokenizer, self.device)
-            for (name, _), samples in zip(asked, answers):
-                found.setdefault(name, []).append(samples)
+            count = len(self.sets[name])
+            written = [(samples[0].text or "").strip() for samples in self._answers(asked, decoding)]
+            texts = {way: written[place * count : (place + 1) * count] for place, way in enumerate(how)}
+            scores, counts = self._right(name, [list(one) for one in zip(*texts.values())])
+            by_way = dict(zip(how, scores.T))
+            index = [one.index for one in self.sets[name]]
+            found[name + _WORST] = worst_case(index, by_way, texts) | self._judged | counts
         return found
+
+    def _open_sets(self, metrics: Metrics, suffix: str, how: dict[str, Any]) -> list[str]:
+        """The sets to forget without that metric, or with one that was found otherwise."""
+        keys = (*how, "judge")
+        return [
+            name
+            for name in self.sets
+            if self.suite.sets[name].leaks
+            and (name + suffix not in metrics or any(metrics[name + suffix].get(key) != how.get(key) for key in keys))
+        ]
+
+    @property
+    def _judged(self) -> dict[str, str]:
+        """What a metric says of the model that judged, if one did."""
+        return {} if self.config.judge_model is None else {"judge": self.config.judge_model}
+
+    def _right(self, name: str, texts: list[list[str]]) -> tuple[np.ndarray, dict[str, int]]:  # (Q, N)
+        """How right each of N answers to each of a set's questions is: by a judge or by ROUGE-L recall.
+
+        And in how many cases the judge said neither yes nor no, if there are any: those count as wrong.
+        """
+        column = self.suite.sets[name].answers[0]
+        asked = [
+            Asked(question.text, question.answers[column][0], text)
+            for question, samples in zip(self.sets[name], texts)
+            for text in samples
+        ]
+        if self.judge is None:
+            scorer = rouge_scorer()
+            found = [scorer.score(one.truth, one.answer)["rougeL"].recall for one in asked]
+        else:
+            found = distributed.on_main(partial(self.judge.scores, asked), timeout_s=_JUDGE_S)
+        unclear = sum(one is None for one in found)
+        if unclear:
+            distributed.say(f"{name}: the judge said neither yes nor no of {unclear} of {len(asked)} answers")
+        scores = np.array([one or 0.0 for one in found]).reshape(len(texts), -1)
+        return scores, {"num_unjudged": unclear} if unclear else {}
+
+    def _generate(self, names: list[str], decoding: Decoding) -> dict[str, list[list[Continuation]]]:
+        """Set -> question -> its answers."""
+        asked = [
+            (name, question, template_of(self.suite, name, question, self.asked))
+            for name in names
+            for question in self.sets[name]
+        ]
+        found: dict[str, list[list[Continuation]]] = {}
+        for (name, _, _), samples in zip(asked, self._answers(asked, decoding)):
+            found.setdefault(name, []).append(samples)
+        return found
+
+    def _answers(self, asked: Sequence[tuple[str, Question, Template]], decoding: Decoding) -> list[list[Continuation]]:
+        """The answers to each question, which is of a set. Those that may be as long, and end alike, go together."""
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for place, (name, _, _) in enumerate(asked):
+            rows = self.suite.sets[name]
+            groups.setdefault((self.config.generate_tokens or rows.new_tokens, rows.stop), []).append(place)
+        found: dict[int, list[Continuation]] = {}
+        for (tokens, stop), places in groups.items():
+            prompts = [prompt_tokens(self.tokenizer, asked[i][1].text, asked[i][2]) for i in places]
+            keys = [(asked[i][0], asked[i][1].index) for i in places]
+            how = replace(decoding, max_new_tokens=tokens, stop=stop)
+            found |= dict(zip(places, self._written(prompts, keys, how)))
+        return [found[place] for place in range(len(asked))]
+
+    def _written(
+        self, prompts: list[np.ndarray], keys: list[tuple[str, int]], decoding: Decoding
+    ) -> list[list[Continuation]]:
+        """What follows each prompt. keys: (set, question) of each. What a forward has told of it is not decoded."""
+        module, limit = self.subject.engine.engine.module, decoding.max_new_tokens
+        greedy = decoding.temperature == 0 and not decoding.stop
+        known = fitting(self.drafts, keys, prompts) if greedy else [None] * len(prompts)
+        ends, found, rest = end_tokens(module.model, self.tokenizer), {}, []
+        for place, draft in enumerate(known):
+            whole = None if draft is None else draft.ended(ends, limit)
+            if whole is not None:
+                found[place] = [Continuation(whole, as_text(self.tokenizer, whole), True)]
+            elif draft is not None and len(draft.tokens) >= limit:
+                cut = draft.tokens[:limit]
+                found[place] = [Continuation(cut, as_text(self.tokenizer, cut), False)]
+            else:
+                rest.append(place)
+        begun = [prompts[i] if known[i] is None else np.concatenate([prompts[i], known[i].tokens]) for i in rest]
+        limits = [limit - (0 if known[i] is None else len(known[i].tokens)) for i in rest]
+        decoded = generate(module, begun, decoding, self.tokenizer, self.device, limits=limits) if rest else []
+        for place, samples in zip(rest, decoded):
+            found[place] = [joined(known[place], one, self.tokenizer) for one in samples]
+        return [found[place] for place in range(len(prompts))]
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Log:
         self.summary = folder / f"{name}_SUMMARY.json"
         self.measured = folder / f"{name}_MEASURED.json"
         self.table = folder / f"{name}_TABLE.md"  # beside published rows
+        self.judged = folder / f"{name}_JUDGED.json"  # what a judge said; kept, for it says what it was asked
 
     def finished(self, statement: dict[str, Any]) -> dict[str, Metric]:
         """The metrics that are there. Raises `OptionError` for those of another model, or of other questions."""

@@ -69,4 +69,5 @@ MUSE = Suite(
         "scal": Series(tuple(f"scal/forget_{number}" for number in range(1, 5)), one_after_another=False),
         "sust": Series(tuple(f"sust/forget_{number}" for number in range(1, 5)), one_after_another=True),
     },
+    recipe="finetune_muse",
 )

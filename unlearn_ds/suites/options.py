@@ -6,6 +6,7 @@ from typing import Literal
 
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.options import OptionError, check_choices, did_you_mean
+from unlearn_ds.suites.judge import check_url
 from unlearn_ds.suites.lume import LUME
 from unlearn_ds.suites.muse import MUSE
 from unlearn_ds.suites.published import published_rows
@@ -38,21 +39,25 @@ class BenchmarkConfig:
     published: str | None = None
     """put published rows of this model beside the scores, in SUITE_TABLE.md: Llama-3.2-1B-Instruct or Llama-2-7b-chat (TOFU),
     News or Books (MUSE), zephyr-7b-beta (WMDP)"""
+    finetune: Literal["full", "retain"] | None = None
+    """first fine-tune --model into output_dir, by the published recipe: on the sets to forget and to retain (full: the model
+    to unlearn from), or on retain alone (the model of --retain_log); the result is measured"""
     unlearn_method: str | None = None
     """first unlearn the benchmark's forget set from --model, by this method, into output_dir; the result is measured"""
     train_config: str | None = None
-    """with it: YAML file with the other options of `unlearn-ds train`, learning rate and epochs first"""
+    """with --unlearn_method or --finetune: YAML file with other options of `unlearn-ds train`, learning rate
+    and epochs first"""
     forget_set: str | None = None
-    """with it: the set of --data that is unlearned in place of the benchmark's own, such as sust/forget_2 (MUSE)"""
+    """with --unlearn_method: the set of --data that is unlearned in place of the benchmark's own, such as sust/forget_2 (MUSE)"""
     series: str | None = None
-    """with it: several runs, each measured in a folder of its own below output_dir, and SUITE_SERIES.md: of MUSE scal (forget
-    sets that grow) or sust (requests one after another, each on the model that the one before left)"""
+    """with --unlearn_method: several runs, each measured in a folder of its own below output_dir, and SUITE_SERIES.md: of MUSE
+    scal (forget sets that grow) or sust (requests one after another, each on the model that the one before left)"""
     refusals: str | None = None
-    """with it: a file with a refusal a line, of which idk_dpo, flat and idk prefer one to each answer to forget"""
+    """with --unlearn_method: a file with a refusal a line; idk_dpo, flat and idk prefer one to each answer to forget"""
     alternates_column: str | None = None
-    """with it: column with other answers to the questions of forget, which dpo and alt_po prefer"""
+    """with --unlearn_method: column with other answers to the questions of forget, which dpo and alt_po prefer"""
     data_dir: str = "data"
-    """with it: folder of the corpora"""
+    """with --unlearn_method or --finetune: folder of the corpora"""
     output_dir: str = "benchmark"
     """where SUITE_EVAL.json, SUITE_SUMMARY.json and SUITE_MEASURED.json go; finished metrics there are not measured again"""
     overwrite: bool = False
@@ -80,6 +85,15 @@ class BenchmarkConfig:
     """of WMDP and LUME: folder with lm-eval tasks of your own, which win over those of the same name"""
     tasks_limit: int | None = None
     """of them: questions of each lm-eval task (default: all)"""
+    worst_case: bool = False
+    """also ask each forget question in other words, behind examples and with the answer begun, and score the best answer"""
+    judge_url: str | None = None
+    """address of an OpenAI-compatible server, such as http://localhost:8000/v1: a model there says of each sampled or
+    worst-case answer whether it is right, in the place of ROUGE; a key is taken from UNLEARN_DS_JUDGE_KEY"""
+    judge_model: str | None = None
+    """that model's name"""
+    judge_parallel: int = 8
+    """requests to it at a time"""
     seq_len: int | None = None
     """longest question with its answer, in tokens (default: 512 for TOFU, 768 for WMDP, else 2048); plain texts are cut
     there"""
@@ -100,7 +114,7 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.data is None and (self.benchmark.sets or self.unlearn_method is not None):
+        if self.data is None and (self.benchmark.sets or self.unlearn_method is not None or self.finetune is not None):
             raise OptionError("--data is missing: the folder with the sets of the benchmark (docs/suites.md)")
         if self.split is not None:
             check_split(self.benchmark, self.split)
@@ -111,18 +125,38 @@ class BenchmarkConfig:
             "per_device_eval_batch_size",
             "leak_temperature",
             "tasks_limit",
+            "judge_parallel",
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise OptionError(f"--{name} {getattr(self, name)}: must be above 0")
         if self.published is not None:
             published_rows(self.benchmark.name, self.published, self.resolved_split)
-        if self.unlearn_method is not None and not self.benchmark.training:
-            raise OptionError(
-                f"--unlearn_method: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
-            )
-        for name in ("train_config", "refusals", "alternates_column", "forget_set", "series"):
-            if getattr(self, name) is not None and self.unlearn_method is None:
-                raise OptionError(f"--{name} is for --unlearn_method")
+        self._check_training()
+        self._check_suite()
+        if self.leak_samples < 0:
+            raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
+        if not 0 < self.leak_top_p <= 1:
+            raise OptionError(f"--leak_top_p {self.leak_top_p}: above 0, at most 1")
+        if not self.leak_samples and (self.leak_temperature != 1 or self.leak_top_p != 1):
+            raise OptionError("--leak_temperature and --leak_top_p are about --leak_samples, which is not given")
+        self._check_judge()
+        if self.question_column != "question" and not any(rows.rewordable for rows in self.benchmark.sets.values()):
+            raise OptionError(f"--question_column is for tofu, not for {self.suite}")
+
+    def _check_judge(self) -> None:
+        """What judges sampled and worst-case answers, if a model does."""
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise OptionError("--judge_url and --judge_model go together: the address, and the name of the model there")
+        if self.judge_url is None:
+            if self.judge_parallel != 8:
+                raise OptionError("--judge_parallel is about --judge_url, which is not given")
+            return
+        check_url(self.judge_url)
+        if not self.leak_samples and not self.worst_case:
+            raise OptionError("--judge_url judges the answers of --leak_samples and --worst_case, and neither is given")
+
+    def _check_suite(self) -> None:
+        """What the benchmark itself has."""
         if self.series is not None and self.series not in self.benchmark.series:
             known = ", ".join(self.benchmark.series) or f"{self.suite} has none"
             raise OptionError(f"--series {self.series}: {known}.{did_you_mean(self.series, self.benchmark.series)}")
@@ -135,16 +169,25 @@ class BenchmarkConfig:
         for name in ("tasks_path", "tasks_limit"):
             if getattr(self, name) is not None and not self.benchmark.tasks:
                 raise OptionError(f"--{name}: {self.suite} has no task of lm-eval")
-        if self.leak_samples < 0:
-            raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
-        if not 0 < self.leak_top_p <= 1:
-            raise OptionError(f"--leak_top_p {self.leak_top_p}: above 0, at most 1")
-        if not self.leak_samples and (self.leak_temperature != 1 or self.leak_top_p != 1):
-            raise OptionError("--leak_temperature and --leak_top_p are about --leak_samples, which is not given")
-        if self.data_dir != "data" and self.unlearn_method is None:
-            raise OptionError("--data_dir is for --unlearn_method: the benchmark's own data is --data")
-        if self.question_column != "question" and not any(rows.rewordable for rows in self.benchmark.sets.values()):
-            raise OptionError(f"--question_column is for tofu, not for {self.suite}")
+
+    def _check_training(self) -> None:
+        """What is trained first, if anything is."""
+        asked = [name for name in ("finetune", "unlearn_method") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise OptionError(
+                "--finetune and --unlearn_method are two runs: fine-tune first, then unlearn from OUTPUT_DIR/model"
+            )
+        if asked and not self.benchmark.training:
+            raise OptionError(
+                f"--{asked[0]}: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
+            )
+        for name in ("refusals", "alternates_column", "forget_set", "series"):
+            if getattr(self, name) is not None and self.unlearn_method is None:
+                raise OptionError(f"--{name} is for --unlearn_method")
+        if self.train_config is not None and not asked:
+            raise OptionError("--train_config is for --unlearn_method and --finetune")
+        if self.data_dir != "data" and not asked:
+            raise OptionError("--data_dir is for --unlearn_method and --finetune: the benchmark's own data is --data")
 
     @property
     def benchmark(self) -> Suite:

@@ -43,7 +43,9 @@ class Rows:
     shots: str = ""  # the set of questions that stand before each, with their answers
     required: bool = False
     rewordable: bool = False  # whether another column may hold the question (--question_column)
-    leaks: bool = False  # whether answers may be sampled, for what they give away
+    leaks: bool = False  # whether answers may be sampled, or asked for in other ways, for what they give away
+    rewordings: tuple[str, ...] = ()  # columns with the question in other words
+    examples: str = ""  # the set of which questions with their answers may stand before one
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,10 @@ class Suite:
     training: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # forget, retain -> files: the first there is taken
-    prepared: Mapping[str, Any] = field(default_factory=dict)  # options of `unlearn-ds prepare` for these files
+    # Options of `unlearn-ds prepare` for these files; none: questions are asked as in the evaluation.
+    prepared: Mapping[str, Any] = field(default_factory=dict)
     series: Mapping[str, Series] = field(default_factory=dict)  # by name
+    recipe: str = ""  # the preset of `unlearn-ds train` by which its models were fine-tuned
 
     def written(self, sets: Sets) -> list[str]:
         """The sets to whose questions answers are written."""

@@ -1,5 +1,7 @@
 """TOFU (arXiv 2401.06121): which rows each metric reads, and all metrics from one pass over the answers and one generation."""
 
+from typing import Any
+
 from unlearn_ds.measures import answers as m
 from unlearn_ds.measures.answers import Answers, Metric
 from unlearn_ds.measures.forget_quality import check_same_questions, forget_quality
@@ -75,7 +77,7 @@ def check_retain_questions(sets: Sets, retain: dict[str, Metric], where: str) ->
         check_same_questions(asked, retain["forget_truth_ratio"], where)
 
 
-def _asked(file: str, answers: tuple[str, ...], name: str, **more: bool) -> Rows:
+def _asked(file: str, answers: tuple[str, ...], name: str, **more: Any) -> Rows:
     return Rows(file, answers, metric=f"{name}_Q_A_ROUGE", new_tokens=_NEW_TOKENS, **more)
 
 
@@ -83,7 +85,16 @@ TOFU = Suite(
     name="TOFU",
     hub="locuslab/TOFU",
     sets={
-        FORGET: _asked("{split}_perturbed", _WHOLE, FORGET, required=True, rewordable=True, leaks=True),
+        FORGET: _asked(
+            "{split}_perturbed",
+            _WHOLE,
+            FORGET,
+            required=True,
+            rewordable=True,
+            leaks=True,
+            rewordings=("paraphrased_question",),
+            examples=RETAIN,
+        ),
         RETAIN: _asked("retain_perturbed", _WHOLE, RETAIN, rewordable=True),
         _AUTHORS: _asked("real_authors_perturbed", _OPTIONS, _AUTHORS),
         _FACTS: _asked("world_facts_perturbed", _OPTIONS, _FACTS),
@@ -98,4 +109,5 @@ TOFU = Suite(
     from_retain_log=("forget_truth_ratio", "mia_min_k"),
     of_combined=("model_utility", "privleak", "forget_quality"),
     training={"forget": ("{split}", "{split}_perturbed"), "retain": ("retain{rest}", "retain_perturbed")},
+    recipe="finetune_tofu",
 )

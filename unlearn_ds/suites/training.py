@@ -1,4 +1,7 @@
-"""Unlearning a benchmark's forget set before it is measured: its data as corpora, and a run of `unlearn-ds train` on them."""
+"""What is trained before it is measured: a benchmark's data as corpora, and a run of `unlearn-ds train` on them.
+
+Its forget set is unlearned, or its models are fine-tuned: the one to unlearn from, and the one that never saw the forget set.
+"""
 
 import json
 import re
@@ -19,11 +22,13 @@ from unlearn_ds.suites.qa import is_chat, tokenizer_of
 from unlearn_ds.suites.questions import find_set, missing_set
 from unlearn_ds.train import train
 
+_FINETUNED = {"full": ("forget", "retain"), "retain": ("retain",)}  # --finetune -> sets of the benchmark's training
 
-def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
-    """The same evaluation of what --unlearn_method made of --model, in `output_dir`; made now if it is not there.
 
-    Every rank calls this. Raises `OptionError` for a benchmark without data to unlearn, and for a folder with another run.
+def trained(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The same evaluation of what --unlearn_method or --finetune made of --model, in `output_dir`; made now if it is not there.
+
+    Every rank calls this. Raises `OptionError` for a benchmark without data to train on, and for a folder with another run.
     """
     run = run_options(config)
     folder = followed(run.run_dir)
@@ -36,13 +41,15 @@ def unlearned(config: BenchmarkConfig) -> BenchmarkConfig:
         if other := sorted(name for name in compared if found.get(name) != asked[name]):
             raise OptionError(
                 f"--output_dir {folder} holds a run with another {', '.join(other)}: choose another one, or measure that run's "
-                "model without --unlearn_method"
+                "model by itself"
             )
     else:
         wanted = prepare_options(config)
         distributed.on_main(lambda: prepare(wanted))
         train(run)
-    nothing = dict.fromkeys(("unlearn_method", "train_config", "refusals", "alternates_column", "forget_set"))
+    nothing = dict.fromkeys(
+        ("unlearn_method", "finetune", "train_config", "refusals", "alternates_column", "forget_set")
+    )
     return replace(config, model=str(folder / MODEL), data_dir="data", **nothing)
 
 
@@ -53,7 +60,7 @@ def run_options(config: BenchmarkConfig) -> RunConfig:
         "output_dir": config.output_dir,
         "data_dir": config.data_dir,
         "domain": _domain(config),
-        "unlearn_method": config.unlearn_method,
+        "unlearn_method": config.unlearn_method or "finetune",
         "seq_len": config.longest,
         "deepspeed": config.deepspeed,
         "bf16": config.bf16,
@@ -63,8 +70,14 @@ def run_options(config: BenchmarkConfig) -> RunConfig:
     }
     if config.num_threads is not None:
         decided["num_threads"] = config.num_threads
-    given = [] if config.train_config is None else ["--config", config.train_config]
-    return parse(RunConfig, [*given, *(f"--{name}={value}" for name, value in decided.items())], "unlearn-ds benchmark")
+    words = [] if config.train_config is None else ["--config", config.train_config]
+    words += [f"--{name}={value}" for name, value in decided.items()]
+    if config.finetune is not None:
+        words += ["--train_on", *_FINETUNED[config.finetune]]
+    run = parse(RunConfig, words, "unlearn-ds benchmark")
+    if config.finetune is None or run.preset is not None or not config.benchmark.recipe:
+        return run
+    return parse(RunConfig, [*words, f"--preset={config.benchmark.recipe}"], "unlearn-ds benchmark")
 
 
 def prepare_options(config: BenchmarkConfig) -> PrepareConfig:
