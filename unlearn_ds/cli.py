@@ -50,6 +50,7 @@ BENCHES = {
         "all measures in one pass against a pass per attack with whole logits, on CPU",
     ),
     "generation": ("unlearn_ds.bench.generation", "tokens/s of decoding with a cache against decoding without"),
+    "tune": ("unlearn_ds.bench.tune", "updates until a trial reaches the verdict: the search against a random one"),
 }
 
 

@@ -6,12 +6,26 @@ from typing import Literal
 
 from unlearn_ds.evaluation.published import PublishedFlags
 from unlearn_ds.measures.thresholds import Thresholds
-from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
+from unlearn_ds.options import OptionError, check_about, check_choices, check_idle, check_name, did_you_mean
 
 QUANTIZATIONS = ("int8", "int4")
 _POSITIVE = (
     "seq_len per_device_eval_batch_size loss_workspace_mib relearn_learning_rate relearn_batch_size generate_tokens "
     "generate_samples generate_batch_size generate_top_p"
+)
+# Options -> those without which they have no effect.
+_ABOUT = {
+    **{f"relearn_{what}": ("relearn",) for what in ("learning_rate", "batch_size")},
+    **{
+        f"generate_{what}": ("generate",)
+        for what in ("tokens", "temperature", "top_p", "samples", "stop", "batch_size")
+    },
+    **dict.fromkeys(("tasks_path", "tasks_limit", "allow_generated_code"), ("tasks",)),
+}
+# Those that say what of the corpora is measured, or against what.
+_OF_CORPORA = (
+    *("domain", "data_dir", "original_model", "retrained_model", "packing", "max_sequences"),
+    *("quantize", "relearn", "generate"),
 )
 
 
@@ -111,6 +125,9 @@ class EvaluateConfig(PublishedFlags, Thresholds):
                 raise OptionError(f"--{name} {getattr(self, name)}: must not be negative")
         self._check_sampling()
         check_quantizations(self.quantize)
+        check_about(self, _ABOUT)
+        if self.tasks:
+            check_idle(self, _OF_CORPORA, "it is about measuring corpora, and --tasks runs tasks in their place")
         if self.tasks_limit is not None and self.tasks_limit < 1:
             raise OptionError(f"--tasks_limit {self.tasks_limit}: at least 1")
         if self.max_sequences is not None and self.max_sequences < 2:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.options import OptionError, check_choices
+from unlearn_ds.options import OptionError, check_about, check_choices
 from unlearn_ds.suites.muse import MUSE
 from unlearn_ds.suites.published import published_rows
 from unlearn_ds.suites.qa import Style, Template
@@ -12,6 +12,11 @@ from unlearn_ds.suites.rwku import RWKU
 from unlearn_ds.suites.suite import Suite, check_split
 from unlearn_ds.suites.tofu import TOFU
 
+# Options -> those without which they have no effect.
+_ABOUT = {
+    **dict.fromkeys(("train_config", "refusals", "alternates_column", "data_dir"), ("unlearn_method",)),
+    **dict.fromkeys(("leak_temperature", "leak_top_p"), ("leak_samples",)),
+}
 SUITES = {suite.name.lower(): suite for suite in (TOFU, MUSE, RWKU)}
 
 
@@ -103,17 +108,11 @@ class BenchmarkConfig:
             raise OptionError(
                 f"--unlearn_method: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
             )
-        for name in ("train_config", "refusals", "alternates_column"):
-            if getattr(self, name) is not None and self.unlearn_method is None:
-                raise OptionError(f"--{name} is for --unlearn_method")
+        check_about(self, _ABOUT)
         if self.leak_samples < 0:
             raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
         if not 0 < self.leak_top_p <= 1:
             raise OptionError(f"--leak_top_p {self.leak_top_p}: above 0, at most 1")
-        if not self.leak_samples and (self.leak_temperature != 1 or self.leak_top_p != 1):
-            raise OptionError("--leak_temperature and --leak_top_p are about --leak_samples, which is not given")
-        if self.data_dir != "data" and self.unlearn_method is None:
-            raise OptionError("--data_dir is for --unlearn_method: the benchmark's own data is --data")
         if self.question_column != "question" and not any(rows.rewordable for rows in self.benchmark.sets.values()):
             raise OptionError(f"--question_column is for tofu, not for {self.suite}")
 
