@@ -125,13 +125,13 @@ class EvaluateConfig(PublishedFlags, Thresholds):
                 raise OptionError(f"--{name} {getattr(self, name)}: must not be negative")
         self._check_sampling()
         check_quantizations(self.quantize)
-        check_about(self, _ABOUT)
-        if self.tasks:
-            check_idle(self, _OF_CORPORA, "it is about measuring corpora, and --tasks runs tasks in their place")
         if self.tasks_limit is not None and self.tasks_limit < 1:
             raise OptionError(f"--tasks_limit {self.tasks_limit}: at least 1")
         if self.max_sequences is not None and self.max_sequences < 2:
             raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")
+        check_about(self, _ABOUT)
+        if self.tasks:
+            check_idle(self, _OF_CORPORA, "it is about measuring corpora, and --tasks runs tasks in their place")
 
     def _check_sampling(self) -> None:
         if self.generate_temperature < 0:

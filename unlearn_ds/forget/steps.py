@@ -336,8 +336,9 @@ def verdict_on(folder: Path, original: Path, config: ForgetConfig) -> dict[str, 
 
 def attack(candidate: Candidate, original: Path, config: ForgetConfig, base: Mapping[str, Any]) -> None:
     """Measure the run beside the original, and what rounding and relearning bring back, unless it was done."""
-    rate = config.relearn_learning_rate or candidate.options["learning_rate"]
-    asked = {"relearn": config.relearn, "relearn_learning_rate": rate, "quantize": config.quantize}
+    asked: dict[str, Any] = {"relearn": config.relearn, "quantize": config.quantize}
+    if config.relearn:
+        asked["relearn_learning_rate"] = config.relearn_learning_rate or candidate.options["learning_rate"]
     options = evaluation_of(
         config, base, str(candidate.folder / MODEL), candidate.folder, original_model=str(original), **asked
     )

@@ -108,13 +108,13 @@ class BenchmarkConfig:
             raise OptionError(
                 f"--unlearn_method: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
             )
-        check_about(self, _ABOUT)
         if self.leak_samples < 0:
             raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
         if not 0 < self.leak_top_p <= 1:
             raise OptionError(f"--leak_top_p {self.leak_top_p}: above 0, at most 1")
         if self.question_column != "question" and not any(rows.rewordable for rows in self.benchmark.sets.values()):
             raise OptionError(f"--question_column is for tofu, not for {self.suite}")
+        check_about(self, _ABOUT)
 
     @property
     def benchmark(self) -> Suite:
