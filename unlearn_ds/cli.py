@@ -57,6 +57,7 @@ BENCHES = {
         "all metrics of TOFU against a pass per metric with whole logits, answers written",
     ),
     "generation": ("unlearn_ds.bench.generation", "tokens/s of decoding with a cache against decoding without"),
+    "tune": ("unlearn_ds.bench.tune", "updates until a trial reaches the verdict: the search against a random one"),
 }
 
 

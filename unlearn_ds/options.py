@@ -14,7 +14,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -229,6 +229,29 @@ def check_choices(config: Any) -> None:
             raise OptionError(
                 f"--{name} {value}: choose one of {', '.join(map(str, allowed))}.{did_you_mean(str(value), allowed)}"
             )
+
+
+def changed(config: Any, names: Iterable[str]) -> list[str]:
+    """Those of the options that are not at their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return [name for name in names if getattr(config, name) != defaults[name]]
+
+
+def check_about(config: Any, about: Mapping[str, Sequence[str]]) -> None:
+    """Raise `OptionError` for an option that is given without what it is about: it would have no effect.
+
+    about: option -> those of which one must be given. An option at its default is not given, nor is one that is 0 or empty.
+    """
+    for name in changed(config, about):
+        if not any(getattr(config, other) for other in about[name]):
+            others = " or ".join(f"--{other}" for other in about[name])
+            raise OptionError(f"--{name} is about {others}, which is not given: leave it out, or give that too")
+
+
+def check_idle(config: Any, names: Iterable[str], because: str) -> None:
+    """Raise `OptionError` for an option that is given, and has no effect beside another one."""
+    for name in changed(config, names):
+        raise OptionError(f"--{name} has no effect: {because}: leave one of them out")
 
 
 def own_words(words: Sequence[str]) -> list[str]:

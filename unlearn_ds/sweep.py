@@ -36,7 +36,7 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.durable import write_text
 from unlearn_ds.layout import DONE_FILE
 from unlearn_ds.markup import tell, visible
-from unlearn_ds.options import OptionError, did_you_mean, field_types, parse, with_flag_of_first
+from unlearn_ds.options import OptionError, check_about, did_you_mean, field_types, parse, with_flag_of_first
 
 _KEYS = ("output_dir", "base", "grid", "variants")
 _SET_BY_THE_SWEEP = ("output_dir", "output_sufix", "auto_resume", "resume", "overwrite_output_dir")
@@ -69,6 +69,7 @@ class SweepConfig:
         chosen = [name for name in ("local", "collect", "count") if getattr(self, name)]
         if len(chosen) + (self.index is not None) > 1:
             raise OptionError("--index, --local, --collect and --count: choose one")
+        check_about(self, dict.fromkeys(("original", "retrained"), ("local", "collect")) | {"num_ranks": ("local",)})
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import time
 import pytest
 import yaml
 
-from tests.support.cluster import largest_difference, make_tiny_run, metrics, require, weights
+from tests.support.cluster import largest_difference, make_tiny_run, memorised_model, metrics, require, weights
 from tests.support.nap import ODD_NAME, ODD_WORDS, said
 from tests.support.pages import Terminal, bash_lines, repository
 from tests.support.paths import ROOT
 from tests.support.runs import tiny_config
 from tests.support.slurm import Slurm, is_stopped, missing_programs
+from tests.support.studies import assert_whole_but, states
 from unlearn_ds.cluster.processes import rank_environment
 from unlearn_ds.engine.checkpoint import complete_checkpoints
 from unlearn_ds.sweep import read_grid
@@ -24,6 +25,8 @@ from unlearn_ds.sweep import read_grid
 LINES = bash_lines("SLURM")
 TRAIN = "launch/slurm/train.sbatch"
 BENCH = "launch/slurm/bench.sbatch"
+TUNE = "launch/slurm/tune.sbatch"
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 
 
@@ -258,3 +261,39 @@ def test_odd_names_under_slurm(slurm, tmp_path):
     finish(slurm.run(*words, **environment(slurm) | own).stdout.strip() + "_0")
     assert [element.state for element in read_grid(odd / "grid.yaml")] == ["done"]
     assert not list(ROOT.glob("SHELL*")), "a shell has read a name"
+
+
+@pytest.mark.fault(
+    "one of two SLURM jobs on a study killed -9 in the middle of a trial",
+    "`trial N: whoever carried it out is gone: it is queued again`",
+    "the other job does that trial again: the study ends complete, no trial lost, none done twice",
+)
+def test_two_jobs_on_one_study_and_one_is_killed(slurm, tiny, tmp_path):
+    """The doomed one stands still in its first trial until the other one has done one: neither is alone on the study."""
+    pytest.importorskip("optuna")
+    study, num_trials = tmp_path / "study", 4
+    base = tiny.options(tmp_path, target_model_name_or_path=str(memorised_model(tiny)))
+    for name in ("unlearn_method", "learning_rate", "max_steps", "output_dir", "save_steps", "save_total_limit"):
+        del base[name]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    words = [str(tmp_path / "base.yaml"), "--output_dir", str(study), "--num_trials", str(num_trials)]
+    # Measured once, at its end: nothing is written, and no lock held, where the doomed one stops.
+    words += ["--max_updates", "40", "--eval_steps", "40", "--range_updates", "4", "--highest_rate", "1e-3"]
+
+    def said_by(job: str) -> str:
+        return "".join(log.read_text() for log in tmp_path.glob(f"logs/{job}/*.log"))
+
+    doomed = submit(slurm, tmp_path, TUNE, (*ONE_NODE, "--export=ALL,MAX_CRASHES=0"), words)
+    wait_until(slurm, doomed, lambda: "trial 0: " in said_by(doomed), "the first trial")
+    (pid,) = slurm.ranks(doomed)
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(slurm, doomed, lambda: is_stopped(pid), "the stop")
+    assert states(study) == [("RUNNING", None)] + [("WAITING", None)] * (len(states(study)) - 1)
+    other = submit(slurm, tmp_path, TUNE, ONE_NODE, words)
+    wait_until(slurm, other, lambda: said_by(other).count("trial ") >= 2, "a trial of the other one")
+    os.kill(pid, signal.SIGKILL)
+    slurm.wait_for_job(doomed, "FAILED")
+    assert slurm.wait_for_job(other, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", output(tmp_path)
+    assert "trial 0: whoever carried it out is gone: it is queued again" in said_by(other)
+    assert_whole_but(study, 0, num_trials)
+    assert yaml.safe_load((study / "best.yaml").read_text())["max_steps"] > 0

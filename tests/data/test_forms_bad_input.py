@@ -121,8 +121,12 @@ CASES: list[tuple[list[Any], list[str], list[str]]] = [
         ["--find and --find_regex look into whole documents to forget, and --forget is of the form qa"],
     ),
     ([QA], ["--find", "x", "--format", "qa"], ["--find makes spans of whole documents, and --format qa has none"]),
-    ([{"text": "a"}], ["--find_ignore_case"], ["--find_ignore_case is about --find and --find_regex"]),
-    ([{"text": "a"}], ["--find_unicode", "nfc"], ["--find_unicode and --find_whole_words are about --find"]),
+    (
+        [{"text": "a"}],
+        ["--find_ignore_case"],
+        ["--find_ignore_case is about --find or --find_regex, which is not given"],
+    ),
+    ([{"text": "a"}], ["--find_unicode", "nfc"], ["--find_unicode is about --find, which is not given"]),
     # options without an effect, and wrong ones
     (
         [{"text": "a b"}],

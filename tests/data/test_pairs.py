@@ -102,7 +102,7 @@ QA = [{"question": "q", "answer": "a", "others": "b"}]
         (QA, ["--refusals=none.txt"], ["--refusals none.txt: there is no such file"]),
         (QA, ["--refusals=EMPTY"], ["a file without a refusal, one a line"]),
         (QA, ["--alternates_column=others", "--set=alternates=x"], ["both make the set alternates; give one"]),
-        (QA, ["--seed=3"], ["--seed 3: is about what is drawn of --refusals, which is not given"]),
+        (QA, ["--seed=3"], ["--seed is about --refusals, which is not given"]),
     ],
 )  # fmt: skip
 def test_answers_that_cannot_be_made_are_refused(tmp_path, capsys, rows, more, parts) -> None:

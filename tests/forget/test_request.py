@@ -45,13 +45,12 @@ def test_a_budget_is_updates_or_time(text, expected):
     assert Budget.parse(text) == expected
 
 
-def test_the_seed_is_the_searches_and_draws_refusals_where_there_are_some(tmp_path, monkeypatch):
+def test_the_seed_is_that_of_the_search_alone(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(steps, "prepare", asked.append)
     given = {"data_dir": None, "forget": ("f",), "retain": ("r",), "approximate": ("a",), "seed": 7}
-    for more in ({}, {"refusals": "no.txt"}):
-        steps._prepare(config(tmp_path, **given, **more), 64)
-    assert [one.seed for one in asked] == [42, 7]
+    steps._prepare(config(tmp_path, **given), 64)
+    assert [(one.seed, one.refusals) for one in asked] == [(42, None)]
 
 
 def test_gpu_hours_are_shared_by_the_ranks():
@@ -67,7 +66,10 @@ def test_gpu_hours_are_shared_by_the_ranks():
         ({"budget": "9.5"}, "a whole number of updates"),
         ({"quantize": ("int9",)}, "--quantize int9: choose from int8, int4"),
         ({"relearn_learning_rate": -1.0}, "--relearn_learning_rate -1.0: must be above 0"),
-        ({"relearn": 0, "relearn_learning_rate": 1.0}, "--relearn_learning_rate is about --relearn, and that is 0"),
+        (
+            {"relearn": 0, "relearn_learning_rate": 1.0},
+            "--relearn_learning_rate is about --relearn, which is not given",
+        ),
         ({"budget": "0m"}, "--budget 0m: a number of updates, minutes or GPU-hours"),
         ({"budget": "soon"}, "--budget soon: a number of updates"),
         ({"data_dir": None}, "--forget: give documents, or corpora that are prepared with --data_dir"),
@@ -77,12 +79,16 @@ def test_gpu_hours_are_shared_by_the_ranks():
             "nothing says what forgotten is, and the verdict could say only whether the rest was kept: give --approximate",
         ),
         ({"forget": ("f",)}, "--data_dir and --forget both choose the data"),
+        (
+            {"turns": "last"},
+            "--turns has no effect: it says how documents are read, and --data_dir holds corpora that are",
+        ),
         ({"methods": ("gradient_ascent",)}, "--methods gradient_ascent: choose from"),
         ({"mixtures": ("retain:0",)}, "--mixtures retain:0: a share is a number above 0"),
         ({"max_updates": 3}, "--max_updates 3: at least 8"),
         ({"relearn": -1}, "--relearn -1: must not be negative"),
         ({"num_ranks": 0}, "--num_ranks 0: at least 1"),
-        ({"find_whole_words": False}, "about --find, which is not given"),
+        ({"find_whole_words": False}, "--find_whole_words is about --find, which is not given"),
         ({"ppl_tolerance": 0.0}, "--ppl_tolerance 0.0: must be above 0"),
     ],
 )

@@ -165,7 +165,7 @@ def test_text_that_is_no_text_is_judged(tmp_path):
         ({"judge_parallel": 2}, "--judge_parallel is about --judge_url"),
         (
             {"judge_url": "http://a/v1", "judge_model": "m"},
-            "judges the answers of --leak_samples and --worst_case, and",
+            "--judge_url is about --leak_samples or --worst_case, which is not given",
         ),
         ({"judge_url": "a/v1", "judge_model": "m"}, "--judge_url a/v1: must be an address such as http://localhost"),
         ({"judge_url": "http://a:x/v1", "judge_model": "m"}, "must be an address"),

@@ -136,8 +136,8 @@ def test_four_requests_are_unlearned_and_measured_by_one_command(folder):
         ),
         ({"forget_set": "../x"}, r"--forget_set \.\./x: a set below --data"),
         ({"forget_set": "/x"}, "--forget_set /x: a set below --data"),
-        ({"series": "sust", "unlearn_method": None}, "--series is for --unlearn_method"),
-        ({"forget_set": "x", "unlearn_method": None}, "--forget_set is for --unlearn_method"),
+        ({"series": "sust", "unlearn_method": None}, "--series is about --unlearn_method"),
+        ({"forget_set": "x", "unlearn_method": None}, "--forget_set is about --unlearn_method"),
     ],
 )
 def test_options_are_checked(folder, options, message):

@@ -100,8 +100,8 @@ def test_the_published_recipe_unless_an_option_says_otherwise(folder):
         ({"finetune": "half"}, "--finetune half: choose one of full, retain"),
         ({"finetune": "full", "unlearn_method": "NPO"}, "are two runs: fine-tune first, then unlearn from OUTPUT_DIR"),
         ({"suite": "rwku", "finetune": "full"}, "--finetune: rwku says of no set that it is to be unlearned"),
-        ({"finetune": "full", "refusals": "r.txt"}, "--refusals is for --unlearn_method"),
-        ({"train_config": "x"}, "--train_config is for --unlearn_method and --finetune"),
+        ({"finetune": "full", "refusals": "r.txt"}, "--refusals is about --unlearn_method"),
+        ({"train_config": "x"}, "--train_config is about --unlearn_method or --finetune"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

@@ -18,6 +18,7 @@ from unlearn_ds.cluster.processes import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _PR_SET_PDEATHSIG = 1
+_TASKS = (b"unlearn_ds.train", b"unlearn_ds.tune.tune")
 _CONF = """
 ClusterName=unlearn
 SlurmctldHost={host}(127.0.0.1)
@@ -77,7 +78,8 @@ def _runs_a_task(pid: int) -> bool:
     process = Path("/proc", str(pid))
     try:
         interpreter = (process / "exe").readlink().name.startswith("python")
-        return interpreter and b"unlearn_ds.train" in (process / "cmdline").read_bytes().split(b"\0")
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        return interpreter and b"-m" in words and any(word in words for word in _TASKS)
     except OSError:
         return False
 

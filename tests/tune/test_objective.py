@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.options import OptionError
 from unlearn_ds.tune import tune
-from unlearn_ds.tune.objective import Distance, distance_to_verdict, value_of
+from unlearn_ds.tune.objective import Distance, distance_to_verdict, note_on_pieces, value_of
 from unlearn_ds.tune.options import PAIRED, Scale, TuneConfig, trial_config
 from unlearn_ds.tune.tune import closing, first_settings, options_of, searched
 from unlearn_ds.tune.workbench import Pace
@@ -52,6 +53,24 @@ def test_when_a_trial_ends(distance, past, hopeless):
     assert (distance.is_past_the_target, distance.is_hopeless) == (past, hopeless)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "documents", "said"),
+    [
+        (
+            [256, 4, 256, 9, 200],
+            [0, 0, 1, 1, 2],
+            "note: 2 of 5 forget sequences are short ends of documents longer than --seq_len",
+        ),
+        ([256, 4, 256, 9, 200], [0, 1, 2, 3, 4], None),  # short documents, whole
+        ([256, 200, 256, 40, 200], [0, 0, 1, 1, 2], None),
+        ([256] * 40 + [4], [*range(40), 0], None),  # one of many
+    ],
+)
+def test_short_ends_of_documents_that_count_as_whole_ones_are_said(lengths, documents, said):
+    found = note_on_pieces({"num_tokens": np.array(lengths), "document": np.array(documents)})
+    assert found is None if said is None else found.startswith(said)
+
+
 def test_compute_breaks_ties_alone():
     near, far = Distance(0.2, 0.1, 0.0), Distance(0.4, 0.4, 0.3)
     assert value_of(far, 10, 60) < value_of(near, 20, 60)
@@ -91,6 +110,7 @@ def test_what_is_missing_is_said():
         ({"eval_steps": 61}, "a trial of 60 updates would never be measured"),
         ({"budget_updates": 83}, "too small for the range test and one trial: at least 84"),
         ({"sampler": "best"}, "--sampler best"),
+        ({"sampler": "random", "budget_updates": 59}, "too small for the range test and one trial: at least 60"),
         ({"budget_s": 0.0}, "--budget_s 0.0: must be above 0"),
         ({"mixtures": ("retain:x",)}, "--mixtures retain:x: a share is a number above 0"),
         ({"ppl_tolerance": 0.0}, "--ppl_tolerance 0.0: must be above 0"),

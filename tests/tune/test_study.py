@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from tests.support.runs import environment
+from tests.support.studies import assert_whole_but, states
 from unlearn_ds.options import OptionError
 from unlearn_ds.stored import StoredError
 from unlearn_ds.tune.objective import Distance
@@ -15,7 +16,7 @@ from unlearn_ds.tune.options import Scale, TuneConfig
 from unlearn_ds.tune.study import Study
 from unlearn_ds.tune.workbench import Outcome
 
-optuna = pytest.importorskip("optuna")
+pytest.importorskip("optuna")
 RATES = (1e-4, 1e-2)
 
 
@@ -27,13 +28,6 @@ def study_in(folder, subject=None, **options):
 
 def finish(study, asked, value=1.0, updates=6, given_up=""):
     study.tell(asked, Outcome(value=value, updates=updates, best_update=updates, given_up=given_up))
-
-
-def states(folder):
-    """(state, number of the trial that it is done again for) of each trial, as the journal tells."""
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.jsonl")))
-    trials = optuna.load_study(storage=storage, study_name="unlearn-ds").trials
-    return [(trial.state.name, trial.user_attrs.get("again")) for trial in trials]
 
 
 def test_a_study_is_gone_on_with_and_ends_with_its_trials(tmp_path):
@@ -59,6 +53,17 @@ def test_what_is_queued_comes_first_and_two_processes_never_draw_alike(tmp_path)
     assert asked[0].options == given
     assert [trial.number for trial in asked] == [0, 1, 2, 3]
     assert len({trial.options["learning_rate"] for trial in asked}) == 4
+
+
+def test_studies_of_neighbouring_seeds_draw_apart(tmp_path):
+    drawn = []
+    for seed in (1, 2, 3):
+        study = study_in(tmp_path / str(seed), seed=seed, sampler="random")
+        for _ in range(3):
+            asked = study.next(RATES, 0)
+            finish(study, asked)
+            drawn.append(asked.options["learning_rate"])
+    assert len(set(drawn)) == 9
 
 
 def test_what_is_computed_once_is_computed_once(tmp_path):
@@ -175,7 +180,4 @@ def test_two_processes_on_one_study_and_one_is_killed(tmp_path):
     assert other.returncode == 0, said
     lost = int(line.split()[1])
     assert f"trial {lost}: whoever carried it out is gone: it is queued again" in said
-    found = states(tmp_path)
-    assert sorted(state for state, _ in found) == ["COMPLETE"] * 6 + ["FAIL"]
-    assert found[lost][0] == "FAIL"
-    assert [again for _, again in found if again is not None] == [lost]
+    assert_whole_but(tmp_path, lost, 6)

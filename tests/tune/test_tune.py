@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from tests.support.cluster import make_tiny_run, memorised_model
+from tests.support.studies import trials
 
-optuna = pytest.importorskip("optuna")
+pytest.importorskip("optuna")
 SHARED = {"seq_len": 48, "global_batch_size": 4, "bf16": False, "num_threads": 1, "disable_tqdm": True}
 SEARCH = ["--max_updates", "6", "--eval_steps", "2", "--range_updates", "4", "--lowest_rate", "1e-4"]
 
@@ -36,11 +37,6 @@ def run(tiny, words, ranks, module="tests.support.counted_tune"):
     started = tiny.server.start(words, ranks, module=module)
     codes = started.wait(720)
     return codes, started.output()
-
-
-def trials(folder):
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.jsonl")))
-    return optuna.load_study(storage=storage, study_name="unlearn-ds").trials
 
 
 @pytest.mark.parametrize(("ranks", "deepspeed"), [(2, "zero3"), (1, "zero2")])
@@ -80,6 +76,22 @@ def test_a_method_that_asks_the_original_model_first_is_searched_with_its_own_sc
     trial = trials(tmp_path / "study")[0]
     assert trial.params["reach"] == 2.0
     assert {"beta", "forget_weight"} <= trial.user_attrs["options"].keys()
+
+
+def test_random_search_has_no_range_test_and_nothing_that_is_tried_first(tiny, memorised, tmp_path):
+    study = tmp_path / "study"
+    blind = [word for word in SEARCH if word not in ("--range_updates", "4")] + ["--sampler", "random"]
+    words = [base(tmp_path, tiny, memorised), "--output_dir", str(study), "--num_trials", "2"]
+    codes, said = run(tiny, [*words, *blind], 1)
+    assert codes == [0], said
+    assert "range test" not in said
+    assert not (study / "range.png").exists()
+    rates = [trial.params["learning_rate"] for trial in trials(study)]
+    assert len(set(rates)) == 2
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+    codes, said = run(tiny, [*words, *SEARCH], 1)
+    assert codes == [2]
+    assert "holds a study of another sampler: give it as it was" in said
 
 
 def test_a_model_that_never_saw_the_forget_set_has_nothing_to_forget(tiny, tmp_path):

@@ -22,10 +22,15 @@ from unlearn_ds.data.sources import make_plan, make_sources, open_run_corpora
 from unlearn_ds.data.summary import format_summary, save_histogram, save_step_picture, summarise
 from unlearn_ds.data.tokenizer import tokenizer_fingerprint
 from unlearn_ds.markup import tell
-from unlearn_ds.options import OptionError, parse, with_flag_of_first
+from unlearn_ds.options import OptionError, check_about, check_idle, parse, with_flag_of_first
 
 _SHOWN_SEQUENCES = 20
 _ANY_VOCAB_SIZE = 2**31
+# Options that say which update --step shows.
+_OF_A_RUN = (
+    *("unlearn_method", "global_batch_size", "per_device_train_batch_size", "num_ranks", "general", "retain_ratio"),
+    *("retain_weight", "packing", "num_train_epochs", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,10 @@ class InspectConfig:
             raise OptionError(f"--step {self.step}: updates are counted from 1")
         if self.num_ranks < 1:
             raise OptionError(f"--num_ranks {self.num_ranks}: at least 1")
+        check_about(self, dict.fromkeys(_OF_A_RUN, ("step",)))
+        if self.step is not None:
+            of_corpora = ("sample", "verify", "tokenizer_name_or_path")
+            check_idle(self, of_corpora, "it is about corpora, and --step shows an update in their place")
         if self.seq_len < 5:
             raise OptionError(f"--seq_len {self.seq_len}: sequences under 5 tokens are dropped, so at least 5")
 

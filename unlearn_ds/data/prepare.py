@@ -24,7 +24,7 @@ from unlearn_ds.data.documents import DocumentSource, find_sources
 from unlearn_ds.data.forms.answers import other_answers
 from unlearn_ds.data.forms.encode import ItemEncoder
 from unlearn_ds.data.forms.make import ItemMaker
-from unlearn_ds.data.forms.options import FormOptions
+from unlearn_ds.data.forms.options import AnswerOptions
 from unlearn_ds.data.forms.report import LEGEND, SAMPLE_TOKENS, format_items, marked_sample, summarise_items
 from unlearn_ds.data.forms.sets import count_elsewhere, makers_of, read_texts
 from unlearn_ds.data.loss_mask import TEXT
@@ -39,7 +39,7 @@ from unlearn_ds.data.tokenizer import probes, tokenizer_fingerprint
 from unlearn_ds.durable import remove_litter, write_text
 from unlearn_ds.markup import tell
 from unlearn_ds.objectives import ALTERNATES, REFUSALS
-from unlearn_ds.options import OptionError, check_choices, check_name, parse
+from unlearn_ds.options import OptionError, check_about, check_choices, check_name, parse
 from unlearn_ds.ownership import OWNER_FILE, owned
 from unlearn_ds.together import settle_all
 
@@ -47,7 +47,7 @@ _SETS = ("forget", "retain", "approximate", "general_retain", "general_evaluatio
 
 
 @dataclass(frozen=True)
-class PrepareConfig(FormOptions):
+class PrepareConfig(AnswerOptions):
     """The options of `unlearn-ds prepare`."""
 
     tokenizer_name_or_path: str
@@ -89,8 +89,7 @@ class PrepareConfig(FormOptions):
         check_choices(self)
         self.check_forms()
         check_name("domain", self.domain)
-        if self.seed != 42 and self.refusals is None:
-            raise OptionError(f"--seed {self.seed}: is about what is drawn of --refusals, which is not given")
+        check_about(self, {"seed": ("refusals",)})
         for option in self.made_of_forget().values():
             if not self.forget:
                 raise OptionError(f"--{option} makes a set of the rows of --forget, which is not given")

@@ -6,12 +6,26 @@ from typing import Literal
 
 from unlearn_ds.evaluation.published import PublishedFlags
 from unlearn_ds.measures.thresholds import Thresholds
-from unlearn_ds.options import OptionError, check_choices, check_name, did_you_mean
+from unlearn_ds.options import OptionError, check_about, check_choices, check_idle, check_name, did_you_mean
 
 QUANTIZATIONS = ("int8", "int4")
 _POSITIVE = (
     "seq_len per_device_eval_batch_size loss_workspace_mib relearn_learning_rate relearn_batch_size generate_tokens "
     "generate_samples generate_batch_size generate_top_p"
+)
+# Options -> those without which they have no effect.
+_ABOUT = {
+    **{f"relearn_{what}": ("relearn",) for what in ("learning_rate", "batch_size")},
+    **{
+        f"generate_{what}": ("generate",)
+        for what in ("tokens", "temperature", "top_p", "samples", "stop", "batch_size")
+    },
+    **dict.fromkeys(("tasks_path", "tasks_limit", "allow_generated_code"), ("tasks",)),
+}
+# Those that say what of the corpora is measured, or against what.
+_OF_CORPORA = (
+    *("domain", "data_dir", "original_model", "retrained_model", "packing", "max_sequences"),
+    *("quantize", "relearn", "generate"),
 )
 
 
@@ -119,6 +133,9 @@ class EvaluateConfig(PublishedFlags, Thresholds):
             raise OptionError("--tasks_data is for --tasks")
         if self.max_sequences is not None and self.max_sequences < 2:
             raise OptionError(f"--max_sequences {self.max_sequences}: at least 2, or a set has no spread")
+        check_about(self, _ABOUT)
+        if self.tasks:
+            check_idle(self, _OF_CORPORA, "it is about measuring corpora, and --tasks runs tasks in their place")
 
     def _check_sampling(self) -> None:
         if self.generate_temperature < 0:

@@ -1,13 +1,13 @@
 """The options of `unlearn-ds forget`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from unlearn_ds.data.forms.options import FormOptions
 from unlearn_ds.evaluation.options import check_quantizations
 from unlearn_ds.measures.thresholds import Thresholds
-from unlearn_ds.options import OptionError, check_choices, check_name, check_utf8
+from unlearn_ds.options import OptionError, check_about, check_choices, check_idle, check_name, check_utf8
 from unlearn_ds.tune.options import check_methods, check_mixtures
 
 FEWEST_UPDATES = 8  # of a run worth the name
@@ -105,6 +105,7 @@ class ForgetConfig(FormOptions, Thresholds):
         super().__post_init__()
         check_choices(self)
         self.check_forms()
+        check_about(self, {"relearn_learning_rate": ("relearn",)})
         check_name("domain", self.domain)
         check_utf8(self, "output_dir", "model")
         check_methods(self.methods)
@@ -118,11 +119,8 @@ class ForgetConfig(FormOptions, Thresholds):
             raise OptionError(f"--num_ranks {self.num_ranks}: at least 1")
         if self.relearn < 0:
             raise OptionError(f"--relearn {self.relearn}: must not be negative")
-        if self.relearn_learning_rate is not None:
-            if not self.relearn:
-                raise OptionError("--relearn_learning_rate is about --relearn, and that is 0")
-            if self.relearn_learning_rate <= 0:
-                raise OptionError(f"--relearn_learning_rate {self.relearn_learning_rate}: must be above 0")
+        if self.relearn_learning_rate is not None and self.relearn_learning_rate <= 0:
+            raise OptionError(f"--relearn_learning_rate {self.relearn_learning_rate}: must be above 0")
         check_quantizations(self.quantize)
 
     def _check_documents(self) -> None:
@@ -130,6 +128,8 @@ class ForgetConfig(FormOptions, Thresholds):
         if self.data_dir is not None:
             if given:
                 raise OptionError(f"--data_dir and --{given[0]} both choose the data: give one")
+            forms = (field.name for field in fields(FormOptions))
+            check_idle(self, forms, "it says how documents are read, and --data_dir holds corpora that are prepared")
             return
         for name in ("forget", "retain"):
             if name not in given:

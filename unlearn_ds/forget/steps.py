@@ -94,8 +94,6 @@ def prepare_corpora(config: ForgetConfig, seq_len: int) -> None:
 def _prepare(config: ForgetConfig, seq_len: int) -> None:
     general = split_general(config) if config.general else {}
     forms = {field.name: getattr(config, field.name) for field in fields(FormOptions)}
-    if config.refusals is None:
-        del forms["seed"]  # of the search, and of nothing that is drawn here
     sets = {name: getattr(config, name) for name in ("forget", "retain", "approximate")}
     prepare(
         PrepareConfig(
@@ -285,11 +283,12 @@ def tune_config(config: ForgetConfig, base: Mapping[str, Any], budget: Budget) -
 
 def _tune(config: ForgetConfig, base: Mapping[str, Any], budget: Budget, path: Path) -> Search:
     study = tune_config(config, base, budget)
-    outcomes = [one for one in tune(study) if one["distance"] is not None]
+    searched = tune(study)
+    outcomes = [one for one in searched.trials if one["distance"] is not None]
     names = Trial.model_fields
     trials = [Trial(**{name: one[name] for name in names}) for one in outcomes]
     found = Search(
-        budget=config.budget, range_updates=config.range_updates, corpora=fingerprints(config), trials=trials
+        budget=config.budget, range_updates=searched.range_updates, corpora=fingerprints(config), trials=trials
     )
 
     distributed.on_main(lambda: write_json(path, found.model_dump()))
@@ -337,8 +336,9 @@ def verdict_on(folder: Path, original: Path, config: ForgetConfig) -> dict[str, 
 
 def attack(candidate: Candidate, original: Path, config: ForgetConfig, base: Mapping[str, Any]) -> None:
     """Measure the run beside the original, and what rounding and relearning bring back, unless it was done."""
-    rate = config.relearn_learning_rate or candidate.options["learning_rate"]
-    asked = {"relearn": config.relearn, "relearn_learning_rate": rate, "quantize": config.quantize}
+    asked: dict[str, Any] = {"relearn": config.relearn, "quantize": config.quantize}
+    if config.relearn:
+        asked["relearn_learning_rate"] = config.relearn_learning_rate or candidate.options["learning_rate"]
     options = evaluation_of(
         config, base, str(candidate.folder / MODEL), candidate.folder, original_model=str(original), **asked
     )

@@ -85,3 +85,30 @@ def plot_step(results: Rows, path: Path) -> None:
     axes[1].set_xlabel("peak memory of a rank, GiB", fontsize=8)
     axes[1].set_yticklabels([])
     save_png(figure, path)
+
+
+def plot_tune(results: Rows, path: Path) -> None:
+    """Two panels over updates: how many seeds have reached the verdict, and how near the best trial of each has come to it."""
+    figure, axes = new_figure(10, 3.6, columns=2)
+    for name, colour in (("tpe", _OURS), ("random", _OTHERS)):
+        rows = [row for row in results if row["name"] == name]
+        ends = sorted(row["updates"] for row in rows if row["reached"])
+        last = max(row["updates"] for row in results)
+        axes[0].step([0, *ends, last], [*range(len(ends) + 1), len(ends)], where="post", color=colour, label=name)
+        for row in rows:
+            spent, best = row["range_updates"], float("inf")
+            points = []
+            for trial in row["trials"]:
+                spent, best = spent + trial["updates"], min(best, trial["value"])
+                points.append((spent, best))
+            if points:
+                axes[1].step(*zip(*points), where="post", color=colour, marker="o", markersize=3, linewidth=1)
+    axes[0].set_ylabel("seeds that reached the verdict")
+    axes[0].legend(fontsize=8)
+    axes[1].axhline(1, color="black", linewidth=0.8)
+    axes[1].set_ylabel("objective of the best trial (below 1: in what is allowed)", fontsize=7)
+    for axis in axes:
+        axis.set_xlabel("updates, the range test's too")
+        axis.set_ylim(bottom=0)
+        axis.set_xlim(left=0)
+    save_png(figure, path)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from unlearn_ds.evaluation.options import EvaluateConfig
-from unlearn_ds.options import OptionError, check_choices, did_you_mean
+from unlearn_ds.options import OptionError, check_about, check_choices, did_you_mean
 from unlearn_ds.suites.judge import check_url
 from unlearn_ds.suites.lume import LUME
 from unlearn_ds.suites.muse import MUSE
@@ -16,6 +16,14 @@ from unlearn_ds.suites.suite import Suite, check_split
 from unlearn_ds.suites.tofu import TOFU
 from unlearn_ds.suites.wmdp import WMDP
 
+# Options -> those without which they have no effect.
+_ABOUT = {
+    **dict.fromkeys(("train_config", "data_dir"), ("unlearn_method", "finetune")),
+    **dict.fromkeys(("refusals", "alternates_column", "forget_set", "series"), ("unlearn_method",)),
+    **dict.fromkeys(("leak_temperature", "leak_top_p"), ("leak_samples",)),
+    "judge_parallel": ("judge_url",),
+    "judge_url": ("leak_samples", "worst_case"),
+}
 SUITES = {suite.name.lower(): suite for suite in (TOFU, MUSE, WMDP, RWKU, LUME)}
 
 
@@ -48,7 +56,8 @@ class BenchmarkConfig:
     """with --unlearn_method or --finetune: YAML file with other options of `unlearn-ds train`, learning rate
     and epochs first"""
     forget_set: str | None = None
-    """with --unlearn_method: the set of --data that is unlearned in place of the benchmark's own, such as sust/forget_2 (MUSE)"""
+    """with --unlearn_method: the set of --data that is unlearned in place of the benchmark's own, such as sust/forget_2
+    (MUSE)"""
     series: str | None = None
     """with --unlearn_method: several runs, each measured in a folder of its own below output_dir, and SUITE_SERIES.md: of MUSE
     scal (forget sets that grow) or sust (requests one after another, each on the model that the one before left)"""
@@ -137,23 +146,17 @@ class BenchmarkConfig:
             raise OptionError(f"--leak_samples {self.leak_samples}: must not be negative")
         if not 0 < self.leak_top_p <= 1:
             raise OptionError(f"--leak_top_p {self.leak_top_p}: above 0, at most 1")
-        if not self.leak_samples and (self.leak_temperature != 1 or self.leak_top_p != 1):
-            raise OptionError("--leak_temperature and --leak_top_p are about --leak_samples, which is not given")
         self._check_judge()
         if self.question_column != "question" and not any(rows.rewordable for rows in self.benchmark.sets.values()):
             raise OptionError(f"--question_column is for tofu, not for {self.suite}")
+        check_about(self, _ABOUT)
 
     def _check_judge(self) -> None:
         """What judges sampled and worst-case answers, if a model does."""
         if (self.judge_url is None) != (self.judge_model is None):
             raise OptionError("--judge_url and --judge_model go together: the address, and the name of the model there")
-        if self.judge_url is None:
-            if self.judge_parallel != 8:
-                raise OptionError("--judge_parallel is about --judge_url, which is not given")
-            return
-        check_url(self.judge_url)
-        if not self.leak_samples and not self.worst_case:
-            raise OptionError("--judge_url judges the answers of --leak_samples and --worst_case, and neither is given")
+        if self.judge_url is not None:
+            check_url(self.judge_url)
 
     def _check_suite(self) -> None:
         """What the benchmark itself has."""
@@ -181,13 +184,6 @@ class BenchmarkConfig:
             raise OptionError(
                 f"--{asked[0]}: {self.suite} says of no set that it is to be unlearned: use unlearn-ds train"
             )
-        for name in ("refusals", "alternates_column", "forget_set", "series"):
-            if getattr(self, name) is not None and self.unlearn_method is None:
-                raise OptionError(f"--{name} is for --unlearn_method")
-        if self.train_config is not None and not asked:
-            raise OptionError("--train_config is for --unlearn_method and --finetune")
-        if self.data_dir != "data" and not asked:
-            raise OptionError("--data_dir is for --unlearn_method and --finetune: the benchmark's own data is --data")
 
     @property
     def benchmark(self) -> Suite:

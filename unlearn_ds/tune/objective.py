@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from unlearn_ds.measures.table import Table
 from unlearn_ds.measures.thresholds import Thresholds
 from unlearn_ds.measures.utility import UTILITY_SETS
 from unlearn_ds.options import OptionError
@@ -12,6 +15,7 @@ from unlearn_ds.run.target import Metrics
 ENOUGH = 0.5  # of what is allowed: nearer than that no state is better than another
 SURE = 0.0  # the verdict's own words are "forgotten, kept", its intervals included: no state is better
 HOPELESS = 4.0  # times the damage that is allowed
+_SHORT, _FEW = 1 / 8, 0.05  # of the longest sequence; of all sequences
 _COMPUTE = 0.01  # what the updates of a whole trial count: they break ties
 
 
@@ -61,6 +65,23 @@ def check_something_to_forget(start: Metrics, thresholds: Thresholds) -> None:
             f"nothing to forget: the starting model has perplexity {start['forget_ppl']:.4g} on the forget set, "
             f"within what the verdict allows of its target{'' if auc is None else f', and attack AUC {auc:.2f}'}"
         )
+
+
+def note_on_pieces(forget: Table) -> str | None:
+    """What to say of a forget set in which ends of cut documents weigh as much as whole ones; None where they are few.
+
+    A perplexity is a mean over sequences: an end of four tokens, of which a model is sure or not at all, counts like a page,
+    and a few such ends widen every interval.
+    """
+    length = forget["num_tokens"]
+    _, document, pieces = np.unique(forget["document"], return_inverse=True, return_counts=True)
+    short = int(np.sum((pieces[document] > 1) & (length < _SHORT * length.max())))
+    if short <= _FEW * len(length):
+        return None
+    return (
+        f"note: {short} of {len(length)} forget sequences are short ends of documents longer than --seq_len, and each counts "
+        "as a whole one: they widen the verdict's intervals; a longer --seq_len, or shorter documents, leave none"
+    )
 
 
 def value_of(distance: Distance, updates: int, max_updates: int) -> float:

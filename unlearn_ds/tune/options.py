@@ -88,7 +88,8 @@ class TuneConfig(Thresholds):
     highest_rate: float = 1e-1
     """learning rate at which it ends"""
     sampler: Literal["tpe", "random"] = "tpe"
-    """how Optuna chooses the next trial: by what the ones before gave, or blindly"""
+    """how Optuna chooses the next trial: by what the ones before gave; random, to compare with: blindly, from all rates between
+    the lowest and the highest, without a range test and without settings that are tried first"""
     seed: int = 42
     """seed of the search, and of the data order in every trial"""
 
@@ -110,11 +111,15 @@ class TuneConfig(Thresholds):
             )
         if self.budget_s is not None and self.budget_s <= 0:
             raise OptionError(f"--budget_s {self.budget_s}: must be above 0")
-        needed = self.range_updates + self.max_updates
+        if self.sampler == "random" and self.range_updates != TuneConfig.range_updates:
+            raise OptionError(
+                f"--range_updates {self.range_updates} is about the range test, which --sampler random leaves out"
+            )
+        needed = self.max_updates + (0 if self.sampler == "random" else self.range_updates)
         if self.budget_updates is not None and self.budget_updates < needed:
             raise OptionError(
                 f"--budget_updates {self.budget_updates}: too small for the range test and one trial: at least {needed} "
-                "(--range_updates + --max_updates)"
+                "(--range_updates, which random search leaves out, + --max_updates)"
             )
 
     @property

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.random import SeedSequence
+
 from unlearn_ds import ownership
 from unlearn_ds.cluster import distributed
 from unlearn_ds.options import OptionError
@@ -102,7 +104,9 @@ class Study:
                 raise StoredError(f"{path}: cannot be read as a study ({error}): {_REMEDY}") from error
             if known is None:
                 self._study.set_user_attr("subject", subject)
-            elif differ := sorted(name for name in subject if known.get(name) != subject[name]):
+            elif differ := sorted(
+                name for name in known.keys() | subject.keys() if known.get(name) != subject.get(name)
+            ):
                 raise OptionError(
                     f"--output_dir {self._config.output_dir} holds a study of another {', '.join(differ)}: give it as it "
                     "was, or choose another folder"
@@ -187,7 +191,8 @@ class Study:
         import optuna
 
         # The number of the trial is part of the seed: two processes never draw alike, and a study gone on with draws as before.
-        seed = self._config.seed + len(self._study.get_trials(deepcopy=False))
+        # Not as a sum: a study of the next seed would draw what this one draws a trial later.
+        seed = int(SeedSequence([self._config.seed, len(self._study.get_trials(deepcopy=False))]).generate_state(1)[0])
         tpe = self._config.sampler == "tpe"
         self._study.sampler = (
             optuna.samplers.TPESampler(n_startup_trials=_STARTUP, seed=seed)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return distributed.guarded(prog, lambda: tune(parse(TuneConfig, words, prog, __doc__ or "")))
 
 
-def tune(config: TuneConfig) -> list[dict[str, Any]]:
-    """Work on a study until its trials are done; returns what they came to, the best first. Every rank calls this.
+@dataclass(frozen=True)
+class Searched:
+    """What a study came to."""
+
+    range_updates: int  # of its range test
+    trials: list[dict[str, Any]]  # outcomes, the best first
+
+
+def tune(config: TuneConfig) -> Searched:
+    """Work on a study until its trials are done; returns what they came to. Every rank calls this.
 
     Raises `ValueError` (or a subclass) for what the user can mend.
     """
@@ -67,7 +76,8 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
     with ExitStack() as held:
         bench = Workbench(config, config.folder / f"worker_{token}", held)
         study = Study(config, bench.subject(), bench.most_ratio)
-        found = study.once("range", lambda: range_test(config, bench, study))
+        is_blind = config.sampler == "random"
+        found = study.once("range", lambda: blind(config, bench) if is_blind else range_test(config, bench, study))
         found = check(found, RangeTest, f"{config.folder / JOURNAL}: range", "choose another folder")
         scale = Scale(found.tokens, found.rise) if found.tokens and found.rise else None
         while (asked := study.next(tuple(found.searched), len(found.rates), found.seconds, scale)) is not None:
@@ -78,7 +88,16 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
         outcomes = study.outcomes()
         distributed.on_main(lambda: conclude(config, outcomes))
     distributed.say(*closing(config, outcomes))
-    return outcomes
+    return Searched(len(found.rates), outcomes)
+
+
+def blind(config: TuneConfig, bench: Workbench) -> dict[str, Any]:
+    """For random search, in place of a range test: all rates, nothing tried first. How a loss is scaled is in the space too."""
+    rates = [config.lowest_rate, config.highest_rate]
+    found = {"rates": [], "begins": rates[0], "breaks": rates[1], "searched": rates}
+    if (scale := bench.scale()) is not None:
+        found |= {"tokens": scale.tokens, "rise": scale.rise}
+    return found
 
 
 def range_test(config: TuneConfig, bench: Workbench, study: Study) -> dict[str, Any]:

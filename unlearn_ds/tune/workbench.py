@@ -27,7 +27,7 @@ from unlearn_ds.run.retain_weight import RetainWeight
 from unlearn_ds.run.subject import open_subject
 from unlearn_ds.run.target import Metrics, metrics_of, retrained_tables
 from unlearn_ds.run.update import accumulate, reduce_losses
-from unlearn_ds.tune.objective import Distance, check_something_to_forget, distance_to_verdict, value_of
+from unlearn_ds.tune.objective import Distance, check_something_to_forget, distance_to_verdict, note_on_pieces, value_of
 from unlearn_ds.tune.options import MOST_RATIO, Scale, TuneConfig, trial_config
 
 Report = Callable[[int, float], bool]  # (updates done, value) -> whether to give the trial up
@@ -107,6 +107,8 @@ class Workbench:
                 f"in {self.config.base}"
             )
         check_something_to_forget(self.start, self.config)
+        if (note := note_on_pieces(self._comparison.original["forget"])) is not None:
+            distributed.say(note)
 
     @property
     def most_ratio(self) -> int:
@@ -124,6 +126,7 @@ class Workbench:
             "methods": list(self.config.methods),
             "max_updates": self.config.max_updates,
             **({"mixtures": list(self.config.mixtures)} if self.config.mixtures else {}),
+            **({"sampler": self.config.sampler} if self.config.sampler == "random" else {}),
         }
 
     def _measure_tables(self) -> dict[str, Table]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unlearn_ds.data.forms.options import FormOptions
+from unlearn_ds.data.forms.options import AnswerOptions, FormOptions
 from unlearn_ds.data.hashing import derive_key, mix
 from unlearn_ds.data.text_files import TextLines, open_bytes
 from unlearn_ds.objectives import ALTERNATES, REFUSALS
@@ -55,7 +55,7 @@ class OtherAnswers:
         )
 
 
-def other_answers(options: FormOptions) -> dict[str, OtherAnswers]:
+def other_answers(options: AnswerOptions) -> dict[str, OtherAnswers]:
     """Set -> how it is made of the rows of forget. Raises `OptionError` for a file without refusals."""
     made = {}
     if options.alternates_column is not None:

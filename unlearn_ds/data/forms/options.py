@@ -7,9 +7,14 @@ from typing import Literal
 
 from unlearn_ds.data.forms.find import UnicodeForm
 from unlearn_ds.data.forms.template import AUTO, DATE_FORMAT
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import OptionError, check_about
 
 _COLUMNS = ("question", "answer", "prompt", "completion", "messages", "spans")  # --NAME_column each, beside text
+_ABOUT = {
+    "find_whole_words": ("find",),
+    "find_unicode": ("find",),
+    "find_ignore_case": ("find", "find_regex"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +54,6 @@ class FormOptions:
     """questions and answers that stand before every question, as context: files as for the sets"""
     turns: Literal["all", "last"] = "all"
     """which messages of the assistant in a chat are targets"""
-
-    alternates_column: str | None = None
-    """column of the rows to forget with another answer to the question, or a list of them: also makes the set alternates"""
-    refusals: str | None = None
-    """file with a refusal a line: one of them, drawn for each row to forget, is the answer in the set refusals"""
-    seed: int = 42
-    """seed of what is drawn of --refusals"""
 
     span_context: Literal["ignore", "retain"] = "ignore"
     """the rest of a document with spans: only read, or kept by descent in the same forward"""
@@ -97,9 +95,18 @@ class FormOptions:
                 raise OptionError(f"--find_regex {pattern!r}: {error}") from error
         if self.finds and self.format not in (AUTO, "text"):
             raise OptionError(f"--find makes spans of whole documents, and --format {self.format} has none")
-        if not self.find and (self.find_unicode != "exact" or not self.find_whole_words):
-            raise OptionError("--find_unicode and --find_whole_words are about --find, which is not given")
-        if self.find_ignore_case and not self.finds:
-            raise OptionError("--find_ignore_case is about --find and --find_regex, and neither is given")
+        check_about(self, _ABOUT)
         if self.few_shot and self.format not in (AUTO, "qa"):
             raise OptionError(f"--few_shot stands before questions, and --format {self.format} has none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(FormOptions):
+    """Which other answers to the questions to forget are made into sets, for methods that read them."""
+
+    alternates_column: str | None = None
+    """column of the rows to forget with another answer to the question, or a list of them: also makes the set alternates"""
+    refusals: str | None = None
+    """file with a refusal a line: one of them, drawn for each row to forget, is the answer in the set refusals"""
+    seed: int = 42
+    """seed of what is drawn of --refusals"""
