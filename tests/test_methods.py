@@ -7,9 +7,10 @@ import pytest
 from unlearn_ds import train
 from unlearn_ds.config import RunConfig
 from unlearn_ds.kernels import DIVERGENCES, FORMS, ROW_FORMS, SEQUENCE_FORMS
-from unlearn_ds.methods import PRESETS, TRAINERS, far_from_preset, method_listing
+from unlearn_ds.methods import TRAINERS, far_from_preset, method_listing
 from unlearn_ds.objectives import OBJECTIVES, OWN, RETAIN_TERMS
 from unlearn_ds.options import OptionError, parse
+from unlearn_ds.presets import PRESETS
 
 
 def run(words: str) -> RunConfig:

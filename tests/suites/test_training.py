@@ -7,8 +7,8 @@ import pytest
 from tests.support.benchmarks import benchmark_words, measured
 from tests.support.questions import save_word_model, write_questions
 from tests.support.ranks import RankServer
-from unlearn_ds.methods import PRESETS
 from unlearn_ds.options import OptionError
+from unlearn_ds.presets import PRESETS
 from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.training import prepare_options, run_options
 

@@ -30,10 +30,10 @@ from unlearn_ds.measures.folder import evaluated, evaluated_tables, read_json
 from unlearn_ds.measures.measured import check_comparable, statement
 from unlearn_ds.measures.summary import evaluate_tables
 from unlearn_ds.measures.verdict import Comparison, judge
-from unlearn_ds.methods import PRESETS
 from unlearn_ds.model.configs import ModelOptions, load_tokenizer, open_config, usable_positions
 from unlearn_ds.model.files import model_fingerprint
 from unlearn_ds.options import OptionError, parse
+from unlearn_ds.presets import PRESETS
 from unlearn_ds.run.target import metrics_of
 from unlearn_ds.stored import Count, OpenRecord, Record, read
 from unlearn_ds.sweep import Element, do
