@@ -35,7 +35,7 @@ def test_bytes_of_a_parameter():
         "gradient buckets": 20,
         "reference": 500,
     }
-    assert sum(sizes(bf16=False, world_size=1).values()) == 16000 + 40
+    assert sum(sizes(bf16=False, world_size=1).values()) == 20000 + 40
     assert sizes(stage=2)["parameters"] == 2000
     offloaded = state(zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme"}})
     assert (offloaded["optimizer"][1], offloaded["parameters"][1]) == ("host", "disk")
@@ -49,7 +49,8 @@ def test_bytes_of_a_parameter():
         ({"zero": {"zero_hpz_partition_size": 2}}, {"parameters, copy within the node": 1000}),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, {"gradients": 500}),
         ({"precision": {"bf16_optimizer_states": True}}, {"optimizer": 1500, "gradients": 1000}),
-        ({"bf16": False, "precision": {"bf16_optimizer_states": True}}, {"optimizer": 2000}),
+        ({"bf16": False, "precision": {"bf16_optimizer_states": True}}, {"optimizer": 3000}),
+        ({"bf16": False, "stage": 0}, {"optimizer": 8000}),
         ({"stage": 2, "zero": {"overlap_comm": True}}, {"gradient buckets": 40}),
         ({"reference": "cache", "head": 100}, {"reference": 50}),
         ({"trainable": 40}, {"gradients": 40, "optimizer": 120, "parameters": 500}),

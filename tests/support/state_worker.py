@@ -24,10 +24,12 @@ if __name__ == "__main__":
         run_steps(run, StopRequest())
     optimizer = run.engine.engine.optimizer
     states = [tensor for state in optimizer.optimizer.state.values() for tensor in state.values() if tensor.dim() > 0]
+    weights, masters = optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
+    apart = [master for own, master in zip(weights, masters) if own.data_ptr() != master.data_ptr()]
     found = {
-        "parameters": num_bytes(*optimizer.fp32_partitioned_groups_flat),
+        "parameters": num_bytes(*weights),
         "gradients": num_bytes(optimizer.grad_partitions_flat_buffer),
-        "optimizer": num_bytes(*states),
+        "optimizer": num_bytes(*states, *apart),
     }
     print(json.dumps(found))
     distributed.shut_down()

@@ -27,9 +27,9 @@ def state_bytes(
 
     parameters: of the whole model. trainable: how many of them are trained (default: all). reference: what KL compares with
     ("live", "cache", or None), of which a cache keeps the output projection, `head` parameters. ds_config: DeepSpeed's options,
-    in which nothing is "auto". moments: how many the optimizer keeps of a parameter. In bf16 a parameter costs 2 bytes; a
-    trained one 4 for its fp32 master copy, 4 for each moment and 4 for the fp32 gradient on top; in fp32 the parameter is its
-    own master copy.
+    in which nothing is "auto". moments: how many the optimizer keeps of a parameter. In bf16 a parameter costs 2 bytes, in fp32
+    4; a trained one 4 for its fp32 master copy, 4 for each moment and 4 for the fp32 gradient on top. ZeRO of DeepSpeed 0.19.8
+    keeps that copy beside fp32 parameters, too: it compares a device with a device's name before it would share them.
     """
     zero = ds_config["zero_optimization"]
     width = 2 if bf16 else 4
@@ -38,8 +38,8 @@ def state_bytes(
     held = shard if stage == 3 else parameters
     trained = parameters if trainable is None else trainable
     states = trained if stage == 0 else -(-trained // world_size)
-    # The moments, and a master copy of what is computed in bf16.
-    per_state = 2 * (1 + moments) if small_states(ds_config, bf16) else 4 * (moments + bf16)
+    copies = moments + (bf16 or stage > 0)
+    per_state = (2 if small_states(ds_config, bf16) else 4) * copies
     # Below stage 2 a gradient is summed whole.
     gradients = gradient_width(ds_config, bf16) * (states if stage >= 2 else trained)
     components = {
