@@ -358,7 +358,7 @@ def test_metrics_of_another_model_are_not_taken_over(tmp_path):
             {"split": "retain90"},
             "--split retain90: forget01, forget05, forget10, or another name that begins with forget",
         ),
-        ({"suite": "tofo"}, "--suite tofo: choose one of tofu, muse, rwku. Did you mean 'tofu'"),
+        ({"suite": "tofo"}, "--suite tofo: choose one of tofu, muse, wmdp, rwku, lume. Did you mean 'tofu'"),
         ({"generate_tokens": 0}, "--generate_tokens 0: must be above 0"),
         (
             {"published": "Llama-3.2-1B"},
