@@ -1,7 +1,10 @@
 """Shared by all tests: the CPU accelerator, closed networks, no hub."""
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and so would all be that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
