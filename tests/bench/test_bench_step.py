@@ -141,7 +141,7 @@ def test_auto_is_settled_as_in_training(monkeypatch):
     config = RunConfig(
         "gradient_ascent", "o", activation_checkpointing="auto", per_device_train_batch_size="auto", **options
     )
-    plan = SimpleNamespace(num_steps=1, step=lambda index: SimpleNamespace(num_rows=32))
+    plan = SimpleNamespace(num_steps=1, step=lambda index: SimpleNamespace(rows_of_passes=[32]))
     cpu = torch.device("cpu")
     roomy = settled(config, shape, plan, cpu)
     assert roomy.activation_checkpointing == "none"

@@ -158,7 +158,7 @@ def test_the_kinds_of_an_attack_are_asked_as_they_are(setting):
         ({"leak_temperature": 0.5}, "--leak_temperature is about --leak_samples, which is not given"),
         ({"data_dir": "x"}, "--data_dir is about --unlearn_method or --finetune, which is not given"),
         ({"train_config": "x"}, "--train_config is about --unlearn_method or --finetune, which is not given"),
-        ({"series": "sust"}, "--series is about --unlearn_method, which is not given"),
+        ({"suite": "muse", "series": "sust"}, "--series is about --unlearn_method, which is not given"),
         ({"leak_top_p": 0}, "--leak_top_p 0: above 0, at most 1"),
         ({"leak_temperature": 0.0}, "--leak_temperature 0.0: must be above 0"),
     ],
