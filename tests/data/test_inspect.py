@@ -34,7 +34,7 @@ def test_one_update(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         capsys,
     )
     assert code == 0
-    plan = plan_of(InspectConfig(str(folder), seq_len=16, global_batch_size=6, num_ranks=2, retain_weight=0.5))
+    plan = plan_of(InspectConfig(str(folder), seq_len=16, step=2, global_batch_size=6, num_ranks=2, retain_weight=0.5))
     step = plan.step(1)
     assert f"update 2 of {plan.num_steps}" in out
     assert f"{step.num_tokens:,} tokens in {step.num_rows} rows" in out
