@@ -80,33 +80,31 @@ def _log_q(x: Inputs) -> Tensor:  # (N,) fp32
     return -8 - x.token_weight.abs()
 
 
-def _weighed(method: str) -> Callable[[Inputs], Tensor]:
-    """(N,): signed weights times what a method makes of the probability of each target, by its formula (docs/methods.md)."""
-
-    def weight(x: Inputs) -> Tensor:
-        with torch.no_grad():
-            log_p = -F.cross_entropy(_logits(x.hidden, x.weight), x.targets, reduction="none")
-        a, b, c = OBJECTIVES[method].terms[0].token.powers
-        p, q = log_p.exp(), _log_q(x).to(log_p.dtype).exp()
-        share = 2 * p**c / (p**c + q**c) if c else 1
-        return x.token_weight * p**a * (1 - p) ** b * share
-
-    return weight
+@torch.no_grad()
+def _weighed(method: str, x: Inputs) -> Tensor:  # (N,)
+    """Signed weights times what a method makes of the probability of each target, by its formula (docs/methods.md)."""
+    log_p = -F.cross_entropy(_logits(x.hidden, x.weight), x.targets, reduction="none")
+    a, b, c = _TOKEN_LOSSES[method].powers
+    p, q = log_p.exp(), _log_q(x).to(log_p.dtype).exp()
+    share = 2 * p**c / (p**c + q**c) if c else 1
+    return x.token_weight * p**a * (1 - p) ** b * share
 
 
+# Methods whose tokens weigh what follows from their probabilities.
+_TOKEN_LOSSES = {method: OBJECTIVES[method].terms[0].token for method in ("wga", "satimp", "tnpo")}
 # What a contestant multiplies the loss of each token with, (N,).
 WEIGHTINGS: dict[str, Callable[[Inputs], Tensor]] = {
     "tokens": lambda x: x.token_weight,
     "sum": lambda x: torch.ones_like(x.token_weight),
     "mean": lambda x: torch.full_like(x.token_weight, 1 / len(x.hidden)),
-    **{method: _weighed(method) for method in ("wga", "satimp", "tnpo")},
+    **{method: partial(_weighed, method) for method in _TOKEN_LOSSES},
 }
 
 
 def _ours_cross_entropy(x: Inputs, impl: str | None = None, method: str | None = None) -> Tensor:
     loss = None
     if method is not None:
-        token = OBJECTIVES[method].terms[0].token
+        token = _TOKEN_LOSSES[method]
         loss = TokenLoss(token.form, token.powers, log_q=_log_q(x)[x.rows] if token.needs_log_q else None)
     return linear_cross_entropy(
         x.hidden,
@@ -245,10 +243,7 @@ def _both(ours: Callable[..., Tensor]) -> dict[str, Contestant]:
 
 _CROSS_ENTROPY = {
     **_both(_ours_cross_entropy),
-    **{
-        f"ours_{method}": Contestant(partial(_ours_cross_entropy, method=method), method)
-        for method in ("wga", "satimp", "tnpo")
-    },
+    **{f"ours_{method}": Contestant(partial(_ours_cross_entropy, method=method), method) for method in _TOKEN_LOSSES},
     "naive": Contestant(_naive_cross_entropy),
     "compiled": Contestant(lambda x: _compiled(_naive_cross_entropy)(x), cuda_only=True),
     "torch_linear_ce": Contestant(_torch_linear_ce, "sum", _TORCH_LINEAR_CE),

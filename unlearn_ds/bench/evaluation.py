@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unlearn_ds.bench.record import Run, peak_memory, positive_int, time_interleaved, write_json
+from unlearn_ds.bench.record import (
+    Run,
+    add_timing_flags,
+    peak_memory,
+    positive_int,
+    time_interleaved,
+    use_threads,
+    write_json,
+)
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.corpus import CorpusWriter, corpus_path
 from unlearn_ds.data.sequences import SequenceIndex
@@ -175,7 +183,6 @@ def largest_error(ours: dict[str, Scores], theirs: dict[str, Scores]) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `unlearn-ds bench evaluation`."""
-    parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--vocab_size", type=positive_int, default=32000, help="V (default: 32000)")
     parser.add_argument("--hidden_size", type=positive_int, default=256, help="D (default: 256)")
     parser.add_argument("--sequences", type=positive_int, default=16, help="of each of the two sets (default: 16)")
@@ -183,14 +190,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace_mib", type=float, default=128, help="what one_pass may use for logits (default: 128)"
     )
-    parser.add_argument("--repeats", type=positive_int, default=3, help="timed rounds (default: 3)")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    add_timing_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Compare the scores, time both ways in turn, measure peaks, print, write the JSON."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, args.vocab_size, args.hidden_size, args.sequences, args.seq_len)

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from unlearn_ds.bench.record import positive_int, time_interleaved, write_json
+from unlearn_ds.bench.record import add_timing_flags, positive_int, time_interleaved, use_threads, write_json
 from unlearn_ds.engine.generate import Decoding, generate, left_padded
 
 IMPLS = ("cached", "uncached")
 _MOST_DIFFERENT = 0.02  # of the tokens: after one near-tie that rounding decides, a row goes its own way
 
 
-def make_model(vocab_size: int, hidden_size: int, num_layers: int, positions: int) -> nn.Module:
-    """A Llama of random weights without end tokens."""
+def make_model(
+    vocab_size: int, hidden_size: int, num_layers: int, positions: int, end_token: int | None = None
+) -> nn.Module:
+    """A Llama of random weights, without end tokens or with one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -35,7 +37,7 @@ def make_model(vocab_size: int, hidden_size: int, num_layers: int, positions: in
         num_key_value_heads=2,
         max_position_embeddings=positions,
         bos_token_id=None,
-        eos_token_id=None,
+        eos_token_id=end_token,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -62,21 +64,18 @@ def uncached(model: nn.Module, prompts: list[np.ndarray], new_tokens: int) -> np
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `unlearn-ds bench generation`."""
-    parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument("--vocab_size", type=positive_int, default=8000, help="V (default: 8000)")
     parser.add_argument("--hidden_size", type=positive_int, default=256, help="D (default: 256)")
     parser.add_argument("--layers", type=positive_int, default=2, help="decoder layers (default: 2)")
     parser.add_argument("--prompts", type=positive_int, default=8, help="rows decoded together (default: 8)")
     parser.add_argument("--prompt_tokens", type=positive_int, default=64, help="of the longest prompt (default: 64)")
     parser.add_argument("--new_tokens", type=positive_int, default=200, help="after each prompt (default: 200)")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="timed rounds (default: 3)")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    add_timing_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Compare what both write, time them in turn, print, write the JSON."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     positions = args.prompt_tokens + args.new_tokens
     model = make_model(args.vocab_size, args.hidden_size, args.layers, positions).to(device)

@@ -17,7 +17,16 @@ import torch
 
 from unlearn_ds.bench.contestants import NUM_PRODUCTS, OPS, make_inputs, outcome, products
 from unlearn_ds.bench.qualify import first_runs, left_out_rows, ours_fell_out, qualify
-from unlearn_ds.bench.record import Run, peak_memory, percent, positive_int, time_interleaved, whole_number, write_json
+from unlearn_ds.bench.record import (
+    Run,
+    peak_memory,
+    percent,
+    positive_int,
+    time_interleaved,
+    use_threads,
+    whole_number,
+    write_json,
+)
 
 MEASURED = ("cross_entropy", "kl")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # beyond naive's own error against fp64
@@ -109,8 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run, print the table, write the JSON."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     shape = (args.rows, args.hidden_size, args.vocab_size)
     settings = (shape, args.workspace_mib << 20, args.repeats, DTYPES[args.dtype])
     print(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ds.bench.questions_data import make_inputs, padded
-from unlearn_ds.bench.record import positive_int, quantiles, write_json
+from unlearn_ds.bench.record import add_timing_flags, positive_int, quantiles, use_threads, whole_number, write_json
 from unlearn_ds.cluster import distributed
 from unlearn_ds.engine.generate import left_padded
 from unlearn_ds.engine.precision import settle
@@ -56,7 +56,7 @@ def session_of(folder: Path, new_tokens: int) -> Session:
         num_threads=torch.get_num_threads(),
     )
     device = distributed.init_distributed(config.num_threads)
-    data, template = Path(config.data), config.question_template()
+    data, template = config.folder, config.question_template()
     sets = read_sets(TOFU, data, config.resolved_split)
     asked = templates(TOFU, sets, data, config.resolved_split, template)
     session = Session(config, sets, asked, settle(config.as_evaluation(), device), device)
@@ -243,7 +243,6 @@ def largest_errors(ours: dict[str, Any], theirs: dict[str, float]) -> tuple[floa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `unlearn-ds bench questions`."""
-    parser.add_argument("--json", metavar="FILE", help="write the results here")
     parser.add_argument(
         "--questions", type=positive_int, default=400, help="to forget; other sets as in TOFU (default: 400)"
     )
@@ -251,15 +250,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden_size", type=positive_int, default=128, help="D (default: 128)")
     parser.add_argument("--layers", type=positive_int, default=2, help="decoder layers (default: 2)")
     parser.add_argument("--new_tokens", type=positive_int, default=200, help="longest answer (default: 200)")
-    parser.add_argument("--taught_steps", type=int, default=600, help="updates on the retain set first (default: 600)")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="timed rounds (default: 3)")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--taught_steps", type=whole_number, default=600, help="updates on the retain set first (default: 600)"
+    )
+    add_timing_flags(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Time the parts of both ways in turn, compare what they found, print, write the JSON."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, args)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unlearn_ds.bench.generation import make_model
 from unlearn_ds.suites.qa import Template, qa_tokens
 from unlearn_ds.suites.tofu import TOFU
 
@@ -71,7 +72,7 @@ def _filled(form: list[str], facts: list[str]) -> str:
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     """The sets, and a model that was taught the retain set for some steps."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     rng, sets = np.random.default_rng(0), {}
     for name, share in _SHARE.items():
@@ -85,19 +86,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
     tokenizer.chat_template = _CHAT
     tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=2 * args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    model = LlamaForCausalLM(config)
+    model = make_model(args.vocab_size, args.hidden_size, args.layers, positions=512, end_token=1)
     taught = [qa_tokens(tokenizer, row["question"], row["answer"], Template()) for row in sets["retain"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=_TEACHING_RATE, weight_decay=0.0)
     for _ in range(args.taught_steps):

@@ -18,7 +18,7 @@ import torch
 
 from unlearn_ds.cluster.lifetime import end_worker_with_parent
 from unlearn_ds.cluster.processes import LAUNCHER_VARIABLES
-from unlearn_ds.durable import replacing
+from unlearn_ds.durable import write_text
 
 Run = Callable[[], object]
 
@@ -99,6 +99,19 @@ def quantiles(times_ms: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in named.items()}
 
 
+def add_timing_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a bench that times in rounds: `use_threads` and `write_json` take two of them."""
+    parser.add_argument("--json", metavar="FILE", help="write the results here")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="timed rounds (default: 3)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+
+
+def use_threads(threads: int | None) -> None:
+    """As many CPU threads as --threads says."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def percent(part: float, whole: float) -> float:
     """100 * part / whole in three digits: what is small does not become 0."""
     return float(f"{100 * part / whole:.3g}")
@@ -166,8 +179,5 @@ def resident(field: str) -> int:
 
 def write_json(path: str | Path, results: list[dict[str, Any]], **more: Any) -> None:
     """Write `{"machine": ..., "results": [...]}`, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(), **more, "results": results}
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(path), json.dumps(content, indent=2) + "\n")
