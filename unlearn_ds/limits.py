@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from unlearn_ds.options import OptionError
+from unlearn_ds.options import OptionError, changed
 from unlearn_ds.update_rule import ALONE
 
 
@@ -57,18 +57,18 @@ def profiled_steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-# By --optim: options of AdamW's that it has no use for, beside their defaults (and what else is as good as none).
-_WITHOUT_EFFECT: dict[str, dict[str, tuple[Any, ...]]] = {
-    "adamw": {},
-    "sign_adam": {"adam_beta2": (0.999,), "adam_epsilon": (1e-8,)},
-    "sign_sgd": {"adam_beta1": (0.9,), "adam_beta2": (0.999,), "adam_epsilon": (1e-8,), "max_grad_norm": (1.0, 0.0)},
+# By --optim: options of AdamW's that it has no use for.
+_WITHOUT_EFFECT = {
+    "adamw": (),
+    "sign_adam": ("adam_beta2", "adam_epsilon"),
+    "sign_sgd": ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
 }
 
 
 def check_optimizer(config: Any) -> None:
     """Raise `OptionError` for what cannot take effect beside --optim."""
-    for name, without in _WITHOUT_EFFECT[config.optim].items():
-        if getattr(config, name) not in without:
+    for name in changed(config, _WITHOUT_EFFECT[config.optim]):
+        if name != "max_grad_norm" or config.max_grad_norm != 0:  # 0 asks for nothing
             raise OptionError(f"--{name} has no effect with --optim {config.optim}: only signs count. Leave it out")
     if config.optim != "adamw" and config.optimizer_states == "bf16":
         raise OptionError(

@@ -96,7 +96,7 @@ def _one(config: BenchmarkConfig, device: torch.device) -> Metrics:
 
 
 def _measure(config: BenchmarkConfig, output_dir: Path, device: torch.device) -> Metrics:
-    suite, split, data = config.benchmark, config.resolved_split, Path(config.data or "")
+    suite, split, data = config.benchmark, config.resolved_split, config.folder
     evaluation = settle(config.as_evaluation(), device)
     sets = read_sets(suite, data, split, config.question_column)
     asked = templates(suite, sets, data, split, config.question_template())
@@ -252,7 +252,7 @@ class Session:
                 name,
                 self.sets,
                 self.asked,
-                Path(config.data or ""),
+                config.folder,
                 config.resolved_split,
                 config.question_column,
             )

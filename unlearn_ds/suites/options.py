@@ -190,6 +190,11 @@ class BenchmarkConfig:
         return SUITES[self.suite]
 
     @property
+    def folder(self) -> Path:
+        """Where the sets are; of a benchmark without sets, nowhere."""
+        return Path(self.data or "")
+
+    @property
     def resolved_split(self) -> str:
         return self.split or self.benchmark.splits[-1]
 

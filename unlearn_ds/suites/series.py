@@ -16,7 +16,7 @@ def parts(config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
     set that is not there.
     """
     assert config.series is not None, "asked for without a series"
-    suite, folder = config.benchmark, Path(config.data or "")
+    suite, folder = config.benchmark, config.folder
     series = suite.series[config.series]
     for file in series.files:
         if not find_set(folder, file):

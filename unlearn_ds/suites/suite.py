@@ -181,10 +181,13 @@ def tasks_of(suite: Suite, data: str | None) -> list[str]:
     if suite.tasks_required:
         return [*suite.tasks]
     folder = None if data is None else Path(data)
+    found = []
     for task, dataset in suite.tasks.items():
         if find_dataset(folder, dataset) is None:
             distributed.say(f"note: no {dataset} in {folder}: {task} is not measured, and the score is without it")
-    return [task for task, dataset in suite.tasks.items() if find_dataset(folder, dataset) is not None]
+        else:
+            found.append(task)
+    return found
 
 
 def task_metrics(evaluated: Results, names: Sequence[str]) -> Metrics:

@@ -6,7 +6,6 @@ Its forget set is unlearned, or its models are fine-tuned: the one to unlearn fr
 import json
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from unlearn_ds.cluster import distributed
@@ -113,7 +112,7 @@ def _domain(config: BenchmarkConfig) -> str:
 
 def _source(config: BenchmarkConfig, names: tuple[str, ...]) -> tuple[str, ...]:
     """The files of the first of these sets that is there."""
-    folder, suite, split = Path(config.data), config.benchmark, config.resolved_split
+    folder, suite, split = config.folder, config.benchmark, config.resolved_split
     files = [suite.file_of(name, split) for name in names]
     for file in files:
         if found := find_set(folder, file):
