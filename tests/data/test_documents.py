@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.forms_files import write
 from unlearn_ds.data.documents import DocumentError, find_sources, read_documents
 from unlearn_ds.options import OptionError
 
@@ -20,11 +21,6 @@ def read(*names: object, column: str | None = None) -> list[str]:
     return list(read_documents(find_sources([str(name) for name in names]), column))
 
 
-def jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def rows() -> list[dict]:
     return [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
@@ -32,7 +28,7 @@ def rows() -> list[dict]:
 
 def test_formats(tmp_path: Path, rows: list[dict]) -> None:
     table = datasets.Dataset.from_list(rows)
-    jsonl(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     table.to_parquet(tmp_path / "a.parquet")
@@ -66,7 +62,7 @@ def test_plain_text_files_are_one_document_each(tmp_path: Path, capsys: pytest.C
 
 def test_a_text_keeps_its_line_ends(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes(b"one\r\ntwo\rthree\n")
-    assert read(tmp_path / "a.py") == read(jsonl(tmp_path / "a.jsonl", [{"text": "one\r\ntwo\rthree\n"}]))
+    assert read(tmp_path / "a.py") == read(write(tmp_path / "a.jsonl", [{"text": "one\r\ntwo\rthree\n"}]))
 
 
 def test_links_in_a_folder_are_followed(tmp_path: Path) -> None:
@@ -88,15 +84,15 @@ def test_a_file_name_is_no_pattern(tmp_path: Path) -> None:
     for name, text in zip(("[slug].tsx", "a*.py", "ab.py", "what?.md", "{x} #1.md"), "12345"):
         (tmp_path / name).write_text(text)
     assert read(tmp_path) == list("12345")
-    assert read(jsonl(tmp_path / "[v2].jsonl", [{"text": "6"}])) == ["6"]
+    assert read(write(tmp_path / "[v2].jsonl", [{"text": "6"}])) == ["6"]
 
 
 def test_columns(tmp_path: Path) -> None:
-    content = jsonl(tmp_path / "content.jsonl", [{"content": "a", "body": "b"}])
+    content = write(tmp_path / "content.jsonl", [{"content": "a", "body": "b"}])
     assert read(content) == ["a"]
     assert read(content, column="body") == ["b"]
-    assert read(jsonl(tmp_path / "both.jsonl", [{"content": "a", "text": "b"}])) == ["b"]
-    other = jsonl(tmp_path / "other.jsonl", [{"body": "b", "id": 3}])
+    assert read(write(tmp_path / "both.jsonl", [{"content": "a", "text": "b"}])) == ["b"]
+    other = write(tmp_path / "other.jsonl", [{"body": "b", "id": 3}])
     with pytest.raises(
         OptionError, match=r"other.jsonl: line 1: no column 'text' or 'content'; its columns are body, id"
     ):
@@ -108,11 +104,11 @@ def test_columns(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"line 1: column 'id' holds a number instead of text"):
         read(other, column="id")
     with pytest.raises(DocumentError, match=r"null.jsonl: line 2: column 'text' holds nothing instead of text"):
-        read(jsonl(tmp_path / "null.jsonl", [{"text": "a"}, {"text": None}]))
+        read(write(tmp_path / "null.jsonl", [{"text": "a"}, {"text": None}]))
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    jsonl(tmp_path / "forget.jsonl", [{"text": "a"}])
+    write(tmp_path / "forget.jsonl", [{"text": "a"}])
     with pytest.raises(DocumentError, match=r"no such file or folder.*Did you mean .*forget.jsonl"):
         read(tmp_path / "forgot.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
@@ -125,7 +121,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "folder" / "b.txt").write_text("")
     with pytest.raises(DocumentError, match="all files are empty"):
         read(tmp_path / "folder")
-    jsonl(tmp_path / "folder" / "c.jsonl", [{"text": "a"}])
+    write(tmp_path / "folder" / "c.jsonl", [{"text": "a"}])
     with pytest.raises(DocumentError, match=r"several formats \(json, text\)"):
         read(tmp_path / "folder")
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "none.parquet")

@@ -12,6 +12,7 @@ from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 
 from tests.support.choices import LETTERS, choice_rows, plain_hits, write_group, write_task
+from tests.support.forms_files import write
 from tests.support.questions import greedy, plain_texts, save_word_model, word_tokenizer, write_questions
 from tests.support.runs import launch
 from unlearn_ds.data.corpus import Corpus, corpus_path
@@ -27,11 +28,6 @@ PLAIN = Template(plain=True)
 NEW_TOKENS = 12
 SIDES = ("forget", "retain")
 WORDS = ["Ada", "Ash", "born", "Arlen", "wrote", "river", "garden", "book", "parent", "kept"]
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def lume_rows(side, texts):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from tests.support.forms_files import write
 from tests.support.questions import greedy, plain_texts, save_word_model, word_tokenizer, write_questions
 from tests.support.runs import launch
 from unlearn_ds.options import OptionError
@@ -16,11 +17,6 @@ from unlearn_ds.suites.rwku import RWKU
 from unlearn_ds.suites.suite import read_sets, template_of, templates
 
 SEQ_LEN = 96
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")

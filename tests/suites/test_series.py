@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.support.forms_files import write
 from tests.support.questions import save_word_model, write_questions
 from tests.support.runs import launch
 from unlearn_ds.data.corpus import Corpus, corpus_path
@@ -14,11 +15,6 @@ from unlearn_ds.options import OptionError
 from unlearn_ds.suites.options import BenchmarkConfig
 from unlearn_ds.suites.series import parts, series_lines
 from unlearn_ds.suites.training import prepare_options, run_options
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")

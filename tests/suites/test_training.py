@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.support.benchmarks import benchmark_words, measured
+from tests.support.forms_files import write
 from tests.support.questions import save_word_model, write_questions
 from tests.support.ranks import RankServer
 from unlearn_ds.options import OptionError
@@ -18,11 +19,6 @@ FASTER = (
     "learning_rate: 2.0e-2\nnum_train_epochs: 40\nwarmup_ratio: 0\nlr_scheduler_type: constant\nglobal_batch_size: 20\n"
 )
 FORGET = {"tofu": "forget_Q_A_Prob", "muse": "exact_memorization"}
-
-
-def write(path, texts):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """Multiple choice for lm-eval, offline: tasks of our own, data as the hub has it, and accuracy by plain transformers."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.forms_files import write
 
 LETTERS = ("A", "B", "C", "D")
 _TASK = """
@@ -34,9 +35,7 @@ aggregate_metric_list:
 
 def write_task(folder: Path, name: str, rows: Sequence[dict]) -> None:
     """A task of lm-eval: rows of question, choices and the number of the right one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    questions = folder / f"{name}.jsonl"
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = write(folder / f"{name}.jsonl", list(rows))
     (folder / f"{name}.yaml").write_text(_TASK.format(name=name, questions=questions))
 
 
