@@ -16,6 +16,15 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
+class SharedKeys:
+    """What the sequences of a row attend to, where some go on behind tokens that others go on behind, too."""
+
+    places: Tensor  # (K,) int64, positions in the row: of each sequence what stands before it, then its own
+    cu_seqlens: Tensor  # (S + 1,) int32, where the places of each sequence start
+    max_seqlen: int  # places of one sequence, at most
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """Sequences end to end, as one row of T tokens with their boundaries."""
 
@@ -23,6 +32,7 @@ class PackedRows:
     position_ids: Tensor  # (1, T) int64, from 0 in every sequence
     cu_seqlens: Tensor  # (S + 1,) int32
     max_seqlen: int
+    keys: SharedKeys | None = None  # None: each sequence attends to itself alone
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.utils import get_z3_leaf_modules
 from torch import Tensor, nn
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.data.bundles import Bundle, pack_bundles
 from unlearn_ds.data.loader import PackedRows
+from unlearn_ds.model.attention import shares_keys
 from unlearn_ds.model.configs import ModelOptions
 from unlearn_ds.model.loss_head import LossCall, PackedCausalLM, StatsCall
 from unlearn_ds.model.masks import watched
@@ -267,6 +270,30 @@ def _packed_row(module: PackedCausalLM, parts: list[Tensor], dtype: torch.dtype)
         f"{'row' if module.packs else 'micro-batch, or depends on what a row is padded with'}, and is not supported",
         _OfPacking,
     )
+
+
+def shares_beginnings(module: PackedCausalLM, device: torch.device) -> bool:
+    """Whether texts that begin alike may share what they begin with (`data/bundles.py`): tried, since a model that looks at its
+    neighbours outside of attention may not. Every rank calls this and gets the same.
+    """
+    config = module.model.config
+    if not module.packs or not shares_keys(config._attn_implementation):
+        return False
+    drawn = np.random.default_rng(0).integers(config.get_text_config().vocab_size, size=sum(_LENGTHS))
+    common, *ends = np.split(drawn, np.cumsum(_LENGTHS)[:-1])
+    texts = [np.concatenate([common, end]) for end in ends]
+    targets = torch.from_numpy(np.concatenate(ends)).to(device)
+    found = []
+    for bundles in ([Bundle(texts, len(common))], [Bundle([text], len(common)) for text in texts]):
+        rows, places = pack_bundles(bundles, device)
+        with torch.no_grad():
+            found.append(
+                module(rows, StatsCall(torch.from_numpy(np.concatenate(places)).to(device), targets))[0].float()
+            )
+            logits = module(rows)[0].float()
+    dtype = next(module.parameters()).dtype
+    alike = bool(torch.isfinite(logits).all()) and _unlike(*found, logits, dtype, "{}") is None
+    return all(distributed.gather_objects(alike))
 
 
 def _not_finite(logits: Tensor) -> str | None:

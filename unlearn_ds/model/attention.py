@@ -3,6 +3,9 @@
 Two functions are registered with transformers' AttentionInterface beside its flash-attention ones. They receive the sequence
 boundaries as `cu_seq_lens_q` from the backbone's keyword arguments.
 
+A text may go on behind tokens that others go on behind, too (`data/bundles.py`): then what it attends to is given as places in
+the row (`key_places`, with `cu_seq_lens_k`), of which the last are its own.
+
 Legend: T tokens of a micro-batch, H query heads, G key/value heads, E head dimension, S sequences.
 """
 
@@ -118,34 +121,36 @@ def _bounds(cu_seqlens: Tensor) -> list[int]:
 _last_bounds: tuple[Any, int, list[int]] = (None, 0, [])
 
 
-def _segments(bounds: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield (length, count) of runs of consecutive sequences of one length."""
-    lengths = (end - start for start, end in pairwise(bounds))
-    for length, run in groupby(lengths):
+def _segments(bounds: list[int], key_bounds: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (length, keys, count) of runs of consecutive sequences of one length that attend to as many keys."""
+    lengths = (
+        (end - start, last - first) for (start, end), (first, last) in zip(pairwise(bounds), pairwise(key_bounds))
+    )
+    for (length, keys), run in groupby(lengths):
         if length > 0:
-            yield length, len(list(run))
+            yield length, keys, len(list(run))
 
 
 def _attend(
     query: Tensor,  # (n, H, L, E)
-    key: Tensor,  # (n, G, L, E)
-    value: Tensor,  # (n, G, L, E)
+    key: Tensor,  # (n, G, K, E), the last L are the queries' own tokens
+    value: Tensor,  # (n, G, K, E)
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:  # (n, H, L, E)
-    """Causal attention; with a window or a cap, block by block of queries against the keys that these can see."""
-    length = query.shape[2]
+    """Causal attention; with a window, a cap or K > L block by block of queries against the keys that these can see."""
+    length, before = key.shape[2], key.shape[2] - query.shape[2]
     if query.is_cuda:  # grouped, all but the flash kernel (16 bits, no mask) would write whole score matrices
         key, value = _repeated(key, query), _repeated(value, query)
     grouped = query.shape[1] != key.shape[1]
-    if softcap is None and (window is None or window >= length):
+    if softcap is None and before == 0 and (window is None or window >= length):
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=grouped
         )
     outputs = []
     size = max(window or 0, _QUERY_BLOCK)
-    for start, block in zip(range(0, length, size), query.split(size, dim=2)):
+    for start, block in zip(range(before, length, size), query.split(size, dim=2)):
         end = start + block.shape[2]
         first = max(0, start - window + 1) if window is not None else 0
         seen, values = key[:, :, first:end], value[:, :, first:end]
@@ -196,6 +201,8 @@ def packed_sdpa(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,  # (S + 1,) int32
+    cu_seq_lens_k: Tensor | None = None,  # (S + 1,) int32, of `key_places`
+    key_places: Tensor | None = None,  # (K,) int64; None: each sequence attends to itself
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:  # (1, T, H, E)
@@ -203,15 +210,26 @@ def packed_sdpa(
     _refuse(module, s_aux)
     if cu_seq_lens_q is None:
         return _attend(query, key, value, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
-    runs = list(_segments(_bounds(cu_seq_lens_q)))
-    sizes = [length * count for length, count in runs]
+    bounds = _bounds(cu_seq_lens_q)
+    runs = list(_segments(bounds, bounds if key_places is None else cu_seq_lens_k.tolist()))
+    sizes, key_sizes = ([run[i] * run[-1] for run in runs] for i in (0, 1))
+    query, key, value = query[0].transpose(0, 1), _placed(key, key_places), _placed(value, key_places)
     # One split, not a slice a run: the backward of a slice fills a zero tensor of the whole row.
-    parts = zip(runs, *(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)))
+    parts = zip(runs, query.split(sizes), key.split(key_sizes), value.split(key_sizes))
     outputs = []
-    for (length, count), *packed in parts:
-        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in packed)  # (count, H or G, length, E)
+    for (_length, _keys, count), *packed in parts:
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in packed)  # (count, H or G, length or keys, E)
         outputs.append(_attend(q, k, v, scaling, sliding_window, softcap).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _placed(
+    x: Tensor,  # (1, G, T, E)
+    places: Tensor | None,  # (K,)
+) -> Tensor:  # (K, G, E), or (T, G, E)
+    """What stands at `places`."""
+    tokens = x[0].transpose(0, 1)
+    return tokens if places is None else tokens.index_select(0, places)
 
 
 def packed_varlen(
@@ -224,7 +242,10 @@ def packed_varlen(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,  # (S + 1,) int32
+    cu_seq_lens_k: Tensor | None = None,  # (S + 1,) int32, of `key_places`
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    key_places: Tensor | None = None,  # (K,) int64; None: each sequence attends to itself
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:  # (1, T, H, E)
@@ -239,12 +260,12 @@ def packed_varlen(
     groups = {"enable_gqa": query.shape[1] != key.shape[1]} if _VARLEN_IS_TOLD_OF_GROUPS else {}
     attended = varlen_attn(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        _placed(key, key_places),
+        _placed(value, key_places),
         cu_seq_lens_q,
-        cu_seq_lens_q,
+        cu_seq_lens_q if key_places is None else cu_seq_lens_k,
         max_length_q,
-        max_length_q,
+        max_length_q if key_places is None else max_length_k,
         scale=scaling,
         window_size=window,
         **groups,
@@ -257,6 +278,11 @@ def _refuse(module: nn.Module, s_aux: Tensor | None) -> None:
         raise ValueError(
             f"{type(module).__name__} uses attention sinks, which attention over packed rows does not compute"
         )
+
+
+def shares_keys(name: str) -> bool:
+    """Whether attention of this name in transformers obeys `key_places`; flash-attn's functions know no such argument."""
+    return name in (SDPA, VARLEN)
 
 
 def register() -> None:

@@ -296,12 +296,14 @@ def packed_inputs(rows: Any) -> dict[str, Any]:
     inputs = {"input_ids": rows.input_ids, "use_cache": False}  # with a cache there is no packed attention, silently
     if rows.cu_seqlens is None:
         return inputs
+    keys = rows.keys or rows
     return inputs | {
         "position_ids": rows.position_ids,
         "cu_seq_lens_q": rows.cu_seqlens,
-        "cu_seq_lens_k": rows.cu_seqlens,
+        "cu_seq_lens_k": keys.cu_seqlens,
         "max_length_q": rows.max_seqlen,
-        "max_length_k": rows.max_seqlen,
+        "max_length_k": keys.max_seqlen,
+        **({} if rows.keys is None else {"key_places": rows.keys.places}),
     }
 
 

@@ -19,6 +19,7 @@ import torch
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.durable import followed, write_text
+from unlearn_ds.engine.checks import shares_beginnings
 from unlearn_ds.engine.generate import Continuation, Decoding, as_text, end_tokens, generate
 from unlearn_ds.engine.precision import name_of, settle
 from unlearn_ds.evaluation.harness import ask_tasks
@@ -192,6 +193,7 @@ class Session:
             seq_len=self.config.longest,
             rows_per_batch=self.config.per_device_eval_batch_size,
             packing=self.subject.packing,
+            shares_prompts=self.subject.packing and shares_beginnings(self.subject.engine.engine.module, self.device),
         )
         self.drafts = drafts(items, tables, {name: self.suite.sets[name].answers[0] for name in sets})
         return self.suite.table_metrics(tables)

@@ -1,7 +1,7 @@
 """One pass of a model over answers: per-token statistics on all ranks, into the tables that every metric is computed from."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from unlearn_ds.cluster import distributed
+from unlearn_ds.data.bundles import Bundle, pack_bundles
 from unlearn_ds.data.loader import measured_together
-from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.engine import Ask
 from unlearn_ds.measures.answers import Answers
 from unlearn_ds.model.loss_head import StatsCall
@@ -21,7 +21,7 @@ from unlearn_ds.suites.questions import Question
 
 Key = tuple[str, str]  # set, column
 _LEAST_TARGETS = 2  # a token of the answer, and the one that ends it
-_FILLER = 2  # tokens for a rank that has nothing left
+_FILLER = Bundle([np.zeros(2, np.int64)], 1)  # for a rank that has nothing left
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,19 @@ def collect_answers(
     seq_len: int,
     rows_per_batch: int,
     packing: bool,
+    shares_prompts: bool = False,
 ) -> dict[Key, Answers]:
-    """The table of each set's column. Every rank calls this and gets all."""
-    lengths = np.array([len(item.tokens) for item in items])
+    """The table of each set's column. Every rank calls this and gets all.
+
+    shares_prompts: the prompt of a question goes through the model once, not with each of its answers.
+    """
+    bundles = _bundles(items, seq_len if packing and shares_prompts else 0)
+    lengths = np.array([bundle.num_tokens for _, bundle in bundles])
     rank, world = distributed.rank(), distributed.world_size()
     batches = measured_together(lengths, rank, world, rows_per_batch, seq_len, packing)
     mine: dict[int, list[np.ndarray]] = {}
     for chosen in tqdm(batches, desc="scoring answers", unit="batch", disable=not distributed.is_main()):
-        mine |= _ask(items, chosen, ask, device)
+        mine |= _ask(items, [bundles[i] for i in chosen], ask, device)
     parts = {number: stats for part in distributed.gather_objects(mine) for number, stats in part.items()}
     groups: dict[Key, list[int]] = {}
     for number, item in enumerate(items):
@@ -86,26 +91,35 @@ def collect_answers(
     return {key: _table(items, numbers, parts) for key, numbers in groups.items()}
 
 
-def _ask(items: Sequence[Item], chosen: list[int], ask: Ask, device: torch.device) -> dict[int, list[np.ndarray]]:
+def _bundles(items: Sequence[Item], most_tokens: int) -> list[tuple[list[int], Bundle]]:
+    """Items with one prompt that follow each other, as long as they have `most_tokens` together; and their numbers."""
+    found: list[tuple[list[int], Bundle]] = []
+    for number, item in enumerate(items):
+        if found:
+            numbers, bundle = found[-1]
+            first = items[numbers[0]]
+            joined = Bundle([*bundle.texts, item.tokens], bundle.num_common)
+            prompts = first.tokens[: first.num_prompt], item.tokens[: item.num_prompt]
+            if joined.num_tokens <= most_tokens and np.array_equal(*prompts):
+                found[-1] = [*numbers, number], joined
+                continue
+        found.append(([number], Bundle([item.tokens], item.num_prompt)))
+    return found
+
+
+def _ask(
+    items: Sequence[Item], chosen: list[tuple[list[int], Bundle]], ask: Ask, device: torch.device
+) -> dict[int, list[np.ndarray]]:
     """Item -> log-probs, hits, E log p and E log^2 p of its targets; of nothing, the same calls."""
-    texts = [torch.from_numpy(items[number].tokens).to(device) for number in chosen]
-    rows = pack(texts or [torch.zeros(_FILLER, dtype=torch.int64, device=device)])
-    spans = list(_spans(items, chosen))
-    where = np.concatenate([np.arange(start, stop) for start, stop in spans]) if spans else np.zeros(0, np.int64)
-    places = torch.from_numpy(where).to(device)
-    call = StatsCall(places, torch.index_select(rows.input_ids[0], 0, places + 1))
+    rows, places = pack_bundles([bundle for _, bundle in chosen] or [_FILLER], device)
+    numbers = [number for some, _ in chosen for number in some]
+    nothing = [np.zeros(0, np.int64)]
+    targets = [items[number].tokens[items[number].num_prompt :] for number in numbers] or nothing
+    where = places if numbers else nothing
+    call = StatsCall(*(torch.from_numpy(np.concatenate(part)).to(device) for part in (where, targets)))
     stats = [part.cpu().double().numpy() for part in ask(rows, call)]
-    borders = np.cumsum([stop - start for start, stop in spans])[:-1]
-    return dict(zip(chosen, map(list, zip(*(np.split(part, borders) for part in stats))))) if spans else {}
-
-
-def _spans(items: Sequence[Item], chosen: list[int]) -> Iterator[tuple[int, int]]:
-    """Where in packed tokens the positions lie that predict each item's targets."""
-    start = 0
-    for number in chosen:
-        item = items[number]
-        yield start + item.num_prompt - 1, start + len(item.tokens) - 1
-        start += len(item.tokens)
+    borders = np.cumsum([len(part) for part in where])[:-1]
+    return dict(zip(numbers, map(list, zip(*(np.split(part, borders) for part in stats))))) if numbers else {}
 
 
 def _table(items: Sequence[Item], numbers: list[int], parts: dict[int, list[np.ndarray]]) -> Answers:
