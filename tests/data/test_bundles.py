@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from unlearn_ds.data.bundles import Bundle, pack_bundles
-from unlearn_ds.engine.checks import pack, shares_beginnings
+from unlearn_ds.data.micro_batch import pack
+from unlearn_ds.engine.checks import shares_beginnings
 from unlearn_ds.model.attention import SDPA, register
 from unlearn_ds.model.load import logit_shape
 from unlearn_ds.model.loss_head import HeadOptions, PackedCausalLM, attach
@@ -86,35 +87,39 @@ def test_a_trial_tells_whether_a_model_may_share(kind, monkeypatch):
     assert not shares_beginnings(model, CPU)
 
 
-@pytest.mark.parametrize("most", [0, 40, 200])  # tokens together: nothing shared, some answers of a question, all
-def test_answers_behind_one_prompt_have_the_tables_that_they_have_alone(most):
-    ask, rng = model_of("llama"), np.random.default_rng(1)
-    items = []
-    for index in range(6):
-        prompt = rng.integers(97, size=8 + index)
-        for column, n in (("answer", 6), ("perturbed_answer", 4), ("perturbed_answer", 9)):
-            tokens = np.concatenate([prompt, rng.integers(97, size=n)])
-            items.append(Item(("forget", column), index, f"{column} {index}", tokens, len(prompt)))
-    asked = []
+def collected(items, seq_len, shares):
+    """Their tables, and how many tokens were computed."""
+    ask, asked = model_of("llama"), []
 
     def noting(rows, call):
         asked.append(rows.input_ids.shape[1])
         with torch.no_grad():
             return ask(rows, call)
 
-    def collect(shares, seq_len):
-        asked.clear()
-        return collect_answers(
-            items, noting, CPU, seq_len=seq_len, rows_per_batch=2, packing=True, shares_prompts=shares
-        ), sum(asked)
+    given = {"seq_len": seq_len, "rows_per_batch": 2, "packing": True, "shares_prompts": shares}
+    return collect_answers(items, noting, CPU, **given), sum(asked)
 
-    expected, all_tokens = collect(False, 200)
-    found, computed = collect(most > 0, most or 200)
-    assert computed == {0: all_tokens, 40: computed, 200: all_tokens - 2 * sum(range(8, 14))}[most]
-    assert computed <= all_tokens
+
+# Prompts have 8 to 13 tokens. 24 tokens hold the first two answers of a question, 40 all three.
+@pytest.mark.parametrize(("seq_len", "shares", "saved"), [(40, False, 0), (24, True, 1), (40, True, 2)])
+def test_answers_behind_one_prompt_have_the_tables_that_they_have_alone(seq_len, shares, saved):
+    rng, items = np.random.default_rng(1), []
+    for index in range(6):
+        prompt = rng.integers(97, size=8 + index)
+        for column, n in (("answer", 6), ("perturbed_answer", 4), ("perturbed_answer", 9)):
+            tokens = np.concatenate([prompt, rng.integers(97, size=n)])
+            items.append(Item(("forget", column), index, f"{column} {index}", tokens, len(prompt)))
+    expected, all_tokens = collected(items, 200, False)
+    found, computed = collected(items, seq_len, shares)
+    assert computed == all_tokens - saved * sum(range(8, 14))
     assert list(found) == list(expected)
     for key, table in expected.items():
         for name in ("index", "bounds", "correct", "zlib_bytes"):
             assert np.array_equal(getattr(found[key], name), getattr(table, name))
         for name in ("log_prob", "mean_logp", "second_moment"):
             np.testing.assert_allclose(getattr(found[key], name), getattr(table, name), atol=2e-4, rtol=1e-5)
+
+
+def test_texts_of_which_only_the_first_token_is_the_same_share_nothing():
+    items = [Item(("text", "text"), index, "", np.arange(12) + index * (np.arange(12) > 0), 1) for index in range(4)]
+    assert collected(items, 48, True)[1] == 48

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.architectures import VOCAB_SIZE, tiny_model
 from unlearn_ds.config import RunConfig
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.engine import engine
-from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.engine.tf32 import EXACT, TF32, fp32_products, training_precision
 from unlearn_ds.model import attention

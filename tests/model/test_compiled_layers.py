@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
-from unlearn_ds.engine.checks import pack
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.model import attention
 from unlearn_ds.model.layers import decoder_layers, wrap_layers
 from unlearn_ds.model.loss_head import PackedCausalLM

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.support.runs import save_tiny_model, tiny_config
 from unlearn_ds.bench.tiny import tiny_config as tiny_bench_config
-from unlearn_ds.engine.checks import pack
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.model import attention
 from unlearn_ds.model.blank import blank_model
 from unlearn_ds.model.configs import check_length

@@ -23,8 +23,8 @@ from transformers import (
 
 from tests.support.architectures import tiny_model
 from tests.support.cluster import require
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.demo.data import write_tokenizer
-from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.gather import _groups
 from unlearn_ds.model.configs import ModelOptions, load_config
 from unlearn_ds.model.load import load_model

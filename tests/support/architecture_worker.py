@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
 from unlearn_ds.bench.architectures import open_engine
 from unlearn_ds.cluster import distributed
-from unlearn_ds.engine.checks import check_model, pack
+from unlearn_ds.data.micro_batch import pack
+from unlearn_ds.engine.checks import check_model
 from unlearn_ds.model.loss_head import LogitShape, LossCall
 
 LENGTHS = ((9, 17, 9), (6, 12, 21))  # of the sequences of a rank

@@ -24,7 +24,7 @@ from tests.support.runs import write_corpora
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.loader import Loader
-from unlearn_ds.engine.checks import pack
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.engine.engine import FrozenEngine
 from unlearn_ds.model import attention as packed_attention
 from unlearn_ds.model.attention import packed_sdpa

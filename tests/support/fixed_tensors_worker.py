@@ -21,7 +21,7 @@ from tests.support.architectures import VOCAB_SIZE, tiny_model
 from unlearn_ds.bench.step_worker import packed_model
 from unlearn_ds.cluster import distributed
 from unlearn_ds.config import RunConfig
-from unlearn_ds.engine.checks import pack
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.engine.ds_config import inference_config, load_ds_file, training_config
 from unlearn_ds.engine.engine import FrozenEngine, TrainingEngine
 from unlearn_ds.model import attention

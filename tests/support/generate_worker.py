@@ -9,7 +9,7 @@ import torch
 
 from tests.support.runs import VOCAB_SIZE, write_corpora
 from unlearn_ds.cluster import distributed
-from unlearn_ds.engine.checks import pack
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.engine.generate import Decoding, generate
 from unlearn_ds.evaluation.options import EvaluateConfig
 from unlearn_ds.evaluation.subject import load_subject

@@ -219,7 +219,7 @@ def one_update(engine: Any) -> float:
     """Forward and backward of all documents as one micro-batch, each of the same weight; the loss."""
     import torch
 
-    from unlearn_ds.engine.checks import pack
+    from unlearn_ds.data.micro_batch import pack
     from unlearn_ds.model.loss_head import LossCall
 
     texts = list(documents())

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from unlearn_ds.bench.step_worker import packed_model, training_ds_config
 from unlearn_ds.config import RunConfig
-from unlearn_ds.engine.checks import pack
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.engine.engine import TrainingEngine
 from unlearn_ds.model import attention
 from unlearn_ds.model.configs import parameter_dtype

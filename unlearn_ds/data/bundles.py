@@ -7,12 +7,12 @@ Legend: T tokens of a row, S sequences, K places that they attend to.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from unlearn_ds.data.micro_batch import PackedRows, SharedKeys
+from unlearn_ds.data.micro_batch import PackedRows, SharedKeys, pack
 
 
 @dataclass(frozen=True)
@@ -34,38 +34,28 @@ def pack_bundles(bundles: Sequence[Bundle], device: torch.device) -> tuple[Packe
 
     Without a text that shares anything the row is one of plain sequences, each of which attends to itself.
     """
-    tokens: list[np.ndarray] = []
-    lengths: list[int] = []  # S
-    keys: list[np.ndarray] = []  # of each sequence the places that it attends to
+    tokens: list[np.ndarray] = []  # of each sequence its own
     starts: list[int] = []  # of each sequence its first position in its text
+    keys: list[np.ndarray] = []  # of each sequence the places that it attends to
     predicting: list[np.ndarray] = []
     end = 0
     for bundle in bundles:
         common = end + np.arange(bundle.num_common)
         for number, text in enumerate(bundle.texts):
             start = bundle.num_common if number else 0
-            own = np.arange(end, end + len(text) - start)
-            places = np.concatenate([common, own]) if number else own
             tokens.append(text[start:])
-            lengths.append(len(own))
-            keys.append(places)
             starts.append(start)
-            predicting.append(places[bundle.num_common - 1 : -1])
-            end += len(own)
+            keys.append(np.concatenate([common[:start], end + np.arange(len(text) - start)]))
+            predicting.append(keys[-1][bundle.num_common - 1 : -1])
+            end += len(text) - start
+    rows = pack([torch.from_numpy(own).to(device) for own in tokens])
+    if not any(starts):
+        return rows, predicting
+    positions = np.concatenate([start + np.arange(len(own)) for start, own in zip(starts, tokens)])
     counts = [len(places) for places in keys]
-    shares = counts != lengths
-    positions = [np.arange(start, start + length) for start, length in zip(starts, lengths)]
-    rows = PackedRows(
-        input_ids=torch.from_numpy(np.concatenate(tokens))[None].to(device),
-        position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
-        cu_seqlens=_bounds(lengths, device),
-        max_seqlen=max(lengths),
-        keys=SharedKeys(torch.from_numpy(np.concatenate(keys)).to(device), _bounds(counts, device), max(counts))
-        if shares
-        else None,
+    shared = SharedKeys(
+        places=torch.from_numpy(np.concatenate(keys)).to(device),
+        cu_seqlens=torch.tensor([0, *counts], device=device).cumsum(0).int(),
+        max_seqlen=max(counts),
     )
-    return rows, predicting
-
-
-def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:  # (S + 1,) int32
-    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+    return replace(rows, position_ids=torch.from_numpy(positions)[None].to(device), keys=shared), predicting

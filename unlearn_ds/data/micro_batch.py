@@ -114,3 +114,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return to_device(value, device) if isinstance(value, (PackedRows, SequenceRows, HiddenRows)) else value
 
     return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch)})
+
+
+def pack(sequences: list[Tensor]) -> PackedRows:
+    """Lay sequences (each (n,) int64) end to end as one micro-batch."""
+    lengths = [len(sequence) for sequence in sequences]
+    bounds = torch.tensor([0, *lengths], device=sequences[0].device).cumsum(0)
+    return PackedRows(
+        input_ids=torch.cat(sequences)[None],
+        position_ids=torch.cat([torch.arange(n, device=sequences[0].device) for n in lengths])[None],
+        cu_seqlens=bounds.int(),
+        max_seqlen=max(lengths),
+    )

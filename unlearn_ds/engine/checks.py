@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unlearn_ds.cluster import distributed
 from unlearn_ds.data.bundles import Bundle, pack_bundles
-from unlearn_ds.data.loader import PackedRows
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.model.attention import shares_keys
 from unlearn_ds.model.configs import ModelOptions
 from unlearn_ds.model.loss_head import LossCall, PackedCausalLM, StatsCall
@@ -38,18 +38,6 @@ _SIZES = (
 )  # in names of fields that a pattern of attention has
 # Relative to the spread of a model's own logits. In 16 bits a token may meet other experts, so there a median is compared.
 _TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.15, torch.float16: 0.15}
-
-
-def pack(sequences: list[Tensor]) -> PackedRows:
-    """Lay sequences (each (n,) int64) end to end as one micro-batch."""
-    lengths = [len(sequence) for sequence in sequences]
-    bounds = torch.tensor([0, *lengths], device=sequences[0].device).cumsum(0)
-    return PackedRows(
-        input_ids=torch.cat(sequences)[None],
-        position_ids=torch.cat([torch.arange(n, device=sequences[0].device) for n in lengths])[None],
-        cu_seqlens=bounds.int(),
-        max_seqlen=max(lengths),
-    )
 
 
 class PackingError(OptionError):

@@ -16,8 +16,8 @@ from transformers.utils import cached_file
 
 from unlearn_ds import __version__
 from unlearn_ds.cluster import distributed
+from unlearn_ds.data.micro_batch import pack
 from unlearn_ds.durable import discard, flush_tree, fresh_folder, naming, publish_folder
-from unlearn_ds.engine.checks import pack
 from unlearn_ds.engine.gather import gathered_state_dict
 from unlearn_ds.layout import TOKENIZER_FILES
 from unlearn_ds.markup import markdown, markdown_code

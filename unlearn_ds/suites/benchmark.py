@@ -193,7 +193,7 @@ class Session:
             seq_len=self.config.longest,
             rows_per_batch=self.config.per_device_eval_batch_size,
             packing=self.subject.packing,
-            shares_prompts=self.subject.packing and shares_beginnings(self.subject.engine.engine.module, self.device),
+            shares_prompts=shares_beginnings(self.subject.engine.engine.module, self.device),
         )
         self.drafts = drafts(items, tables, {name: self.suite.sets[name].answers[0] for name in sets})
         return self.suite.table_metrics(tables)

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,10 @@ def collect_answers(
 ) -> dict[Key, Answers]:
     """The table of each set's column. Every rank calls this and gets all.
 
-    shares_prompts: the prompt of a question goes through the model once, not with each of its answers.
+    shares_prompts: the prompt of a question goes through the model once, not with each of its answers; in packed rows alone,
+    and by a model that `engine.checks.shares_beginnings`.
     """
-    bundles = _bundles(items, seq_len if packing and shares_prompts else 0)
+    bundles = _bundles(items, seq_len if shares_prompts else 0)
     lengths = np.array([bundle.num_tokens for _, bundle in bundles])
     rank, world = distributed.rank(), distributed.world_size()
     batches = measured_together(lengths, rank, world, rows_per_batch, seq_len, packing)
@@ -92,19 +94,23 @@ def collect_answers(
 
 
 def _bundles(items: Sequence[Item], most_tokens: int) -> list[tuple[list[int], Bundle]]:
-    """Items with one prompt that follow each other, as long as they have `most_tokens` together; and their numbers."""
-    found: list[tuple[list[int], Bundle]] = []
-    for number, item in enumerate(items):
-        if found:
-            numbers, bundle = found[-1]
-            first = items[numbers[0]]
-            joined = Bundle([*bundle.texts, item.tokens], bundle.num_common)
-            prompts = first.tokens[: first.num_prompt], item.tokens[: item.num_prompt]
-            if joined.num_tokens <= most_tokens and np.array_equal(*prompts):
-                found[-1] = [*numbers, number], joined
-                continue
-        found.append(([number], Bundle([item.tokens], item.num_prompt)))
-    return found
+    """The answers that follow each other behind one prompt of a question, as many as `most_tokens` hold; and their numbers."""
+    groups: list[list[int]] = []
+    for _, same in groupby(range(len(items)), key=lambda number: _asked(items[number])):
+        size = most_tokens  # the first begins a group
+        for number in same:
+            added = len(items[number].tokens) - items[number].num_prompt
+            if size + added > most_tokens:
+                groups.append([])
+                size = items[number].num_prompt
+            groups[-1].append(number)
+            size += added
+    return [(group, Bundle([items[number].tokens for number in group], items[group[0]].num_prompt)) for group in groups]
+
+
+def _asked(item: Item) -> tuple[str, int, bytes]:
+    """What items have in common that answer the same; plain texts with the same first token do not."""
+    return item.key[0], item.index, item.tokens[: item.num_prompt].tobytes()
 
 
 def _ask(
